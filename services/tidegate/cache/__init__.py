@@ -1,0 +1,1 @@
+"""The cache: keeps exact answers of deterministic requests and replays them as streams."""

@@ -1,0 +1,1 @@
+"""What every service needs: settings, errors, headers, logs, metrics, gRPC servers and clients, the arena."""

@@ -1,0 +1,196 @@
+"""The one family of errors, and the one table that says what each means on each surface.
+
+A service raises `TidegateError` with a reason of the table; the edge (a servicer) turns it into a gRPC status,
+an HTTP status and an OpenAI error object. The OpenAI `code` is the reason in lower case, so that the same word
+stands in the HTTP body, `google.rpc.ErrorInfo`, the `x-tidegate-reason` header, the log line and the metric.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+import grpc
+import msgspec
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from tidegate.common import headers
+from tidegate.v1 import errors_pb2
+
+ERROR_DOMAIN: Final = "tidegate"
+
+LONGEST_OBEYED_RETRY_SECONDS: Final = 60
+"""Older clients ignore longer waits and retry within seconds, so past this they are told not to."""
+
+
+class Reason(enum.Enum):
+    """Every reason for which a request is not answered as asked."""
+
+    INVALID_JSON = enum.auto()
+    INVALID_VALUE = enum.auto()
+    INVALID_TYPE = enum.auto()
+    MISSING_REQUIRED_PARAMETER = enum.auto()
+    UNKNOWN_PARAMETER = enum.auto()
+    UNSUPPORTED_PARAMETER = enum.auto()
+    CONTEXT_LENGTH_EXCEEDED = enum.auto()
+    REQUEST_TOO_LARGE = enum.auto()
+    INVALID_API_KEY = enum.auto()
+    PERMISSION_DENIED = enum.auto()
+    MODEL_NOT_FOUND = enum.auto()
+    UNKNOWN_URL = enum.auto()
+    METHOD_NOT_ALLOWED = enum.auto()
+    RATE_LIMIT_EXCEEDED = enum.auto()
+    SERVER_IS_OVERLOADED = enum.auto()
+    REPLICA_UNAVAILABLE = enum.auto()
+    DEADLINE_EXCEEDED = enum.auto()
+    CANCELLED = enum.auto()
+    NUMERICAL_ERROR = enum.auto()
+    INTERNAL_ERROR = enum.auto()
+
+
+class Surface(msgspec.Struct, frozen=True):
+    """What one reason is on each surface."""
+
+    grpc_status: grpc.StatusCode
+    http_status: int
+    openai_type: str
+    retryable: bool
+    """Whether trying again can help; a time is given only where it does."""
+
+
+_INVALID = Surface(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error", False)
+
+SURFACES: Final[dict[Reason, Surface]] = {
+    Reason.INVALID_JSON: _INVALID,
+    Reason.INVALID_VALUE: _INVALID,
+    Reason.INVALID_TYPE: _INVALID,
+    Reason.MISSING_REQUIRED_PARAMETER: _INVALID,
+    Reason.UNKNOWN_PARAMETER: _INVALID,
+    Reason.UNSUPPORTED_PARAMETER: _INVALID,
+    Reason.CONTEXT_LENGTH_EXCEEDED: _INVALID,
+    Reason.REQUEST_TOO_LARGE: Surface(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "invalid_request_error", False),
+    Reason.INVALID_API_KEY: Surface(grpc.StatusCode.UNAUTHENTICATED, 401, "invalid_request_error", False),
+    Reason.PERMISSION_DENIED: Surface(grpc.StatusCode.PERMISSION_DENIED, 403, "invalid_request_error", False),
+    Reason.MODEL_NOT_FOUND: Surface(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error", False),
+    Reason.UNKNOWN_URL: Surface(grpc.StatusCode.UNIMPLEMENTED, 404, "invalid_request_error", False),
+    Reason.METHOD_NOT_ALLOWED: Surface(grpc.StatusCode.UNIMPLEMENTED, 405, "invalid_request_error", False),
+    Reason.RATE_LIMIT_EXCEEDED: Surface(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error", True),
+    Reason.SERVER_IS_OVERLOADED: Surface(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable_error", True),
+    Reason.REPLICA_UNAVAILABLE: Surface(grpc.StatusCode.UNAVAILABLE, 503, "service_unavailable_error", True),
+    Reason.DEADLINE_EXCEEDED: Surface(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "timeout_error", False),
+    Reason.CANCELLED: Surface(grpc.StatusCode.CANCELLED, 499, "invalid_request_error", False),
+    Reason.NUMERICAL_ERROR: Surface(grpc.StatusCode.INTERNAL, 500, "server_error", False),
+    Reason.INTERNAL_ERROR: Surface(grpc.StatusCode.INTERNAL, 500, "server_error", False),
+}
+
+
+class TidegateError(Exception):
+    """A request that is not answered as asked, and why.
+
+    Args:
+        reason: an entry of the table.
+        message: one sentence for a person, with the numbers.
+        field: the field at fault, as the client wrote it (`messages[0].role`); empty for none.
+        retry_after_seconds: when to try again; None where the reason does not make sense to retry.
+    """
+
+    def __init__(
+        self, reason: Reason, message: str, *, field: str = "", retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.field = field
+        self.retry_after_seconds = retry_after_seconds if SURFACES[reason].retryable else None
+
+    @property
+    def surface(self) -> Surface:
+        """What this error is on each surface."""
+        return SURFACES[self.reason]
+
+    @property
+    def code(self) -> str:
+        """OpenAI's `code`: the reason in lower case."""
+        return self.reason.name.lower()
+
+
+def to_refusal(error: TidegateError) -> errors_pb2.Refusal:
+    """The error as services tell it to each other."""
+    refusal = errors_pb2.Refusal(reason=error.reason.name, message=error.message, field=error.field)
+    if error.retry_after_seconds is not None:
+        refusal.retry_after.FromMilliseconds(math.ceil(error.retry_after_seconds * 1000))
+    return refusal
+
+
+def from_refusal(refusal: errors_pb2.Refusal) -> TidegateError:
+    """The error that another service told; an unknown reason is INTERNAL_ERROR."""
+    reason = Reason.__members__.get(refusal.reason, Reason.INTERNAL_ERROR)
+    retry = refusal.retry_after.ToMilliseconds() / 1000 if refusal.HasField("retry_after") else None
+    return TidegateError(reason, refusal.message, field=refusal.field, retry_after_seconds=retry)
+
+
+def openai_body(error: TidegateError) -> dict[str, Any]:
+    """OpenAI's error object: all four keys, strings or null."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.surface.openai_type,
+            "param": error.field or None,
+            "code": error.code,
+        }
+    }
+
+
+def openai_json(error: TidegateError) -> str:
+    """OpenAI's error object as ASCII JSON on one line, fit for a header."""
+    return json.dumps(openai_body(error), ensure_ascii=True)
+
+
+def retry_headers(error: TidegateError) -> list[tuple[str, str]]:
+    """What stock clients obey: whole seconds, milliseconds, and whether to retry at all."""
+    seconds = error.retry_after_seconds
+    if seconds is None or seconds > LONGEST_OBEYED_RETRY_SECONDS:
+        pairs = [("x-should-retry", "false"), ("grpc-retry-pushback-ms", "-1")]
+    else:
+        pairs = [("grpc-retry-pushback-ms", str(math.ceil(seconds * 1000)))]
+    if seconds is not None:
+        pairs += [("retry-after", str(max(1, math.ceil(seconds)))), ("retry-after-ms", str(math.ceil(seconds * 1000)))]
+    return pairs
+
+
+def to_status(error: TidegateError) -> status_pb2.Status:
+    """The error as google.rpc.Status with ErrorInfo, BadRequest and RetryInfo as they apply."""
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason.name, domain=ERROR_DOMAIN)]
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(math.ceil(error.retry_after_seconds * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        any_message = any_pb2.Any()
+        any_message.Pack(detail)
+        packed.append(any_message)
+    return status_pb2.Status(code=error.surface.grpc_status.value[0], message=error.message, details=packed)
+
+
+def trailing_metadata(error: TidegateError) -> Sequence[tuple[str, str | bytes]]:
+    """Everything a refused gRPC call carries beside its status."""
+    return [
+        ("grpc-status-details-bin", to_status(error).SerializeToString()),
+        (headers.REASON, error.reason.name),
+        (headers.ERROR_BODY, openai_json(error)),
+        *retry_headers(error),
+    ]
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: TidegateError) -> NoReturn:
+    """Ends a call with the error; the only place where a servicer does so."""
+    await context.abort(error.surface.grpc_status, error.message, tuple(trailing_metadata(error)))
+    raise AssertionError("abort does not return")

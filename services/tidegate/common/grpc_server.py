@@ -1,0 +1,86 @@
+"""One way to run a gRPC server: health, reflection, channelz, bounds, and an orderly end on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+import grpc
+import structlog
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+log = structlog.get_logger()
+
+LARGEST_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+"""The bound on one message either way; Envoy's own limit on bodies is below it."""
+
+CONCURRENT_STREAMS_PER_CONNECTION: Final = 20_000
+"""Above the target concurrency of 10,000, so that Envoy's circuit breakers decide first."""
+
+STOP_GRACE_SECONDS: Final = 5.0
+"""How long running streams may go on after SIGTERM."""
+
+SERVER_OPTIONS: Final[Sequence[tuple[str, int]]] = (
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", CONCURRENT_STREAMS_PER_CONNECTION),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class Server:
+    """A grpc.aio server with health and reflection for the services added to it.
+
+    Args:
+        host, port: where it listens; port 0 lets the system choose (then see `port`).
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.health = health.aio.HealthServicer()
+        self._host = host
+        self.port = port
+        self._names: list[str] = []
+
+    def add_service_name(self, name: str) -> None:
+        """Makes a service known to health and reflection; its servicer is added to `grpc` by the caller."""
+        self._names.append(name)
+
+    async def start(self) -> None:
+        """Starts to listen; raises OSError with the address when the port is taken."""
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
+        channelz.add_channelz_servicer(self.grpc)
+        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc)
+        try:
+            self.port = self.grpc.add_insecure_port(f"{self._host}:{self.port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._host}:{self.port}: {error}") from error
+        await self.grpc.start()
+        await self.set_serving(True)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Says in health whether this process takes requests."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._names):
+            await self.health.set(name, status)
+
+    async def run_until_signal(self, on_stop: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Serves until SIGTERM or SIGINT; then refuses new calls and gives running ones a grace."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        log.info("stopping", grace_seconds=STOP_GRACE_SECONDS)
+        await self.health.enter_graceful_shutdown()
+        await self.grpc.stop(STOP_GRACE_SECONDS)
+        if on_stop is not None:
+            await on_stop()

@@ -1,0 +1,47 @@
+"""The names of the headers (gRPC metadata) that the mesh's processes say things with.
+
+Envoy removes every `x-tidegate-*` header that a client sends, so inside the mesh they can be trusted.
+"""
+
+from typing import Final
+
+REQUEST_ID: Final = "x-request-id"
+"""Envoy makes it, every response and log line carries it."""
+
+TENANT: Final = "x-tidegate-tenant"
+"""Whose request it is; Envoy writes it from the API key. Absent: DEFAULT_TENANT."""
+
+SERVICE_CLASS: Final = "x-tidegate-class"
+"""realtime, standard or batch."""
+
+REPLICA: Final = "x-tidegate-replica"
+"""ip:port of the replica to go to, then the next best ones, with commas between."""
+
+CREDIT: Final = "x-tidegate-credit"
+"""The id of the credit that the request spends at the first replica of the list."""
+
+TENSOR: Final = "x-tidegate-tensor"
+"""The prompt's tokens: a serialized tidegate.v1.Tensor, base64url without padding."""
+
+ANSWER_KEY: Final = "x-tidegate-answer-key"
+"""The key under which the answer may be cached: 64 hexadecimal digits. The model service records under it."""
+
+ROUTE: Final = "x-tidegate-route"
+"""`cache` sends the request to the cache service; absent, it goes to a replica."""
+
+TIMEOUT_MS: Final = "x-tidegate-timeout-ms"
+"""How long the request may still take when it is dispatched, in whole milliseconds."""
+
+RESUME: Final = "x-tidegate-resume"
+"""How many tokens of the answer were sent before, on a request that one replica hands to another."""
+
+CACHED: Final = "x-tidegate-cache"
+"""On a response: `hit` when a known answer is replayed."""
+
+REASON: Final = "x-tidegate-reason"
+"""On a refusal: the reason word of common/errors.py."""
+
+ERROR_BODY: Final = "x-tidegate-error"
+"""On a refusal by a service: the OpenAI error object as ASCII JSON; Envoy makes it the HTTP body."""
+
+DEFAULT_TENANT: Final = "default"

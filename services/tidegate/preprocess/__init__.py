@@ -1,0 +1,1 @@
+"""Preprocess: from a request's body to tokens in shared memory."""

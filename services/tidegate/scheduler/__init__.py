@@ -1,0 +1,1 @@
+"""The scheduler: decides for each request whether, when and where it runs. Envoy moves it."""

@@ -1,0 +1,175 @@
+"""A mesh of the benchmark's own, on free ports and in a folder of its own, and the engine beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tidegate.cli.config import default_model_path
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+START_SECONDS: Final = 300.0
+STOP_SECONDS: Final = 20.0
+ENGINE_SECONDS: Final = 300.0
+"""The bounds on starting, stopping and one run of the engine alone."""
+
+
+class RunningMesh:
+    """Starts `tidegate up` and stops it; addresses and processes as the mesh itself writes them down."""
+
+    def __init__(self, *, replicas: int) -> None:
+        self.replica_count = replicas
+        self._home = tempfile.TemporaryDirectory(prefix="tidegate-bench-")
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Self:
+        cache = REPOSITORY / ".tidegate" / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        # The dequantised weights are the same for every mesh of this checkout.
+        (Path(self._home.name) / "cache").symlink_to(cache)
+        command = [sys.executable, "-m", "tidegate.cli.main", "up", "--ports", "auto"]
+        self._log = (Path(self._home.name) / "up.log").open("wb")
+        self._process = await asyncio.create_subprocess_exec(
+            *command,
+            "--replicas",
+            str(self.replica_count),
+            env=os.environ | {"TIDEGATE_HOME": self._home.name},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+        print(f"starting a mesh with {self.replica_count} replica(s)", flush=True)
+        deadline = time.monotonic() + START_SECONDS
+        while self._state().get("phase") != "ready":
+            if self._process.returncode is not None or time.monotonic() > deadline:
+                raise SystemExit("the mesh did not start:\n" + (Path(self._home.name) / "up.log").read_text()[-4000:])
+            await asyncio.sleep(0.2)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._log.close()
+        self._home.cleanup()
+
+    @property
+    def ingress(self) -> str:
+        """host:port of Envoy's ingress."""
+        return self._address("ingress")
+
+    @property
+    def mesh_address(self) -> str:
+        """host:port of Envoy's mesh listener."""
+        return self._address("mesh")
+
+    @property
+    def triton_addresses(self) -> list[str]:
+        """host:port of each replica's Triton."""
+        return [self._address(f"triton-{index}") for index in range(self.replica_count)]
+
+    @property
+    def slot_count(self) -> int:
+        """Sequences that one engine generates at once: the engine's own default."""
+        return 32
+
+    def pids(self) -> dict[str, int]:
+        """The process id of each process, by name."""
+        return {record["name"]: record["pid"] for record in self._state()["processes"]}
+
+    def pid(self, name: str) -> int:
+        """The process id of one process."""
+        return self.pids()[name]
+
+    def kill(self, name: str) -> None:
+        """kill -9 of one process."""
+        print(f"  kill -9 {name}", flush=True)
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    async def wait_healthy(self, seconds: float) -> None:
+        """Waits until every process answers again."""
+        deadline = time.monotonic() + seconds
+        names = ["scheduler", "preprocess", "cache", *(f"model-{index}" for index in range(self.replica_count))]
+        for name in names:
+            while not await _serves(self._address(name)):
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"{name} did not come back within {seconds} s")
+                await asyncio.sleep(0.2)
+
+    def _address(self, name: str) -> str:
+        return str(self._state()["addresses"][name])
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((Path(self._home.name) / "run" / "mesh.json").read_bytes()))
+        except FileNotFoundError:
+            return {}
+
+
+async def engine_tokens_per_second(mesh: RunningMesh, sequences: int, tokens: int, prompt_tokens: int) -> float:
+    """Drives the engine alone, in a process of its own with the same settings, and returns tokens per second.
+
+    The time is that of the whole run, prefill included, as a client of the mesh sees it.
+    """
+    python = os.environ.get("TIDEGATE_TRITON_PYTHON", str(REPOSITORY / ".venv-triton" / "bin" / "python"))
+    options = {
+        "--model": default_model_path(),
+        "--cache-dir": str(REPOSITORY / ".tidegate" / "cache"),
+        "--sequences": str(sequences),
+        "--tokens": str(tokens),
+        "--prompt-tokens": str(prompt_tokens),
+        "--temperature": "1.0",
+        "--threads": str(max(1, (os.cpu_count() or 1) // mesh.replica_count)),
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(python, "-m", "llm_engine", "bench", "--json"),
+        *(word for pair in options.items() for word in pair),
+        cwd=REPOSITORY / "triton_models" / "llm",
+        stdout=asyncio.subprocess.PIPE,
+        stdin=asyncio.subprocess.DEVNULL,
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), ENGINE_SECONDS)
+    if process.returncode != 0:
+        raise SystemExit(f"the engine's own benchmark failed with status {process.returncode}")
+    return float(json.loads(output)["tokens_per_second"])
+
+
+def process_cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all its threads, to the nanosecond (Linux, /proc/PID/task/*/schedstat)."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process that is its own, in bytes (shared memory left out)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+async def _serves(address: str) -> bool:
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

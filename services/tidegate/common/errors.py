@@ -30,6 +30,7 @@ LONGEST_OBEYED_RETRY_SECONDS: Final = 60
 class Reason(enum.Enum):
     """Every reason for which a request is not answered as asked."""
 
+    INVALID_HTTP = enum.auto()
     INVALID_JSON = enum.auto()
     INVALID_VALUE = enum.auto()
     INVALID_TYPE = enum.auto()
@@ -38,6 +39,7 @@ class Reason(enum.Enum):
     UNSUPPORTED_PARAMETER = enum.auto()
     CONTEXT_LENGTH_EXCEEDED = enum.auto()
     REQUEST_TOO_LARGE = enum.auto()
+    UNSUPPORTED_MEDIA_TYPE = enum.auto()
     INVALID_API_KEY = enum.auto()
     PERMISSION_DENIED = enum.auto()
     MODEL_NOT_FOUND = enum.auto()
@@ -65,6 +67,7 @@ class Surface(msgspec.Struct, frozen=True):
 _INVALID = Surface(grpc.StatusCode.INVALID_ARGUMENT, 400, "invalid_request_error", False)
 
 SURFACES: Final[dict[Reason, Surface]] = {
+    Reason.INVALID_HTTP: _INVALID,
     Reason.INVALID_JSON: _INVALID,
     Reason.INVALID_VALUE: _INVALID,
     Reason.INVALID_TYPE: _INVALID,
@@ -73,6 +76,7 @@ SURFACES: Final[dict[Reason, Surface]] = {
     Reason.UNSUPPORTED_PARAMETER: _INVALID,
     Reason.CONTEXT_LENGTH_EXCEEDED: _INVALID,
     Reason.REQUEST_TOO_LARGE: Surface(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "invalid_request_error", False),
+    Reason.UNSUPPORTED_MEDIA_TYPE: Surface(grpc.StatusCode.INVALID_ARGUMENT, 415, "invalid_request_error", False),
     Reason.INVALID_API_KEY: Surface(grpc.StatusCode.UNAUTHENTICATED, 401, "invalid_request_error", False),
     Reason.PERMISSION_DENIED: Surface(grpc.StatusCode.PERMISSION_DENIED, 403, "invalid_request_error", False),
     Reason.MODEL_NOT_FOUND: Surface(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error", False),
@@ -180,12 +184,25 @@ def to_status(error: TidegateError) -> status_pb2.Status:
     return status_pb2.Status(code=error.surface.grpc_status.value[0], message=error.message, details=packed)
 
 
+def from_status(status: status_pb2.Status) -> TidegateError:
+    """The error that a status tells; one without a known reason is INTERNAL_ERROR."""
+    info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for message in (info, request, retry):
+            detail.Unpack(message)
+    reason = Reason.__members__.get(info.reason, Reason.INTERNAL_ERROR)
+    field = request.field_violations[0].field if request.field_violations else ""
+    seconds = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    return TidegateError(reason, status.message, field=field, retry_after_seconds=seconds)
+
+
 def trailing_metadata(error: TidegateError) -> Sequence[tuple[str, str | bytes]]:
     """Everything a refused gRPC call carries beside its status."""
     return [
         ("grpc-status-details-bin", to_status(error).SerializeToString()),
         (headers.REASON, error.reason.name),
         (headers.ERROR_BODY, openai_json(error)),
+        (headers.HTTP_STATUS, str(error.surface.http_status)),
         *retry_headers(error),
     ]
 

@@ -9,9 +9,10 @@ from typing import Final
 
 import grpc
 import structlog
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 log = structlog.get_logger()
 
@@ -20,6 +21,8 @@ LARGEST_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 
 CONCURRENT_STREAMS_PER_CONNECTION: Final = 20_000
 """Above the target concurrency of 10,000, so that Envoy's circuit breakers decide first."""
+
+REFLECTION_V1_NAME: Final = "grpc.reflection.v1.ServerReflection"
 
 STOP_GRACE_SECONDS: Final = 5.0
 """How long running streams may go on after SIGTERM."""
@@ -57,8 +60,7 @@ class Server:
         """Starts to listen; raises OSError with the address when the port is taken."""
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
         channelz.add_channelz_servicer(self.grpc)
-        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.grpc)
+        _add_reflection(self.grpc, (*self._names, health.SERVICE_NAME))
         try:
             self.port = self.grpc.add_insecure_port(f"{self._host}:{self.port}")
         except RuntimeError as error:
@@ -84,3 +86,32 @@ class Server:
         await self.grpc.stop(STOP_GRACE_SECONDS)
         if on_stop is not None:
             await on_stop()
+
+
+def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
+    """Serves reflection v1, which tools ask for first, and v1alpha, the only one that the library has.
+
+    The two differ by the package's name alone, so one servicer answers both.
+    """
+    _describe_reflection_v1()
+    names = (*names, reflection.SERVICE_NAME, REFLECTION_V1_NAME)
+    reflection.enable_server_reflection(names, server)
+    method = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handler = grpc.method_handlers_generic_handler(REFLECTION_V1_NAME, {"ServerReflectionInfo": method})
+    server.add_generic_rpc_handlers((handler,))
+
+
+def _describe_reflection_v1() -> None:
+    """Adds v1 to the descriptor pool, so that a tool that describes every listed service finds it."""
+    pool = descriptor_pool.Default()
+    try:
+        pool.FindServiceByName(REFLECTION_V1_NAME)
+    except KeyError:
+        alpha = descriptor_pb2.FileDescriptorProto()
+        reflection_pb2.DESCRIPTOR.CopyToProto(alpha)
+        renamed = text_format.MessageToString(alpha).replace("v1alpha", "v1")
+        pool.Add(text_format.Parse(renamed, descriptor_pb2.FileDescriptorProto()))

@@ -32,6 +32,9 @@ ROUTE: Final = "x-tidegate-route"
 TIMEOUT_MS: Final = "x-tidegate-timeout-ms"
 """How long the request may still take when it is dispatched, in whole milliseconds."""
 
+QUEUE_MS: Final = "x-tidegate-queue-ms"
+"""How long the request waited in the scheduler's queue, in milliseconds, for the log line of the model service."""
+
 RESUME: Final = "x-tidegate-resume"
 """How many tokens of the answer were sent before, on a request that one replica hands to another."""
 
@@ -43,5 +46,8 @@ REASON: Final = "x-tidegate-reason"
 
 ERROR_BODY: Final = "x-tidegate-error"
 """On a refusal by a service: the OpenAI error object as ASCII JSON; Envoy makes it the HTTP body."""
+
+HTTP_STATUS: Final = "x-tidegate-http-status"
+"""On a refusal by a service: the HTTP status of the reason, where gRPC's own mapping would say another."""
 
 DEFAULT_TENANT: Final = "default"

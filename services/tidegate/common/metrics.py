@@ -27,5 +27,12 @@ TOKEN_COUNT_BUCKETS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 50
 
 
 def serve(host: str, port: int) -> None:
-    """Serves the process's metrics at /metrics, from a thread of its own."""
-    start_http_server(port, addr=host)
+    """Serves the process's metrics at /metrics, from a thread of its own.
+
+    Raises:
+        OSError: the port is taken; the message has the address.
+    """
+    try:
+        start_http_server(port, addr=host)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port} for metrics: {error.strerror}") from error

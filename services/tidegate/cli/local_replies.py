@@ -1,0 +1,148 @@
+"""What clients are told by Envoy itself, when no service answered: the same errors that services give.
+
+Envoy's own replies (unknown URL, wrong key, no healthy replica, malformed HTTP, ...) are rewritten by the list
+that `local_reply_config` builds, so that they carry the reason, body, status and headers of common/errors.py.
+The first entry that matches wins, and each reason stands twice: for gRPC requests, and for all others.
+Refusals of the scheduler pass through here too, because Envoy counts them as its own; they stay as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, Final
+
+import msgspec
+
+from tidegate.common import headers
+from tidegate.common.errors import Reason, TidegateError, openai_json, trailing_metadata
+
+SCHEDULER_REPLY: Final = "response.code_details.startsWith('tidegate_')"
+"""The scheduler names its replies so, in the `details` of its ImmediateResponse."""
+
+IS_GRPC: Final = "request.headers['content-type'].startsWith('application/grpc')"
+"""Also true of gRPC-Web, which the first filters have turned into gRPC."""
+
+ONLY_GRPC: Final = frozenset({headers.ERROR_BODY, headers.HTTP_STATUS})
+"""What the ingress needs to turn a gRPC reply into HTTP: a JSON request that got as far as the router is gRPC then."""
+
+UNAVAILABLE_RETRY_SECONDS: Final = 1.0
+"""A replica that died is replaced or ejected in about this time."""
+
+
+class EnvoyReply(msgspec.Struct, frozen=True):
+    """One kind of reply that Envoy makes.
+
+    `condition` is a CEL expression over Envoy's attributes; the reply becomes `reason`, told with `message`.
+    """
+
+    condition: str
+    reason: Reason
+    message: str
+    retry_after_seconds: float | None = None
+    keeps_status: bool = False
+    """True where the HTTP status says more than the reason's usual one."""
+
+
+def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -> tuple[EnvoyReply, ...]:
+    """Every reply that Envoy makes, in the order in which they are tried; the last matches all."""
+    return (
+        EnvoyReply("response.code == 401", Reason.INVALID_API_KEY, "The API key is missing or wrong."),
+        EnvoyReply("response.code == 403", Reason.PERMISSION_DENIED, "This API key may not do that."),
+        EnvoyReply("response.code == 404", Reason.UNKNOWN_URL, "There is no such URL here."),
+        EnvoyReply("response.code == 405", Reason.METHOD_NOT_ALLOWED, "This URL does not take that HTTP method."),
+        EnvoyReply(
+            "response.code == 413",
+            Reason.REQUEST_TOO_LARGE,
+            f"The request's body is larger than {body_limit_bytes} bytes.",
+        ),
+        EnvoyReply(
+            "response.code == 415",
+            Reason.UNSUPPORTED_MEDIA_TYPE,
+            "The body must be JSON: send content-type application/json and no content-encoding.",
+        ),
+        EnvoyReply(
+            "response.code == 429",
+            Reason.RATE_LIMIT_EXCEEDED,
+            "This tenant sends requests faster than its rate allows.",
+            retry_after_seconds=tenant_retry_after_seconds,
+        ),
+        EnvoyReply(
+            "response.code == 431",
+            Reason.REQUEST_TOO_LARGE,
+            "The request's headers are too large.",
+            keeps_status=True,
+        ),
+        EnvoyReply(
+            "response.code == 408 || response.code == 504",
+            Reason.DEADLINE_EXCEEDED,
+            "The request took too long.",
+        ),
+        EnvoyReply(
+            "response.code == 502 || response.code == 503",
+            Reason.REPLICA_UNAVAILABLE,
+            "No replica can take the request now.",
+            retry_after_seconds=UNAVAILABLE_RETRY_SECONDS,
+        ),
+        EnvoyReply(
+            "response.code >= 400 && response.code < 500",
+            Reason.INVALID_HTTP,
+            "The request is not valid HTTP, or not what this URL takes.",
+        ),
+        EnvoyReply("response.code >= 500", Reason.INTERNAL_ERROR, "The request failed inside the mesh."),
+    )
+
+
+def local_reply_config(replies: tuple[EnvoyReply, ...]) -> dict[str, Any]:
+    """Envoy's LocalReplyConfig for these replies."""
+    mappers = [_mapper(SCHEDULER_REPLY)]
+    for reply in replies:
+        mappers.append(_grpc_mapper(reply))
+        mappers.append(_http_mapper(reply))
+    return {"mappers": mappers}
+
+
+def _grpc_mapper(reply: EnvoyReply) -> dict[str, Any]:
+    error = _error(reply)
+    fields = [("grpc-status", str(error.surface.grpc_status.value[0])), *_metadata(error)]
+    mapper = _mapper(f"({reply.condition}) && {IS_GRPC}", fields)
+    return mapper | {"body": {"inline_string": error.message}}
+
+
+def _http_mapper(reply: EnvoyReply) -> dict[str, Any]:
+    error = _error(reply)
+    fields = [(name, value) for name, value in _metadata(error) if not name.startswith("grpc-") and name not in ONLY_GRPC]
+    mapper = _mapper(reply.condition, fields) | {"body": {"inline_string": openai_json(error)}}
+    mapper["body_format_override"] = {
+        "text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"},
+        "content_type": "application/json",
+    }
+    if not reply.keeps_status:
+        mapper["status_code"] = error.surface.http_status
+    return mapper
+
+
+def _mapper(condition: str, fields: list[tuple[str, str]] | None = None) -> dict[str, Any]:
+    cel = "type.googleapis.com/envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter"
+    name = "envoy.access_loggers.extension_filters.cel"
+    mapper: dict[str, Any] = {
+        "filter": {"extension_filter": {"name": name, "typed_config": {"@type": cel, "expression": condition}}}
+    }
+    if fields:
+        # Envoy substitutes %NAME% in values; a literal percent sign is doubled.
+        pairs = [{"key": key, "value": value.replace("%", "%%")} for key, value in fields]
+        mapper["headers_to_add"] = [
+            {"header": pair, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"} for pair in pairs
+        ]
+    return mapper
+
+
+def _metadata(error: TidegateError) -> list[tuple[str, str]]:
+    """The metadata that a service would send, as header text."""
+    return [
+        (name, base64.b64encode(value).decode().rstrip("=") if isinstance(value, bytes) else value)
+        for name, value in trailing_metadata(error)
+    ]
+
+
+def _error(reply: EnvoyReply) -> TidegateError:
+    return TidegateError(reply.reason, reply.message, retry_after_seconds=reply.retry_after_seconds)

@@ -1,0 +1,132 @@
+"""The command `tidegate`. Commands import what they need when they run, so that each answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+import tidegate
+from tidegate.cli import talk
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(tidegate.__version__, "-V", "--version", message="tidegate %(version)s")
+def cli() -> None:
+    """Serves large language models from Triton behind Envoy, and talks to them.
+
+    State is in the folder .tidegate here, or where TIDEGATE_HOME says.
+    """
+
+
+@cli.command()
+@click.option("--replicas", type=int, help="Model services, each with a Triton of its own. [default: 1]")
+@click.option("--model", "model_path", help="A GGUF file or a Hugging Face folder. [default: SmolLM2-135M-Instruct]")
+@click.option("--model-name", help="The id that clients ask for. [default: smollm2-135m-instruct]")
+@click.option("--host", help="Where the ingress listens; all else stays on loopback. [default: 127.0.0.1]")
+@click.option("--port", type=int, help="The ingress's port. [default: 8080]")
+@click.option(
+    "--port-of", "port_pairs", multiple=True, metavar="NAME=PORT", help="Moves another port, e.g. admin=9902."
+)
+@click.option("--ports", "port_choice", type=click.Choice(["default", "auto"]), default="default",
+              help="auto: free ports for everything that is not given; run/mesh.json says which.")  # fmt: skip
+@click.option("--api-keys", "api_keys_file", help="A YAML file of API keys and their tenants. [default: no keys]")
+@click.option("--threads", "thread_count", type=int, help="Threads of each engine. [default: processors / replicas]")
+@click.option("--max-sequences", type=int, help="Answers that each engine generates at once.")
+@click.option(
+    "--start-timeout", "start_timeout_seconds", type=float, help="Seconds until the first answer. [default: 300]"
+)
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
+def up(port_pairs: tuple[str, ...], port_choice: str, **flags: Any) -> None:
+    """Starts a whole mesh here and runs it until Ctrl-C.
+
+    Each flag's default can be set with TIDEGATE_UP_<NAME> or in the section `up` of the file TIDEGATE_CONFIG.
+    """
+    from tidegate.cli import config, ports
+    from tidegate.cli import up as command
+    from tidegate.common.settings import SettingsError
+
+    try:
+        settings = config.load(**flags)
+        given = ports.parse_given(port_pairs)
+    except (SettingsError, ports.PortError) as error:
+        talk.fail(str(error))
+        sys.exit(talk.EXIT_USAGE)
+    sys.exit(command.run(settings, given_ports=given, auto_ports=port_choice == "auto"))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+def status(output: str) -> None:
+    """Shows the mesh that runs here: processes, replicas, queues, credits, and what is wrong."""
+    from tidegate.cli import status as command
+
+    sys.exit(command.run(output))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+def doctor(output: str) -> None:
+    """Checks the machine, the environments, the ports, the model and the mesh, if one runs."""
+    from tidegate.cli import config
+    from tidegate.cli import doctor as command
+    from tidegate.common.settings import SettingsError
+
+    try:
+        settings = config.load()
+    except SettingsError as error:
+        talk.fail(str(error))
+        sys.exit(talk.EXIT_USAGE)
+    sys.exit(command.run(settings, output))
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@click.option("--address", help="host:port of an ingress. [default: the mesh that runs here, else 127.0.0.1:8080]")
+@click.option("--model", default="", help="The model's id. [default: the mesh's]")
+@click.option("--system", default="", help="A system message.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens of an answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy. [default: 1]")
+@click.option("--seed", type=int, help="The same seed and request give the same answer.")
+def chat(prompt: str | None, address: str | None, model: str, system: str, max_tokens: int | None,
+         temperature: float | None, seed: int | None) -> None:  # fmt: skip
+    """Talks to the model. With PROMPT, or when input is not a terminal, asks once and prints the answer.
+
+    Ctrl-C ends the answer, Ctrl-D the chat. OPENAI_API_KEY is sent where it is set.
+    """
+    from tidegate.cli import chat as command
+
+    options = command.Options(
+        address=address or command.default_address(),
+        api_key=os.environ.get("OPENAI_API_KEY") or None,
+        model=model,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    sys.exit(command.run(options, prompt))
+
+
+def main() -> None:
+    """The console script: usage errors are click's (exit 2), an interrupt is 130, and no mistake is a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(talk.EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(talk.EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(talk.EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Which port each process of a mesh listens on, and whether it is free.
+
+The names are those of the command line: `--port-of admin=9902` moves one, `--ports auto` lets the system choose all.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+LOOPBACK: Final = "127.0.0.1"
+
+FREE_PORT_RANGE: Final = range(20_000, 32_000)
+"""Where free ports are looked for; Linux takes those of outgoing connections from 32,768 on."""
+
+FIXED: Final[Mapping[str, int]] = {
+    "ingress": 8080,
+    "mesh": 8081,
+    "admin": 9901,
+    "scheduler": 50051,
+    "preprocess": 50052,
+    "cache": 50053,
+    "scheduler-metrics": 51051,
+    "preprocess-metrics": 51052,
+    "cache-metrics": 51053,
+}
+"""The processes of which there is one."""
+
+PURPOSES: Final[Mapping[str, str]] = {
+    "ingress": "the ingress",
+    "mesh": "Envoy's mesh listener",
+    "admin": "Envoy's admin page",
+}
+
+
+class PortError(Exception):
+    """A port that cannot be used; the message names it and the flag that changes it."""
+
+
+def names(replica_count: int) -> list[str]:
+    """Every port's name, in the order in which they are told."""
+    return [*FIXED, *(name for i in range(replica_count) for name in replica_defaults(i))]
+
+
+def replica_defaults(index: int) -> dict[str, int]:
+    """The default ports of one replica: its model service, its Triton, and their metrics."""
+    return {
+        f"model-{index}": 50060 + index,
+        f"model-{index}-metrics": 51060 + index,
+        f"triton-{index}": 8001 + 10 * index,
+        f"triton-{index}-metrics": 8002 + 10 * index,
+        f"triton-{index}-http": 8000 + 10 * index,
+    }
+
+
+def assign(replica_count: int, *, given: Mapping[str, int], auto: bool) -> dict[str, int]:
+    """A port for every name: the given one, else a free one (auto) or the default.
+
+    Raises:
+        PortError: a name that no process has, or two processes on one port.
+    """
+    known = names(replica_count)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise PortError(f"--port-of: there is no port named {unknown[0]!r}; there are {', '.join(known)}")
+    defaults = dict(FIXED)
+    for index in range(replica_count):
+        defaults |= replica_defaults(index)
+    if auto:
+        missing = [name for name in known if name not in given]
+        defaults |= dict(zip(missing, free_ports(len(missing)), strict=True))
+    ports = {name: given.get(name, defaults[name]) for name in known}
+    holders: dict[int, str] = {}
+    for name, port in ports.items():
+        if port in holders:
+            raise PortError(f"port {port} is given to both {holders[port]} and {name}; {flag(name)} changes it")
+        holders[port] = name
+    return ports
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, below those that the system gives to outgoing connections."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(FREE_PORT_RANGE, len(FREE_PORT_RANGE)):
+        if is_free(LOOPBACK, port):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise PortError(f"there are not {count} free ports from {FREE_PORT_RANGE.start} to {FREE_PORT_RANGE.stop - 1}")
+
+
+def check_free(host: str, ports: Mapping[str, int]) -> None:
+    """Raises PortError, a line each, for the ports that somebody listens on already."""
+    faults = [
+        f"port {port} ({PURPOSES.get(name, name)}) is taken{_holder(port)}: choose another with {flag(name)}"
+        for name, port in ports.items()
+        if not is_free(host if name == "ingress" else LOOPBACK, port)
+    ]
+    if faults:
+        raise PortError("\n".join(faults))
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a listener could be opened there now.
+
+    Raises:
+        PortError: the host is none of this machine's, or the port needs rights that are not there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise PortError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return True
+
+
+def flag(name: str) -> str:
+    """The flag that moves a port."""
+    return "--port N" if name == "ingress" else f"--port-of {name}=N, or --ports auto"
+
+
+def parse_given(pairs: Iterable[str]) -> dict[str, int]:
+    """`NAME=PORT` pairs of the command line.
+
+    Raises:
+        PortError: not such a pair, or no port number.
+    """
+    given = {}
+    for pair in pairs:
+        name, separator, number = pair.partition("=")
+        if not separator or not number.isdigit() or not 1 <= int(number) <= 65_535:
+            raise PortError(f"--port-of {pair}: must be NAME=PORT, with a port from 1 to 65535")
+        given[name] = int(number)
+    return given
+
+
+def _holder(port: int) -> str:
+    """Who listens there, where the system tells it to this user."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""

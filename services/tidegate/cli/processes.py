@@ -1,0 +1,197 @@
+"""What the processes of a mesh are: each one's command, environment and readiness, from the mesh's settings.
+
+Starts nothing. Files that the processes read at their start (Envoy's configuration, the endpoints, Triton's
+backend) are written here, into the mesh's run folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from tidegate.cli import probes
+from tidegate.cli.config import REPOSITORY, Settings
+from tidegate.cli.endpoints import endpoints_path, write_endpoints
+from tidegate.cli.envoy_config import EnvoySettings, envoy_command, write_envoy_files
+from tidegate.cli.ports import LOOPBACK
+from tidegate.cli.state import Home, Mesh
+from tidegate.cli.supervisor import Program
+from tidegate.cli.triton_runtime import (
+    TritonServer,
+    prepare_backend,
+    shared_memory_prefix,
+    stub_process_ids,
+    triton_command,
+)
+
+CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache")
+
+_OF_UP: Final = ("TIDEGATE_UP_", "TIDEGATE_HOME", "GRPC_ENABLE_FORK_SUPPORT")
+
+_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def write_files(home: Home, mesh: Mesh, settings: Settings) -> Path:
+    """Writes the endpoints and Envoy's configuration; answers the path of the latter.
+
+    Raises:
+        EnvoyConfigError: the template or the API keys cannot be used.
+    """
+    envoy = _envoy_settings(home, mesh, settings)
+    envoy.endpoints_directory.mkdir(parents=True, exist_ok=True)
+    members = {name: [_endpoint(mesh, name)] for name in CONTROL_SERVICES}
+    members["model"] = [_endpoint(mesh, f"model-{index}") for index in range(mesh.replica_count)]
+    for cluster, endpoints in members.items():
+        write_endpoints(endpoints_path(envoy.endpoints_directory, cluster), cluster, endpoints)
+    return write_envoy_files(envoy)
+
+
+def programs(home: Home, mesh: Mesh, settings: Settings) -> list[Program]:
+    """Every process of the mesh, those that take longest to start first.
+
+    Raises:
+        TritonRuntimeError: Triton cannot be run; the message says what is missing.
+    """
+    backend = prepare_backend(home.run / "triton", Path(settings.triton_python))
+    tritons = [_triton(home, mesh, settings, backend, index) for index in range(mesh.replica_count)]
+    envoy = _envoy(home, mesh, settings)
+    control = [
+        _service(mesh, name, settings, _control_settings(home, mesh, settings, name)) for name in CONTROL_SERVICES
+    ]
+    models = [
+        _service(mesh, f"model-{index}", settings, _model_settings(home, mesh, settings, index))
+        for index in range(mesh.replica_count)
+    ]
+    return [*tritons, envoy, *control, *models]
+
+
+def triton_instance_name(run_id: str, index: int) -> str:
+    """The name of one Triton, unique on the host."""
+    return f"{run_id}-{index}"
+
+
+def shared_memory_prefixes(run_id: str) -> list[str]:
+    """What the names of all shared memory of a run begin with: the arena's, and the Tritons'."""
+    return [f"tidegate-{run_id}-", shared_memory_prefix(run_id)]
+
+
+def thread_count(settings: Settings) -> int:
+    """Threads that each engine computes with."""
+    return settings.thread_count or max(1, len(os.sched_getaffinity(0)) // settings.replicas)
+
+
+def _envoy_settings(home: Home, mesh: Mesh, settings: Settings) -> EnvoySettings:
+    return EnvoySettings(
+        run_directory=home.run,
+        ingress_host=settings.host,
+        ingress_port=_port(mesh, "ingress"),
+        mesh_host=LOOPBACK,
+        mesh_port=_port(mesh, "mesh"),
+        admin_port=_port(mesh, "admin"),
+        api_keys_file=Path(settings.api_keys_file).resolve() if settings.api_keys_file else None,
+    )
+
+
+def _envoy(home: Home, mesh: Mesh, settings: Settings) -> Program:
+    argv = envoy_command(_envoy_settings(home, mesh, settings).config_path)
+    admin = mesh.addresses["admin"]
+    return Program(name="envoy", argv=argv, environment=_inherited(), is_ready=lambda: probes.envoy_is_live(admin))
+
+
+def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: int) -> Program:
+    name = f"triton-{index}"
+    engine = {
+        "MODEL_PATH": mesh.model_path,
+        "CACHE_DIR": str(home.cache),
+        "THREAD_COUNT": str(thread_count(settings)),
+    }
+    engine |= {"MAX_SEQUENCES": str(settings.max_sequences)} if settings.max_sequences else {}
+    server = TritonServer(
+        triton_python=Path(settings.triton_python),
+        backend_directory=backend,
+        model_repository=REPOSITORY / "triton_models",
+        grpc_port=_port(mesh, name),
+        metrics_port=_port(mesh, f"{name}-metrics"),
+        instance_name=triton_instance_name(mesh.run_id, index),
+        engine_environment=_engine_environment() | {f"TIDEGATE_ENGINE_{key}": value for key, value in engine.items()},
+    )
+    argv, environment = triton_command(server)
+    for variable in _THREAD_VARIABLES:
+        environment.setdefault(variable, str(thread_count(settings)))
+    return Program(
+        name=name,
+        argv=argv,
+        environment={name: value for name, value in environment.items() if not name.startswith(_OF_UP)},
+        is_ready=_health_probe(mesh, name),
+        is_whole=lambda pid: bool(stub_process_ids(pid)),
+    )
+
+
+def _engine_environment() -> dict[str, str]:
+    """What the caller says to the engine; the mesh's own settings go over it."""
+    return {name: value for name, value in os.environ.items() if name.startswith("TIDEGATE_ENGINE_")}
+
+
+def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str]) -> Program:
+    module = name.partition("-")[0]
+    common = {
+        "HOST": LOOPBACK,
+        "PORT": str(_port(mesh, name)),
+        "METRICS_PORT": str(_port(mesh, f"{name}-metrics")),
+        "MESH_ADDRESS": mesh.addresses["mesh"],
+        "LOG_LEVEL": settings.log_level,
+    }
+    environment = _inherited()
+    environment |= {f"TIDEGATE_{module.upper()}_{key}": value for key, value in {**common, **values}.items()}
+    argv = [sys.executable, "-m", f"tidegate.{module}"]
+    return Program(name=name, argv=argv, environment=environment, is_ready=_health_probe(mesh, name))
+
+
+def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> dict[str, str]:
+    if name == "scheduler":
+        return {"ENDPOINTS_FILE": str(_model_endpoints(home, mesh, settings))}
+    if name == "preprocess":
+        return {
+            "MODEL_PATH": mesh.model_path,
+            "MODEL_NAME": mesh.model_name,
+            "ARENA_REGION": mesh.arena_region,
+            "ARENA_BYTES": str(settings.arena_bytes),
+        }
+    return {}
+
+
+def _model_settings(home: Home, mesh: Mesh, settings: Settings, index: int) -> dict[str, str]:
+    return {
+        "TRITON_ADDRESS": mesh.addresses[f"triton-{index}"],
+        "MODEL_PATH": mesh.model_path,
+        "MODEL_NAME": mesh.model_name,
+        "ARENA_REGION": mesh.arena_region,
+        "ENDPOINTS_FILE": str(_model_endpoints(home, mesh, settings)),
+    }
+
+
+def _model_endpoints(home: Home, mesh: Mesh, settings: Settings) -> Path:
+    return endpoints_path(_envoy_settings(home, mesh, settings).endpoints_directory, "model")
+
+
+def _health_probe(mesh: Mesh, name: str) -> Callable[[], Awaitable[bool]]:
+    address = mesh.addresses[name]
+    return lambda: probes.serves(address)
+
+
+def _inherited() -> dict[str, str]:
+    """What the processes take from the shell: everything but what only `up` reads."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OF_UP)}
+    inherited["PYTHONUNBUFFERED"] = "1"
+    return inherited
+
+
+def _endpoint(mesh: Mesh, name: str) -> tuple[str, int]:
+    return LOOPBACK, _port(mesh, name)
+
+
+def _port(mesh: Mesh, name: str) -> int:
+    return int(mesh.addresses[name].rpartition(":")[2])

@@ -1,0 +1,257 @@
+"""`tidegate up`: checks the machine, starts the whole mesh, proves that it answers, and stops it without a trace.
+
+The ready line is true: it comes after a real question was answered through the ingress.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from tidegate.cli import checks, config, machine, ports, probes, process_table, state, talk
+from tidegate.cli.config import Settings
+from tidegate.cli.supervisor import Supervisor
+
+SAY_SOMETHING_SECONDS: Final = 2.0
+"""While a start waits, nothing is silent for longer."""
+
+TICK_SECONDS: Final = 0.1
+
+
+class StartError(Exception):
+    """The mesh cannot be started; the message has a line for each reason, with what to do."""
+
+
+class _Told:
+    """Tells what happens to the processes: before the mesh is ready as steps, afterwards as news."""
+
+    def __init__(self, steps: talk.Steps, mesh: state.Mesh) -> None:
+        self._steps = steps
+        self._mesh = mesh
+
+    def became_ready(self, name: str, seconds: float, restart_count: int) -> None:
+        again = f" again (restart {restart_count})" if restart_count else ""
+        self._steps.done(f"{name} is ready{again}", seconds)
+
+    def exited(self, name: str, how: str, delay_seconds: float) -> None:
+        self._steps.warn(f"{name} ended ({how}); starting it again in {delay_seconds:.1f} s")
+
+    def gave_up(self, name: str, how: str, reason: str, tail: list[str]) -> None:
+        log = next(record.log for record in self._mesh.processes if record.name == name)
+        self._steps.failed(f"{name} ended ({how}) and is not started again: {reason}; its log is {log}")
+        self._steps.detail(tail)
+
+
+def run(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -> int:
+    """Runs a mesh until it is interrupted; answers the exit code.
+
+    0: it was ready and then stopped. 1: it could not be started. 130: interrupted before it was ready.
+    """
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # Children are started from here; grpc must not meddle.
+    steps = talk.Steps()
+    home = state.Home(config.home())
+    try:
+        home.claim()
+        leftovers = home.clean_up()
+        if leftovers:
+            steps.warn(f"an earlier mesh had left {leftovers.process_count} processes and {leftovers.region_count} "
+                       "shared-memory regions; they are removed")  # fmt: skip
+        mesh = plan(settings, given_ports=given_ports, auto_ports=auto_ports)
+        check(settings, mesh)
+        steps.done(f"machine and ports checked; state in {home.directory}", steps.elapsed_seconds)
+    except (state.AlreadyRunning, ports.PortError, StartError, OSError) as error:
+        talk.fail(str(error))
+        home.release()
+        return talk.EXIT_FAILED
+    try:
+        return asyncio.run(_live(home, mesh, settings, steps))
+    finally:
+        state.remove_shared_memory(mesh.shared_memory_prefixes)
+        home.release()
+
+
+def plan(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -> state.Mesh:
+    """The mesh that the settings ask for, with an address for everything.
+
+    Raises:
+        PortError: ports that make no sense.
+        StartError: there is no model.
+    """
+    given = dict(given_ports)
+    if not auto_ports or settings.port != ports.FIXED["ingress"]:
+        given.setdefault("ingress", settings.port)
+    numbers = ports.assign(settings.replicas, given=given, auto=auto_ports)
+    model_path = settings.model_path or config.default_model_path()
+    if not model_path:
+        raise StartError("the model that comes with Tidegate is not installed: run `make setup`, or give --model PATH")
+    if not Path(model_path).exists():
+        raise StartError(f"--model {model_path}: there is no such file or folder")
+    from tidegate.cli.processes import shared_memory_prefixes
+
+    run_id = state.new_run_id()
+    return state.Mesh(
+        run_id=run_id,
+        supervisor=process_table.ProcessId.of(os.getpid()),
+        model_name=settings.model_name,
+        model_path=str(Path(model_path).resolve()),
+        shared_memory_prefixes=shared_memory_prefixes(run_id),
+        arena_region=f"tidegate-{run_id}-tokens",
+        addresses={
+            name: f"{settings.host if name == 'ingress' else ports.LOOPBACK}:{number}"
+            for name, number in numbers.items()
+        },
+        replica_count=settings.replicas,
+    )
+
+
+def check(settings: Settings, mesh: state.Mesh) -> None:
+    """Raises StartError or PortError when the machine cannot carry the mesh."""
+    facts = machine.look(Path(settings.triton_python))
+    found = checks.check_machine(facts, replica_count=settings.replicas, arena_bytes=settings.arena_bytes)
+    lines = [f"{each.name}: {each.reason}; {each.fix}" for each in checks.failures(found)]
+    if not Path(settings.triton_python).exists():
+        lines.append(f"there is no Triton environment ({settings.triton_python}): run `make setup`")
+    if lines:
+        raise StartError("\n".join(lines))
+    numbers = {name: int(address.rpartition(":")[2]) for name, address in mesh.addresses.items()}
+    ports.check_free(settings.host, numbers)
+
+
+async def _live(home: state.Home, mesh: state.Mesh, settings: Settings, steps: talk.Steps) -> int:
+    """The mesh's whole life in this process."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    _raise_open_file_limit()
+    home.write(mesh)
+    supervisor = Supervisor(home, mesh, _Told(steps, mesh))
+    try:
+        code = await _start(supervisor, home, mesh, settings, steps, stop)
+        if code is not None:
+            return code
+        await _first_of(stop, supervisor.failed)
+        return talk.EXIT_FAILED if supervisor.failed.is_set() and not stop.is_set() else 0
+    finally:
+        steps.pause()
+        began_at = steps.elapsed_seconds
+        mesh.phase = "stopping"
+        home.write(mesh)
+        await supervisor.stop()
+        state.remove_shared_memory(mesh.shared_memory_prefixes)
+        mesh.phase = "stopped"
+        home.write(mesh)
+        steps.done("everything is stopped", steps.elapsed_seconds - began_at)
+
+
+async def _start(
+    supervisor: Supervisor,
+    home: state.Home,
+    mesh: state.Mesh,
+    settings: Settings,
+    steps: talk.Steps,
+    stop: asyncio.Event,
+) -> int | None:
+    """Brings the mesh to its first answer; answers an exit code when that did not work."""
+    from tidegate.cli import processes  # Heavy: after the first lines were said.
+    from tidegate.cli.envoy_config import EnvoyConfigError
+    from tidegate.cli.triton_runtime import TritonRuntimeError
+
+    try:
+        processes.write_files(home, mesh, settings)
+        supervisor.start(processes.programs(home, mesh, settings))
+    except (EnvoyConfigError, TritonRuntimeError, OSError) as error:
+        talk.fail(str(error))
+        return talk.EXIT_FAILED
+    steps.done(f"configuration written; {len(mesh.processes)} processes started", steps.elapsed_seconds)
+    deadline = steps.elapsed_seconds + settings.start_timeout_seconds
+    asking: asyncio.Task[tuple[str, str]] | None = None
+    problem = ""
+    while not stop.is_set() and not supervisor.failed.is_set() and steps.elapsed_seconds < deadline:
+        missing = supervisor.not_ready()
+        if missing:
+            steps.waiting(f"waiting for {', '.join(missing)}", every_seconds=SAY_SOMETHING_SECONDS)
+        elif asking is None:
+            asked_at = steps.elapsed_seconds
+            asking = asyncio.create_task(probes.real_answer(_url(mesh), mesh.model_name, _first_key(settings)))
+        elif not asking.done():
+            steps.waiting("waiting for the first answer", every_seconds=SAY_SOMETHING_SECONDS)
+        else:
+            (text, problem), asking = asking.result(), None
+            if text:
+                steps.pause()
+                steps.done(f"the model answered through the ingress: {_short(text)}", steps.elapsed_seconds - asked_at)
+                mesh.phase = "ready"
+                home.write(mesh)
+                _say_ready(mesh, steps)
+                return None
+        await asyncio.sleep(TICK_SECONDS)
+    steps.pause()
+    if stop.is_set():
+        return talk.EXIT_INTERRUPTED
+    if not supervisor.failed.is_set():
+        cause = f"the ingress answers: {problem}" if problem else f"not ready: {', '.join(supervisor.not_ready())}"
+        steps.failed(f"no answer within {settings.start_timeout_seconds:.0f} s; {cause}; logs are in {home.logs}")
+    return talk.EXIT_FAILED
+
+
+def _say_ready(mesh: state.Mesh, steps: talk.Steps) -> None:
+    """The last line of a start, and commands to copy."""
+    url, model = _url(mesh), mesh.model_name
+    steps.done(f"ready after {steps.elapsed_seconds:.1f} s: {model} at {url}")
+    address = url.removeprefix("http://")
+    talk.out().print(READY_TEXT.format(url=url, model=model, address=address), end="")
+
+
+READY_TEXT: Final = """
+  tidegate chat
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "What is a tide?"}}]}}'
+
+  python -c 'from openai import OpenAI; print(OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(
+    model="{model}", messages=[dict(role="user", content="What is a tide?")]).choices[0].message.content)'
+
+  grpcurl -plaintext -d '{{"text": "A tide is", "max_tokens": 32}}' {address} tidegate.v1.Inference/Generate
+  buf curl --http2-prior-knowledge --protocol grpc -d '{{"text": "A tide is", "max_tokens": 32}}' \\
+    {url}/tidegate.v1.Inference/Generate
+
+Ctrl-C stops everything.
+"""
+
+
+def _url(mesh: state.Mesh) -> str:
+    host, _, port = mesh.addresses["ingress"].rpartition(":")
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def _first_key(settings: Settings) -> str:
+    """A key for the first question, where keys are asked for."""
+    if not settings.api_keys_file:
+        return ""
+    from tidegate.cli.envoy_config import read_api_keys
+
+    return next(iter(read_api_keys(Path(settings.api_keys_file))))
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return f"“{line[:57]}…”" if len(line) > 58 else f"“{line}”"
+
+
+def _raise_open_file_limit() -> None:
+    """Each client and each stream is a file; the soft limit is often 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    tasks: Sequence[asyncio.Task[bool]] = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()

@@ -1,0 +1,137 @@
+"""What this replica can do and does, for schedulers (tidegate.v1.Load), for Envoy (ORCA) and for its own slots.
+
+Owns the moving averages. The engine's own figures come from the Triton client; per-token work here is two
+additions, folded into the averages only when somebody asks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from xds.data.orca.v3 import orca_load_report_pb2
+
+from tidegate.model.moving_averages import MovingAverage, MovingRate
+from tidegate.model.slots import Slots
+from tidegate.model.triton_messages import EngineLoad
+from tidegate.v1 import replica_pb2
+
+HALF_LIFE_SECONDS: Final = 2.0
+
+DEFAULT_RETRY_SECONDS: Final = 1.0
+"""Told with a refusal before any request has ended, when no rate is known."""
+
+LONGEST_RETRY_SECONDS: Final = 60.0
+
+
+class ReplicaLoad:
+    """The figures of one replica.
+
+    Args:
+        engine: gives the engine's latest figures; None before the first.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        model_name: str,
+        engine: Callable[[], EngineLoad | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._address = address
+        self._model_name = model_name
+        self._engine = engine
+        self._clock = clock
+        self._per_token = MovingAverage(HALF_LIFE_SECONDS)
+        self._first_token = MovingAverage(HALF_LIFE_SECONDS)
+        self._tokens = MovingRate(HALF_LIFE_SECONDS, clock())
+        self._requests = MovingRate(HALF_LIFE_SECONDS, clock())
+        self._errors = MovingRate(HALF_LIFE_SECONDS, clock())
+        self._new_token_count = 0
+        self._new_gap_seconds = 0.0
+        self._new_gap_token_count = 0
+        self.slots: Slots | None = None
+        self.not_ready_reason = "starting"
+        self.latest = replica_pb2.Load(replica=address, models=[model_name], not_ready_reason=self.not_ready_reason)
+        """The last snapshot, for readers in other threads."""
+
+    def add_tokens(self, count: int, gap_seconds: float | None) -> None:
+        """Counts tokens of one stream; the gap is the time since its tokens before, None for its first."""
+        self._new_token_count += count
+        if gap_seconds is not None:
+            self._new_gap_seconds += gap_seconds
+            self._new_gap_token_count += count
+
+    def add_first_token(self, seconds: float) -> None:
+        """Takes one request's time from arrival to its first token."""
+        self._first_token.add(seconds, 1, self._clock())
+
+    def add_request(self, *, failed: bool) -> None:
+        """Counts a request that ended."""
+        self._requests.add(1, self._clock())
+        self._errors.add(1 if failed else 0, self._clock())
+
+    def retry_after_seconds(self) -> float:
+        """When the queue should have moved on, by the measured rate at which requests end."""
+        waiting = self.slots.ledger.waiting_count if self.slots else 0
+        rate = self._requests.per_second(self._clock())
+        return min(LONGEST_RETRY_SECONDS, max(DEFAULT_RETRY_SECONDS, (waiting + 1) / rate if rate > 0.01 else 0))
+
+    def snapshot(self) -> replica_pb2.Load:
+        """The figures now."""
+        now = self._fold()
+        engine = self._engine()
+        load = replica_pb2.Load(
+            replica=self._address,
+            models=[self._model_name],
+            generated_tokens_per_second=round(self._tokens.per_second(now), 3),
+            ready=not self.not_ready_reason,
+            not_ready_reason=self.not_ready_reason,
+        )
+        if self.slots is not None:
+            load.running_request_count = self.slots.ledger.running_count
+            load.waiting_request_count = self.slots.ledger.waiting_count
+            load.slot_count = self.slots.ledger.slot_count
+        if engine is not None:
+            load.running_request_count = max(load.running_request_count, engine.running)
+            load.waiting_request_count += engine.waiting
+            load.free_kv_block_count = engine.free_blocks
+            load.kv_block_count = engine.total_blocks
+            load.kv_block_token_count = engine.block_token_count
+        if self._per_token.value is not None:
+            load.time_per_output_token.FromNanoseconds(int(self._per_token.value * 1e9))
+        if self._first_token.value is not None:
+            load.time_to_first_token.FromNanoseconds(int(self._first_token.value * 1e9))
+        self.latest = load
+        return load
+
+    @property
+    def preemption_count(self) -> int:
+        """How often the engine took a sequence's KV blocks for another."""
+        engine = self._engine()
+        return 0 if engine is None else engine.preemptions
+
+    def orca_report(self) -> orca_load_report_pb2.OrcaLoadReport:
+        """The figures as Envoy's weighted round robin reads them: utilisation is requests over slots."""
+        now = self._fold()
+        load = self.snapshot()
+        busy = load.running_request_count + load.waiting_request_count
+        report = orca_load_report_pb2.OrcaLoadReport(
+            # Zero would mean "no figure"; an idle replica must be the most attractive instead.
+            application_utilization=max(0.001, busy / load.slot_count) if load.slot_count else 1.0,
+            rps_fractional=max(0.001, self._requests.per_second(now)),
+            eps=self._errors.per_second(now),
+        )
+        if load.kv_block_count:
+            report.named_metrics["kv_cache_usage"] = 1 - load.free_kv_block_count / load.kv_block_count
+        report.named_metrics["num_requests_waiting"] = load.waiting_request_count
+        return report
+
+    def _fold(self) -> float:
+        now = self._clock()
+        if self._new_token_count:
+            self._tokens.add(self._new_token_count, now)
+            self._per_token.add(self._new_gap_seconds, self._new_gap_token_count, now)
+            self._new_token_count, self._new_gap_seconds, self._new_gap_token_count = 0, 0.0, 0
+        return now

@@ -1,0 +1,184 @@
+"""The door to the engine's slots for everything that runs in the event loop.
+
+Wraps the credit ledger with what it must not have: a clock, futures for those who wait, outboxes for the
+schedulers. Every change ends in `update`, which delivers what the ledger decided. All decisions are the ledger's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from typing import Final
+
+from tidegate.common.errors import Reason, TidegateError
+from tidegate.model.credits import Admitted, CreditLedger, Decision, Granted, Revoked, Spent
+from tidegate.v1 import replica_pb2
+
+OUTBOX_LIMIT: Final = 10_000
+"""Messages that may wait for one scheduler; past it the scheduler is too slow to keep and its stream is ended."""
+
+LONGEST_SLEEP_SECONDS: Final = 0.25
+
+
+class SchedulerSession:
+    """What is to be said to one connected scheduler."""
+
+    def __init__(self, key: int, scheduler_id: str) -> None:
+        self.key = key
+        self.scheduler_id = scheduler_id
+        self.wake = asyncio.Event()
+        self.overrun = False
+        self._outbox: list[replica_pb2.ReplicaMessage] = []
+
+    def put(self, message: replica_pb2.ReplicaMessage) -> None:
+        """Queues a message for the stream's writer."""
+        self.overrun = self.overrun or len(self._outbox) >= OUTBOX_LIMIT
+        if not self.overrun:
+            self._outbox.append(message)
+        self.wake.set()
+
+    def take(self) -> list[replica_pb2.ReplicaMessage]:
+        """All that waits."""
+        messages, self._outbox = self._outbox, []
+        return messages
+
+
+class Slot:
+    """One slot in use. `release` may be called more than once."""
+
+    def __init__(self, slots: Slots, holder: int, spent: Spent | None) -> None:
+        self._slots = slots
+        self._holder = holder
+        self._held = True
+        self.spent = spent
+
+    def release(self) -> None:
+        """Gives the slot back at once."""
+        if self._held:
+            self._held = False
+            self._slots.release(self._holder)
+
+
+class Slots:
+    """The slots of this replica's engine.
+
+    Args:
+        retry_after_seconds: asked when a request is refused, for when to come back.
+    """
+
+    def __init__(
+        self,
+        ledger: CreditLedger,
+        retry_after_seconds: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ledger = ledger
+        self._retry_after_seconds = retry_after_seconds
+        self._clock = clock
+        self._keys = itertools.count(1)
+        self._sessions: dict[int, SchedulerSession] = {}
+        self._waiters: dict[int, asyncio.Future[None]] = {}
+
+    async def take(self, *, credit_id: str, resumed: bool) -> Slot:
+        """Takes a slot, waiting in the bounded queue where there is none.
+
+        Raises:
+            TidegateError: SERVER_IS_OVERLOADED when the queue is full.
+        """
+        holder = next(self._keys)
+        decision = self.ledger.take(holder, credit_id, resumed=resumed, now=self._clock())
+        if decision is Decision.REFUSE:
+            raise TidegateError(
+                Reason.SERVER_IS_OVERLOADED,
+                f"All {self.ledger.slot_count} slots of the replica are taken and {self.ledger.waiting_count} wait.",
+                retry_after_seconds=self._retry_after_seconds(),
+            )
+        if decision is Decision.WAIT:
+            await self._wait(holder)
+        else:
+            self.update()
+        return Slot(self, holder, self.ledger.spent_by(holder))
+
+    async def _wait(self, holder: int) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiters[holder] = future
+        self.update()
+        try:
+            await future
+        except asyncio.CancelledError:
+            self.release(holder)
+            raise
+        finally:
+            self._waiters.pop(holder, None)
+
+    def release(self, holder: int) -> None:
+        """Gives back what a holder has: its slot or its place in the queue."""
+        self.ledger.release(holder)
+        self.update()
+
+    def set_capacity(self, slot_count: int, *, can_start: bool) -> None:
+        """Passes on what the engine says."""
+        self.ledger.set_capacity(slot_count, can_start=can_start)
+        self.update()
+
+    def fail_waiting(self, error: TidegateError) -> None:
+        """Ends the wait of all who wait, because the engine went away."""
+        for holder, future in list(self._waiters.items()):
+            if not future.done():
+                self.ledger.release(holder)
+                future.set_exception(error)
+
+    @property
+    def sessions(self) -> list[SchedulerSession]:
+        """The connected schedulers."""
+        return list(self._sessions.values())
+
+    def connect(self, scheduler_id: str) -> SchedulerSession:
+        """A scheduler's stream is open; credits follow with the next `update`."""
+        session = SchedulerSession(next(self._keys), scheduler_id)
+        self._sessions[session.key] = session
+        self.ledger.connect(session.key)
+        return session
+
+    def disconnect(self, session: SchedulerSession) -> None:
+        """A scheduler's stream has ended."""
+        del self._sessions[session.key]
+        self.ledger.disconnect(session.key)
+        self.update()
+
+    def report(self, spent: Spent, outcome: replica_pb2.Outcome) -> None:
+        """Tells the scheduler whose credit it was how a request ended, if it is still there."""
+        session = self._sessions.get(spent.session)
+        if session is not None:
+            outcome.credit_id = spent.credit_id
+            session.put(replica_pb2.ReplicaMessage(outcome=outcome))
+
+    def update(self) -> None:
+        """Delivers what follows from the last changes."""
+        for action in self.ledger.settle(self._clock()):
+            match action:
+                case Admitted(holder):
+                    self._admit(holder)
+                case Granted(key, credit_ids, lease_seconds):
+                    grant = replica_pb2.Grant(credit_ids=credit_ids)
+                    grant.lease.FromNanoseconds(int(lease_seconds * 1e9))
+                    self._sessions[key].put(replica_pb2.ReplicaMessage(grant=grant))
+                case Revoked(key, credit_ids):
+                    revoke = replica_pb2.CreditIds(credit_ids=credit_ids)
+                    self._sessions[key].put(replica_pb2.ReplicaMessage(revoke=revoke))
+        for session in self._sessions.values():
+            session.wake.set()
+
+    def _admit(self, holder: int) -> None:
+        future = self._waiters[holder]
+        if not future.done():
+            future.set_result(None)
+
+    async def run(self) -> None:
+        """Lets time pass for the ledger: renewals, and credits that may be revoked now."""
+        while True:
+            seconds = self.ledger.next_event_seconds(self._clock())
+            await asyncio.sleep(min(seconds or LONGEST_SLEEP_SECONDS, LONGEST_SLEEP_SECONDS))
+            self.update()

@@ -1,0 +1,68 @@
+"""The parameters that OpenAI or vLLM have and this mesh has not.
+
+Each is refused by name, unless its value asks for nothing: null, or one of the values that stand beside it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+_SHARED: Final[Mapping[str, tuple[Any, ...]]] = {
+    "logit_bias": ({},),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "priority": (0,),
+}
+
+CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
+    **_SHARED,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+}
+
+COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {
+    **_SHARED,
+    "echo": (False,),
+    "suffix": ("",),
+}
+
+MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
+    "refusal": (),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "annotations": ([],),
+}
+"""An answer that is sent back as history has these keys, all without a value."""
+
+STREAM_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}

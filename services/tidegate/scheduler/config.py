@@ -1,0 +1,127 @@
+"""Every setting of the scheduler, with its unit, its bounds and its reason."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one scheduler process."""
+
+    host: str = "127.0.0.1"
+    """Where it listens. Only Envoy calls it, so loopback unless Envoy is on another host."""
+
+    port: Port = 50051
+    """ext_proc and tidegate.v1.Scheduler; 0 lets the system choose."""
+
+    metrics_port: Port = 51051
+    """Prometheus; 0 is off."""
+
+    mesh_address: str = "127.0.0.1:8081"
+    """Envoy's mesh listener, through which preprocess and cache are reached."""
+
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$")] = "info"
+    """debug adds a line for every dispatched request."""
+
+    endpoints_file: str = "mesh/endpoints/model.yaml"
+    """The file from which Envoy, too, learns the replicas of cluster `model`."""
+
+    endpoints_poll_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
+    """How often that file is looked at. A poll costs one stat, and works on every file system."""
+
+    held_request_limit: Count = 20_000
+    """The most requests at once in any stage, those in preparation included; past it, headers are refused."""
+
+    realtime_request_limit: Count = 10_000
+    """The most requests that wait in the lane of this class."""
+
+    standard_request_limit: Count = 10_000
+    """The same for standard."""
+
+    batch_request_limit: Count = 10_000
+    """The same for batch."""
+
+    lane_token_limit: Count = 50_000_000
+    """The most prompt and expected answer tokens that wait in one lane."""
+
+    lane_byte_limit: Count = 1024 * 1024 * 1024
+    """The most bytes of bodies that wait in Envoy for one lane: they are Envoy's memory."""
+
+    realtime_deadline_seconds: Seconds = 120.0
+    """The deadline of a realtime request that brings none."""
+
+    standard_deadline_seconds: Seconds = 600.0
+    """The same for standard; 600 s is also what OpenAI's own clients wait."""
+
+    batch_deadline_seconds: Seconds = 3_500.0
+    """The same for batch."""
+
+    longest_hold_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 3_590.0
+    """No request is held longer. Below Envoy's max_message_timeout (3600 s): Envoy ignores a longer override."""
+
+    expected_answer_token_count: Count = 256
+    """What an answer is expected to have, where max_tokens does not say less."""
+
+    bytes_per_token: Annotated[float, Meta(ge=1, le=64)] = 4.0
+    """For the estimate of a prompt that preprocess did not read."""
+
+    prepare_timeout_seconds: Seconds = 0.15
+    """The time that preprocess has before the request goes on with an estimate."""
+
+    prepare_in_flight_limit: Annotated[int, Meta(ge=1, le=1_024)] = 1_024
+    """The most prompts at once on the stream; preprocess reads no further than 1,024."""
+
+    cache_timeout_seconds: Seconds = 0.02
+    """The time that the cache has before the answer counts as unknown."""
+
+    dependency_failure_limit: Count = 5
+    """After so many failures in a row a dependency is left out for a while."""
+
+    dependency_pause_seconds: Seconds = 1.0
+    """For how long it is left out."""
+
+    latency_weight: Annotated[float, Meta(ge=0, le=1)] = 0.6
+    """What the expected latency counts in a replica's score."""
+
+    queue_weight: Annotated[float, Meta(ge=0, le=1)] = 0.4
+    """What the replica's own queue counts in its score."""
+
+    alternative_count: Annotated[int, Meta(ge=0, le=16)] = 2
+    """How many next best replicas are named beside the best, for Envoy's retries."""
+
+    credit_margin_seconds: Annotated[float, Meta(ge=0, le=60)] = 0.25
+    """A credit with less than this left of its lease is not spent: the request could arrive after its end."""
+
+    demand_interval_seconds: Annotated[float, Meta(ge=0.001, le=10)] = 0.02
+    """The least time between two demands on one credit stream."""
+
+    replica_silence_seconds: Seconds = 3.0
+    """A replica that says nothing for this long gets no new requests; it promises a word every second."""
+
+    replica_grace_seconds: Annotated[float, Meta(ge=0)] = 5.0
+    """With no replica for this long, new requests are refused with REPLICA_UNAVAILABLE; before, they wait."""
+
+    replica_absence_limit_seconds: Annotated[float, Meta(ge=0)] = 60.0
+    """With no replica for this long, those that wait are refused too."""
+
+    drain_half_life_seconds: Seconds = 10.0
+    """How fast the measured drain rate forgets."""
+
+    default_retry_seconds: Seconds = 5.0
+    """When to try again, as long as no drain rate is known."""
+
+    tick_seconds: Annotated[float, Meta(ge=0.01, le=10)] = 0.25
+    """How often leases, absence and in-flight counts are looked after."""
+
+    def __post_init__(self) -> None:
+        if self.latency_weight + self.queue_weight <= 0:
+            raise ValueError("latency_weight and queue_weight: at least one must be above 0")
+        if self.replica_absence_limit_seconds < self.replica_grace_seconds:
+            raise ValueError("replica_absence_limit_seconds: must be at least replica_grace_seconds")

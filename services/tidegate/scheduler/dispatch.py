@@ -1,0 +1,74 @@
+"""Brings what waits and what is free together. Pure; seconds are monotonic.
+
+Invariant: after `match`, either nothing waits or no ready replica has a credit to spend.
+"""
+
+from __future__ import annotations
+
+from tidegate.scheduler.forecast import DrainRate, expected_wait
+from tidegate.scheduler.lanes import Lanes, Waiting
+from tidegate.scheduler.placement import Placement, Weights, choose, order
+from tidegate.scheduler.replica_table import ReplicaTable
+
+
+class Dispatcher:
+    """Lanes on one side, credits on the other.
+
+    Args:
+        weights: of the placement score.
+        alternative_count: how many next best replicas a placement names.
+    """
+
+    def __init__(
+        self, lanes: Lanes, table: ReplicaTable, drain: DrainRate, *, weights: Weights, alternative_count: int
+    ) -> None:
+        self.lanes = lanes
+        self.table = table
+        self.drain = drain
+        self._weights = weights
+        self._alternative_count = alternative_count
+        self._dispatch_count = 0
+
+    def add(self, waiting: Waiting) -> None:
+        """Lets a request wait; the caller then calls `match`."""
+        self.lanes.add(waiting)
+
+    def match(self, now: float) -> list[tuple[Waiting, Placement]]:
+        """Takes from the lanes whatever a credit is there for, in order, and says where each goes."""
+        matched = []
+        while (waiting := self.lanes.next) is not None:
+            placement = self._place(waiting, now)
+            if placement is None:
+                break
+            self.lanes.remove(waiting)
+            self.drain.count_dispatch(now)
+            matched.append((waiting, placement))
+        self.drain.set_backlog(self.lanes.next is not None, now)
+        return matched
+
+    def leave(self, waiting: Waiting, now: float) -> None:
+        """Takes a request out that will not be dispatched: its client left, or its deadline passed."""
+        self.lanes.remove(waiting)
+        self.drain.set_backlog(self.lanes.next is not None, now)
+
+    def put_back(self, placement: Placement) -> None:
+        """Takes back the credit of a request that was placed and not sent; the caller then calls `match`."""
+        replica = self.table.get(placement.address)
+        if replica is not None:
+            replica.book.put_back(placement.credit_id)
+
+    def expected_wait(self, waiting: Waiting, now: float) -> float | None:
+        """Seconds until a waiting request leaves, by the measured rate; None when that is not known."""
+        return expected_wait(self.lanes.position(waiting), self.drain.rate(now))
+
+    def _place(self, waiting: Waiting, now: float) -> Placement | None:
+        ready = self.table.ready(now)
+        if not any(replica.book.can_spend(now) for replica in ready):
+            return None
+        ordered = order(ready, self._weights, waiting.answer_token_count)
+        chosen = choose(ordered, now)
+        assert chosen is not None
+        self._dispatch_count += 1
+        chosen.dispatch_number = self._dispatch_count
+        alternatives = [replica.address for replica in ordered if replica is not chosen]
+        return Placement(chosen.address, chosen.book.spend(now), tuple(alternatives[: self._alternative_count]))

@@ -1,0 +1,78 @@
+"""What became of the requests: the closed set of outcomes, counted once each, in totals, metrics and log lines."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter as Tally
+
+import structlog
+from prometheus_client import Counter, Histogram
+
+from tidegate.common.errors import TidegateError
+from tidegate.common.metrics import REQUEST_BUCKETS
+from tidegate.scheduler.request import Request
+
+log = structlog.get_logger()
+
+
+class Outcome(enum.Enum):
+    """How a request left the scheduler."""
+
+    DISPATCHED = "dispatched"
+    REPLAYED = "replayed"
+    PASSED_THROUGH = "passed_through"
+    REFUSED = "refused"
+    ABANDONED = "abandoned"
+
+
+REQUESTS = Counter("tidegate_requests", "Requests, by outcome of the scheduling.", ["outcome", "class", "reason"])
+QUEUE_WAIT = Histogram(
+    "tidegate_queue_wait_seconds", "From a request's place in a lane to its credit.", ["class"], buckets=REQUEST_BUCKETS
+)
+DECISION = Histogram(
+    "tidegate_decision_seconds", "From a request's headers to its decision, without the queue.", buckets=REQUEST_BUCKETS
+)
+
+
+class Outcomes:
+    """The counts since the start."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.by_outcome: Tally[Outcome] = Tally()
+        self.refused_by_reason: Tally[str] = Tally()
+
+    @property
+    def held_request_count(self) -> int:
+        """Requests that came and have no outcome yet."""
+        return self.received - self.by_outcome.total()
+
+    def receive(self) -> None:
+        """A request came."""
+        self.received += 1
+
+    def end(self, request: Request, outcome: Outcome, now: float, error: TidegateError | None = None) -> None:
+        """A request left, in this way; `error` says why it was refused."""
+        self.by_outcome[outcome] += 1
+        reason = error.reason.name if error is not None else ""
+        if error is not None:
+            self.refused_by_reason[reason] += 1
+        REQUESTS.labels(outcome.value, request.service_class.label, reason).inc()
+        if outcome is Outcome.DISPATCHED:
+            QUEUE_WAIT.labels(request.service_class.label).observe(request.queue_seconds)
+        DECISION.observe(max(0.0, now - request.arrived_at - request.queue_seconds))
+        self._log(request, outcome, now, error)
+
+    def _log(self, request: Request, outcome: Outcome, now: float, error: TidegateError | None) -> None:
+        write = log.debug if error is None and outcome is not Outcome.ABANDONED else log.info
+        write(
+            f"request_{outcome.value}",
+            request_id=request.request_id,
+            tenant=request.tenant,
+            service_class=request.service_class.label,
+            reason=error.reason.name if error is not None else None,
+            message=error.message if error is not None else None,
+            prompt_token_count=request.prompt_token_count,
+            queue_seconds=round(request.queue_seconds, 6),
+            total_seconds=round(now - request.arrived_at, 6),
+        )

@@ -1,0 +1,170 @@
+"""The path of a request through the scheduler: a table of contents, one call a step, in order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from tidegate.common import headers
+from tidegate.common.arena import encode_tensor_header
+from tidegate.scheduler.admission import Admission, Conditions
+from tidegate.scheduler.bodies import body_kind, message_of
+from tidegate.scheduler.cache_client import CacheClient
+from tidegate.scheduler.config import Settings
+from tidegate.scheduler.dispatch import Dispatcher
+from tidegate.scheduler.outcomes import Outcomes
+from tidegate.scheduler.placement import Placement
+from tidegate.scheduler.preprocess_client import Prepared, PreprocessClient
+from tidegate.scheduler.queue import Queue
+from tidegate.scheduler.request import Request, ServiceClass
+from tidegate.v1 import preprocess_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What Envoy does with a request: the headers that it gets, and whether its route is looked up again.
+
+    Without a placement and without headers it is passed through, for Envoy to balance by itself.
+    """
+
+    header_fields: tuple[tuple[str, str], ...] = ()
+    changes_route: bool = False
+    placement: Placement | None = None
+
+
+PASS_THROUGH: Final = Decision()
+"""Says nothing: Envoy balances the request by itself."""
+
+
+class Pipeline:
+    """Decides about requests. Every method raises TidegateError for a refusal."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        admission: Admission,
+        queue: Queue,
+        preprocess: PreprocessClient,
+        cache: CacheClient,
+        outcomes: Outcomes,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._admission = admission
+        self._queue = queue
+        self._preprocess = preprocess
+        self._cache = cache
+        self._outcomes = outcomes
+        self._clock = clock
+        self._default_deadline_seconds = {
+            ServiceClass.REALTIME: settings.realtime_deadline_seconds,
+            ServiceClass.STANDARD: settings.standard_deadline_seconds,
+            ServiceClass.BATCH: settings.batch_deadline_seconds,
+        }
+
+    def takes(self, request: Request) -> bool:
+        """Whether the scheduler decides about such a request at all."""
+        return body_kind(request) is not None
+
+    def admit_headers(self, request: Request) -> None:
+        """Refuses from the headers alone what can be refused."""
+        refusal = self._admission.refusal_of_headers(request, self.conditions())
+        if refusal is not None:
+            raise refusal
+
+    def hold_seconds(self, request: Request) -> float:
+        """The longest that Envoy must wait for the decision: the request's deadline, and a little to say so."""
+        longest = self._settings.longest_hold_seconds
+        if request.deadline is None:
+            return longest
+        return min(longest, max(0.0, request.deadline - self._clock()) + self._settings.tick_seconds + 1.0)
+
+    async def decide(self, request: Request, body: bytes) -> Decision:
+        """Takes a request with its body through all steps, however long it waits."""
+        kind, message = body_kind(request), message_of(request, body)
+        if kind is None or message is None:
+            return PASS_THROUGH
+        await self._prepare(request, kind, message)
+        self._set_deadline(request)
+        if await self._cache.knows(request.answer_key, request.tenant):
+            return self._replay(request)
+        self._admit(request)
+        placement = await self._queue.wait(request)
+        return self._dispatch(request, placement)
+
+    def undo(self, decision: Decision) -> None:
+        """Takes back a decision that did not reach Envoy."""
+        if decision.placement is not None:
+            self._queue.put_back(decision.placement)
+
+    def conditions(self) -> Conditions:
+        """The moment, as admission sees it."""
+        now = self._clock()
+        dispatcher: Dispatcher = self._queue.dispatcher
+        return Conditions(
+            now=now,
+            drain_rate=dispatcher.drain.rate(now),
+            absence_seconds=dispatcher.table.absence_seconds(now),
+            held_request_count=self._outcomes.held_request_count,
+            random_share=random.random(),
+        )
+
+    async def _prepare(self, request: Request, kind: preprocess_pb2.BodyKind.ValueType, message: bytes) -> None:
+        request.body_byte_count = len(message)
+        prepared = await self._preprocess.prepare(kind, message, request.tenant)
+        expected = self._settings.expected_answer_token_count
+        if prepared is None:
+            request.prompt_token_count = int(len(message) / self._settings.bytes_per_token)
+            request.answer_token_count = expected
+            request.service_class = request.named_class or ServiceClass.STANDARD
+            return
+        request.prompt_token_count = prepared.prompt_token_count
+        request.answer_token_count = min(prepared.max_tokens, expected)
+        request.service_class = request.named_class or _service_class(prepared)
+        request.answer_key = prepared.answer_key
+        request.tensor_header = encode_tensor_header(prepared.tokens) if prepared.HasField("tokens") else ""
+
+    def _set_deadline(self, request: Request) -> None:
+        last = request.arrived_at + self._settings.longest_hold_seconds
+        if request.deadline is None:
+            request.deadline = request.arrived_at + self._default_deadline_seconds[request.service_class]
+        request.deadline = min(request.deadline, last)
+
+    def _admit(self, request: Request) -> None:
+        refusal = self._admission.refusal(request, self.conditions())
+        if refusal is not None:
+            raise refusal
+
+    def _replay(self, request: Request) -> Decision:
+        fields = ((headers.ROUTE, "cache"), *self._common_fields(request))
+        return Decision(fields, changes_route=True)
+
+    def _dispatch(self, request: Request, placement: Placement) -> Decision:
+        fields = [
+            (headers.REPLICA, ",".join((placement.address, *placement.alternatives))),
+            (headers.CREDIT, placement.credit_id),
+            *self._common_fields(request),
+        ]
+        return Decision(tuple(fields), placement=placement)
+
+    def _common_fields(self, request: Request) -> list[tuple[str, str]]:
+        assert request.deadline is not None
+        left_ms = max(1, round((request.deadline - self._clock()) * 1000))
+        fields = [
+            (headers.SERVICE_CLASS, request.service_class.label),
+            (headers.TIMEOUT_MS, str(left_ms)),
+            (headers.QUEUE_MS, f"{request.queue_seconds * 1000:.1f}"),
+        ]
+        if request.answer_key:
+            fields.append((headers.ANSWER_KEY, request.answer_key.hex()))
+        if request.tensor_header:
+            fields.append((headers.TENSOR, request.tensor_header))
+        return fields
+
+
+def _service_class(prepared: Prepared) -> ServiceClass:
+    value = int(prepared.service_class)
+    return ServiceClass(value) if value in ServiceClass._value2member_map_ else ServiceClass.STANDARD

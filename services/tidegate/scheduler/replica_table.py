@@ -1,0 +1,129 @@
+"""The replicas as this scheduler knows them. Pure; seconds are monotonic.
+
+Invariant: a replica whose credit stream is down has no credits, nothing in flight and no load: what is still there
+of its requests, its first load on the next stream tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from tidegate.scheduler.credits import CreditBook
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What a replica last said of itself; the fields of tidegate.v1.Load that decisions need."""
+
+    is_ready: bool
+    running_request_count: int
+    waiting_request_count: int
+    slot_count: int
+    seconds_per_output_token: float
+    time_to_first_token_seconds: float
+
+    @property
+    def busy_count(self) -> int:
+        """Requests that it runs or lets wait."""
+        return self.running_request_count + self.waiting_request_count
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One replica. `address` is host:port as it stands in the endpoints, and in x-tidegate-replica."""
+
+    address: str
+    book: CreditBook
+    is_connected: bool = False
+    load: ReplicaLoad | None = None
+    heard_at: float = 0.0
+    dispatch_number: int = 0
+    last_error: str = field(default="not connected yet")
+
+    @property
+    def busy_count(self) -> int:
+        """Requests there: what it said, or what was sent since if that is more."""
+        return max(self.load.busy_count if self.load else 0, self.book.in_flight_count)
+
+
+class ReplicaTable:
+    """All replicas of the endpoints.
+
+    Args:
+        margin_seconds: of each credit book.
+        silence_seconds: a replica that has said nothing for so long is not ready.
+        now: since when it is watched for how long no replica has been ready.
+    """
+
+    def __init__(self, *, margin_seconds: float, silence_seconds: float, now: float) -> None:
+        self._margin_seconds = margin_seconds
+        self._silence_seconds = silence_seconds
+        self._replicas: dict[str, Replica] = {}
+        self._last_ready_at = now
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._replicas.values())
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    def get(self, address: str) -> Replica | None:
+        """The replica of this address, if it is in the endpoints."""
+        return self._replicas.get(address)
+
+    def set_addresses(self, addresses: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Makes the table hold exactly these; returns the added and the removed ones."""
+        wanted = dict.fromkeys(addresses)
+        removed = [address for address in self._replicas if address not in wanted]
+        added = [address for address in wanted if address not in self._replicas]
+        for address in removed:
+            del self._replicas[address]
+        for address in added:
+            self._replicas[address] = Replica(address, CreditBook(self._margin_seconds))
+        return added, removed
+
+    def connect(self, replica: Replica, now: float) -> None:
+        """Its credit stream is up."""
+        replica.book = CreditBook(self._margin_seconds)
+        replica.is_connected = True
+        replica.heard_at = now
+        replica.last_error = ""
+
+    def disconnect(self, replica: Replica, error: str) -> None:
+        """Its credit stream is down; its credits are its own again."""
+        replica.book = CreditBook(self._margin_seconds)
+        replica.is_connected = False
+        replica.load = None
+        replica.last_error = error
+
+    def hear(self, replica: Replica, load: ReplicaLoad, now: float) -> None:
+        """It said how it is."""
+        replica.load = load
+        replica.heard_at = now
+        replica.book.reconcile(load.busy_count, now)
+
+    def is_ready(self, replica: Replica, now: float) -> bool:
+        """Whether new requests may go there."""
+        return (
+            replica.is_connected
+            and replica.load is not None
+            and replica.load.is_ready
+            and now - replica.heard_at <= self._silence_seconds
+        )
+
+    def ready(self, now: float) -> list[Replica]:
+        """All to which new requests may go."""
+        return [replica for replica in self._replicas.values() if self.is_ready(replica, now)]
+
+    def note_presence(self, now: float) -> None:
+        """Remembers that a replica is ready, if one is; called every now and then."""
+        if self._is_any_ready(now):
+            self._last_ready_at = now
+
+    def absence_seconds(self, now: float) -> float:
+        """For how long no replica has been ready, to the last `note_presence`; 0 while one is."""
+        return 0.0 if self._is_any_ready(now) else now - self._last_ready_at
+
+    def _is_any_ready(self, now: float) -> bool:
+        return any(self.is_ready(replica, now) for replica in self._replicas.values())

@@ -1,0 +1,96 @@
+"""A request as the scheduler knows it, from its headers to its dispatch. Pure data; times are monotonic seconds."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from tidegate.common import headers
+
+
+class ServiceClass(enum.IntEnum):
+    """The classes, most urgent first. The numbers are those of tidegate.v1.ServiceClass."""
+
+    REALTIME = 1
+    STANDARD = 2
+    BATCH = 3
+
+    @property
+    def label(self) -> str:
+        """As it stands in headers, logs and metrics."""
+        return self.name.lower()
+
+
+CLASSES_BY_LABEL: Final = {service_class.label: service_class for service_class in ServiceClass}
+
+DEADLINE_MARGIN_SHARE: Final = 0.05
+LONGEST_DEADLINE_MARGIN_SECONDS: Final = 0.02
+"""A client's deadline is kept so much early, so that the refusal still reaches it before it gives up."""
+
+_GRPC_TIMEOUT: Final = re.compile(r"(\d{1,8})([HMSmun])")
+_GRPC_TIMEOUT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request.
+
+    `deadline` is absent until the client or the class has given one. `named_class` is the class that the mesh
+    itself wrote into the headers; it wins over what the body asks for.
+    """
+
+    request_id: str
+    path: str
+    content_type: str
+    is_encoded: bool
+    tenant: str
+    arrived_at: float
+    deadline: float | None = None
+    named_class: ServiceClass | None = None
+    service_class: ServiceClass = ServiceClass.STANDARD
+    body_byte_count: int = 0
+    prompt_token_count: int = 0
+    answer_token_count: int = 0
+    answer_key: bytes = b""
+    tensor_header: str = ""
+    queue_seconds: float = 0.0
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether the client speaks gRPC (or gRPC-Web), so that refusals must too."""
+        return self.content_type.startswith("application/grpc")
+
+    @property
+    def token_count(self) -> int:
+        """Prompt and expected answer tokens."""
+        return self.prompt_token_count + self.answer_token_count
+
+
+def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
+    """The request that these headers announce (names in lower case)."""
+    timeout_seconds = parse_grpc_timeout(fields.get("grpc-timeout", ""))
+    return Request(
+        request_id=fields.get(headers.REQUEST_ID, ""),
+        path=fields.get(":path", "").partition("?")[0],
+        content_type=fields.get("content-type", "").partition(";")[0].strip().lower(),
+        is_encoded=fields.get("content-encoding", "identity") != "identity",
+        tenant=fields.get(headers.TENANT, headers.DEFAULT_TENANT),
+        arrived_at=now,
+        deadline=None if timeout_seconds is None else now + timeout_seconds - _margin_seconds(timeout_seconds),
+        named_class=CLASSES_BY_LABEL.get(fields.get(headers.SERVICE_CLASS, "")),
+    )
+
+
+def parse_grpc_timeout(text: str) -> float | None:
+    """The seconds of a grpc-timeout header (gRPC over HTTP/2, "Timeout"); None when there is none, or no such thing."""
+    match = _GRPC_TIMEOUT.fullmatch(text)
+    if match is None:
+        return None
+    return int(match[1]) * _GRPC_TIMEOUT_SECONDS[match[2]]
+
+
+def _margin_seconds(timeout_seconds: float) -> float:
+    return min(LONGEST_DEADLINE_MARGIN_SECONDS, timeout_seconds * DEADLINE_MARGIN_SHARE)

@@ -1,0 +1,168 @@
+"""One scheduler, put together: what `__main__` runs and what the tests start."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
+
+from tidegate.common.grpc_clients import open_channel
+from tidegate.common.grpc_server import Server
+from tidegate.scheduler.admission import Admission
+from tidegate.scheduler.cache_client import CacheClient
+from tidegate.scheduler.circuit import Circuit
+from tidegate.scheduler.config import Settings
+from tidegate.scheduler.dispatch import Dispatcher
+from tidegate.scheduler.endpoints import EndpointsFile
+from tidegate.scheduler.forecast import DrainRate
+from tidegate.scheduler.gauges import Gauges
+from tidegate.scheduler.lanes import LaneLimits, Lanes
+from tidegate.scheduler.outcomes import Outcomes
+from tidegate.scheduler.pipeline import Pipeline
+from tidegate.scheduler.placement import Weights
+from tidegate.scheduler.preprocess_client import PreprocessClient
+from tidegate.scheduler.queue import Queue
+from tidegate.scheduler.replica_table import Replica, ReplicaTable
+from tidegate.scheduler.replicas import CreditStream, CreditStreams
+from tidegate.scheduler.request import ServiceClass
+from tidegate.scheduler.servicer import ExternalProcessor
+from tidegate.scheduler.watch import Scheduler, Snapshots
+from tidegate.v1 import scheduler_pb2_grpc
+
+EXT_PROC_NAME = "envoy.service.ext_proc.v3.ExternalProcessor"
+SCHEDULER_NAME = "tidegate.v1.Scheduler"
+PICKER_HEALTH_NAMES = ("liveness", "readiness")
+"""The health services that the Gateway API's picker protocol asks for."""
+
+
+class SchedulerService:
+    """Everything of one scheduler process; built on its event loop."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.scheduler_id = uuid.uuid4().hex
+        weights = Weights(settings.latency_weight, settings.queue_weight)
+        self.outcomes = Outcomes()
+        lanes = Lanes(_lane_limits(settings))
+        table = ReplicaTable(
+            margin_seconds=settings.credit_margin_seconds,
+            silence_seconds=settings.replica_silence_seconds,
+            now=clock(),
+        )
+        self.dispatcher = Dispatcher(
+            lanes,
+            table,
+            DrainRate(settings.drain_half_life_seconds),
+            weights=weights,
+            alternative_count=settings.alternative_count,
+        )
+        self.streams = CreditStreams(table, self._open_stream)
+        self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed)
+        self._channel = open_channel(settings.mesh_address)
+        self.preprocess = PreprocessClient(
+            self._channel,
+            in_flight_limit=settings.prepare_in_flight_limit,
+            timeout_seconds=settings.prepare_timeout_seconds,
+            circuit=self._circuit(),
+            clock=clock,
+        )
+        self.cache = CacheClient(
+            self._channel, timeout_seconds=settings.cache_timeout_seconds, circuit=self._circuit(), clock=clock
+        )
+        self._admission = Admission(
+            lanes,
+            replica_grace_seconds=settings.replica_grace_seconds,
+            held_request_limit=settings.held_request_limit,
+            default_retry_seconds=settings.default_retry_seconds,
+        )
+        self.pipeline = Pipeline(
+            settings,
+            admission=self._admission,
+            queue=self.queue,
+            preprocess=self.preprocess,
+            cache=self.cache,
+            outcomes=self.outcomes,
+            clock=clock,
+        )
+        self.snapshots = Snapshots(
+            scheduler_id=self.scheduler_id,
+            dispatcher=self.dispatcher,
+            streams=self.streams,
+            preprocess=self.preprocess,
+            cache=self.cache,
+            outcomes=self.outcomes,
+            weights=weights,
+            answer_token_count=settings.expected_answer_token_count,
+            clock=clock,
+        )
+        self._endpoints = EndpointsFile(
+            settings.endpoints_file, settings.endpoints_poll_seconds, self.streams.set_addresses
+        )
+        self.server = Server(settings.host, settings.port)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.gauges = Gauges(self.dispatcher, self.outcomes)
+
+    async def start(self) -> None:
+        """Connects to the rest of the mesh and listens; raises OSError when the port is taken."""
+        processor = ExternalProcessor(self.pipeline, self.outcomes, self._clock)
+        ext_proc_grpc.add_ExternalProcessorServicer_to_server(processor, self.server.grpc)
+        scheduler_pb2_grpc.add_SchedulerServicer_to_server(Scheduler(self.snapshots), self.server.grpc)
+        for name in (EXT_PROC_NAME, SCHEDULER_NAME):
+            self.server.add_service_name(name)
+        await self.server.start()
+        self._tasks = [
+            asyncio.create_task(self._endpoints.watch()),
+            asyncio.create_task(self.preprocess.run()),
+            asyncio.create_task(self._tick()),
+        ]
+
+    async def close(self) -> None:
+        """Ends what `start` began, but for the server, which whoever runs it stops first."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.streams.close()
+        await self._channel.close()
+
+    async def _tick(self) -> None:
+        """Looks after what no message tells: leases that end, and replicas that stay away."""
+        while True:
+            await asyncio.sleep(self._settings.tick_seconds)
+            now = self._clock()
+            self.dispatcher.table.note_presence(now)
+            for replica in self.dispatcher.table:
+                replica.book.drop_expired(now)
+            conditions = self.pipeline.conditions()
+            if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
+                self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
+            self.queue.match()
+
+    def _open_stream(self, replica: Replica) -> CreditStream:
+        return CreditStream(
+            replica,
+            self.dispatcher.table,
+            self.dispatcher.lanes,
+            scheduler_id=self.scheduler_id,
+            demand_interval_seconds=self._settings.demand_interval_seconds,
+            clock=self._clock,
+            on_credits=self.queue.match,
+        )
+
+    def _circuit(self) -> Circuit:
+        return Circuit(self._settings.dependency_failure_limit, self._settings.dependency_pause_seconds)
+
+
+def _lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:
+    request_limits = {
+        ServiceClass.REALTIME: settings.realtime_request_limit,
+        ServiceClass.STANDARD: settings.standard_request_limit,
+        ServiceClass.BATCH: settings.batch_request_limit,
+    }
+    return {
+        service_class: LaneLimits(request_limit, settings.lane_token_limit, settings.lane_byte_limit)
+        for service_class, request_limit in request_limits.items()
+    }

@@ -1,0 +1,161 @@
+"""Envoy's external processing: messages to plain calls and back. It decides nothing.
+
+One stream a request: its headers, then its body in one piece; each is answered, and the stream ends with the last
+answer, so that a request that has left costs nothing here. While a request is held, its stream is read too: a
+client that leaves ends it, by a reset or by a mere end of Envoy's side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Final
+
+import grpc
+import structlog
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
+
+from tidegate.common import headers
+from tidegate.common.errors import TidegateError
+from tidegate.scheduler import envoy_messages
+from tidegate.scheduler.outcomes import Outcome, Outcomes
+from tidegate.scheduler.pipeline import PASS_THROUGH, Decision, Pipeline
+from tidegate.scheduler.request import Request, request_from_headers
+
+log = structlog.get_logger()
+
+UNWATCHED_SECONDS: Final = 0.02
+"""A decision that comes sooner needs nobody to watch the stream's end."""
+
+Context = grpc.aio.ServicerContext[ext_proc.ProcessingRequest, ext_proc.ProcessingResponse]
+
+
+class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
+    """Serves Envoy's ext_proc filter, request phases only."""
+
+    def __init__(self, pipeline: Pipeline, outcomes: Outcomes, clock: Callable[[], float]) -> None:
+        self._pipeline = pipeline
+        self._outcomes = outcomes
+        self._clock = clock
+
+    async def Process(self, request_iterator: AsyncIterator[Any], context: Context) -> None:  # noqa: N802 - gRPC's.
+        """Takes one request from its headers to its decision."""
+        first = await context.read()
+        if first is grpc.aio.EOF or not first.HasField("request_headers"):
+            return
+        fields = envoy_messages.header_fields(first.request_headers)
+        request = request_from_headers(fields, self._clock())
+        if headers.REPLICA in fields or not self._pipeline.takes(request):
+            # Somebody in the mesh has decided already, or it is not ours: the end of the stream lets it go on.
+            await context.write(envoy_messages.CONTINUE_HEADERS)
+            return
+        self._outcomes.receive()
+        exchange = _Exchange(context, in_headers=first.request_headers.end_of_stream)
+        await self._account(request, exchange)
+
+    async def _account(self, request: Request, exchange: _Exchange) -> None:
+        """Answers, and sees to it that the request ends in exactly one outcome."""
+        outcome, refusal = Outcome.ABANDONED, None
+        try:
+            try:
+                outcome = await self._answer(request, exchange)
+            except TidegateError as error:
+                await exchange.write(envoy_messages.refuse(error, request))
+                outcome, refusal = Outcome.REFUSED, error
+        except _ClientLeft:
+            return
+        except Exception:
+            # A fault of ours costs this request its placement, not its answer: Envoy balances it by itself.
+            log.exception("decision_failed", request_id=request.request_id)
+            outcome = Outcome.PASSED_THROUGH
+        finally:
+            self._outcomes.end(request, outcome, self._clock(), refusal)
+
+    async def _answer(self, request: Request, exchange: _Exchange) -> Outcome:
+        self._pipeline.admit_headers(request)
+        body = await exchange.body()
+        await exchange.write(envoy_messages.hold(self._pipeline.hold_seconds(request)))
+        with exchange.watched():
+            decision = await self._pipeline.decide(request, body)
+        await self._tell(decision, exchange)
+        return _outcome(decision)
+
+    async def _tell(self, decision: Decision, exchange: _Exchange) -> None:
+        try:
+            await exchange.write(envoy_messages.go_on(decision, in_headers=exchange.in_headers))
+        except BaseException:
+            self._pipeline.undo(decision)
+            raise
+
+
+class _ClientLeft(Exception):
+    """The client of the request is gone, and Envoy's stream with it."""
+
+
+class _Exchange:
+    """One ext_proc stream after its first message; `in_headers` where the request has headers only."""
+
+    def __init__(self, context: Context, *, in_headers: bool) -> None:
+        self.in_headers = in_headers
+        self._context = context
+        self._is_watched = False
+        self._has_ended = False
+
+    async def body(self) -> bytes:
+        """The request's body, after its headers were let go on; empty where the headers are all there is."""
+        if self.in_headers:
+            return b""
+        await self.write(envoy_messages.CONTINUE_HEADERS)
+        message = await self._context.read()
+        if message is grpc.aio.EOF or not message.HasField("request_body"):
+            raise _ClientLeft
+        return bytes(message.request_body.body)
+
+    async def write(self, response: ext_proc.ProcessingResponse) -> None:
+        """Sends one message to Envoy."""
+        try:
+            await self._context.write(response)
+        except grpc.aio.BaseError as error:
+            raise _ClientLeft from error
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within, the end of the stream cancels what runs, and becomes _ClientLeft."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._is_watched = True
+        timer = asyncio.get_running_loop().call_later(UNWATCHED_SECONDS, self._watch, task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._has_ended:
+                raise
+            task.uncancel()
+            raise _ClientLeft from None
+        finally:
+            self._is_watched = False
+            timer.cancel()
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        # Nobody waits for the reader: it ends when the stream does, at the latest after the last answer.
+        _readers.add(reader := asyncio.create_task(self._read_to_end(task)))
+        reader.add_done_callback(_readers.discard)
+
+    async def _read_to_end(self, task: asyncio.Task[None]) -> None:
+        with contextlib.suppress(grpc.aio.BaseError):
+            await self._context.read()
+        if self._is_watched:
+            self._has_ended = True
+            task.cancel()
+
+
+_readers: Final[set[asyncio.Task[None]]] = set()
+"""The tasks that read held streams; the loop itself keeps no strong reference to a task."""
+
+
+def _outcome(decision: Decision) -> Outcome:
+    if decision.placement is not None:
+        return Outcome.DISPATCHED
+    return Outcome.PASSED_THROUGH if decision is PASS_THROUGH else Outcome.REPLAYED

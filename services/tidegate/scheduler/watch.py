@@ -1,0 +1,175 @@
+"""tidegate.v1.Scheduler: shows queues, replicas and credits to people and dashboards. It decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import grpc
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from tidegate.common.errors import Reason, TidegateError, abort
+from tidegate.scheduler.cache_client import CacheClient
+from tidegate.scheduler.dispatch import Dispatcher
+from tidegate.scheduler.lanes import Waiting
+from tidegate.scheduler.outcomes import Outcome, Outcomes
+from tidegate.scheduler.placement import Weights, scores
+from tidegate.scheduler.preprocess_client import PreprocessClient
+from tidegate.scheduler.replicas import CreditStreams
+from tidegate.scheduler.request import ServiceClass
+from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+SHORTEST_INTERVAL_SECONDS: Final = 0.1
+LONGEST_INTERVAL_SECONDS: Final = 60.0
+DEFAULT_INTERVAL_SECONDS: Final = 1.0
+
+
+class Snapshots:
+    """Takes pictures of this scheduler.
+
+    Args:
+        answer_token_count: the length of answer for which replicas are scored.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheduler_id: str,
+        dispatcher: Dispatcher,
+        streams: CreditStreams,
+        preprocess: PreprocessClient,
+        cache: CacheClient,
+        outcomes: Outcomes,
+        weights: Weights,
+        answer_token_count: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler_id = scheduler_id
+        self._dispatcher = dispatcher
+        self._streams = streams
+        self._preprocess = preprocess
+        self._cache = cache
+        self._outcomes = outcomes
+        self._weights = weights
+        self._answer_token_count = answer_token_count
+        self._clock = clock
+
+    def take(self) -> scheduler_pb2.Snapshot:
+        """The scheduler at this moment."""
+        now = self._clock()
+        time = timestamp_pb2.Timestamp()
+        time.GetCurrentTime()
+        return scheduler_pb2.Snapshot(
+            scheduler_id=self._scheduler_id,
+            time=time,
+            lanes=[self._lane(service_class, now) for service_class in ServiceClass],
+            replicas=self._replicas(now),
+            totals=self._totals(),
+            dependencies=[
+                scheduler_pb2.DependencySnapshot(
+                    name=name, reachable=dependency.is_reachable, last_error=dependency.last_error
+                )
+                for name, dependency in (("preprocess", self._preprocess), ("cache", self._cache))
+            ],
+        )
+
+    def queue_status(self, request_id: str) -> scheduler_pb2.QueueStatus | None:
+        """Where a request stands; None when it does not wait here."""
+        waiting = self._dispatcher.lanes.find(request_id)
+        if waiting is None:
+            return None
+        now = self._clock()
+        expected = self._dispatcher.expected_wait(waiting, now)
+        return scheduler_pb2.QueueStatus(
+            request_id=request_id,
+            service_class=_proto_class(waiting.service_class),
+            position=self._dispatcher.lanes.position(waiting),
+            waited=_duration(now - waiting.since),
+            # Infinite is as good as not known: nothing has left for long.
+            expected_wait=None if expected is None or expected == float("inf") else _duration(expected),
+        )
+
+    def _lane(self, service_class: ServiceClass, now: float) -> scheduler_pb2.LaneSnapshot:
+        lane = self._dispatcher.lanes.lane(service_class)
+        oldest: Waiting | None = lane.oldest
+        return scheduler_pb2.LaneSnapshot(
+            service_class=_proto_class(service_class),
+            waiting_request_count=len(lane),
+            waiting_token_count=lane.token_count,
+            waiting_bytes=lane.byte_count,
+            request_limit=lane.limits.request_limit,
+            token_limit=lane.limits.token_limit,
+            byte_limit=lane.limits.byte_limit,
+            oldest_wait=_duration(now - oldest.since) if oldest is not None else None,
+            drain_rate=self._dispatcher.drain.rate(now) or 0.0,
+        )
+
+    def _replicas(self, now: float) -> list[scheduler_pb2.ReplicaSnapshot]:
+        table = self._dispatcher.table
+        ready = table.ready(now)
+        score_of = dict(zip(ready, scores(ready, self._weights, self._answer_token_count), strict=True))
+        return [
+            scheduler_pb2.ReplicaSnapshot(
+                load=self._streams.last_load(replica.address),
+                connected=replica.is_connected,
+                credit_count=replica.book.count,
+                in_flight_count=replica.book.in_flight_count,
+                score=score_of.get(replica, 0.0),
+                last_error=replica.last_error,
+            )
+            for replica in table
+        ]
+
+    def _totals(self) -> scheduler_pb2.Totals:
+        counts = self._outcomes.by_outcome
+        return scheduler_pb2.Totals(
+            received=self._outcomes.received,
+            dispatched=counts[Outcome.DISPATCHED],
+            replayed=counts[Outcome.REPLAYED],
+            passed_through=counts[Outcome.PASSED_THROUGH],
+            refused=self._outcomes.refused_by_reason,
+            abandoned=counts[Outcome.ABANDONED],
+        )
+
+
+class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
+    """Serves the snapshots."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    async def Watch(  # noqa: N802 - gRPC's name.
+        self, request: scheduler_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[scheduler_pb2.Snapshot]:
+        """Sends a snapshot at once, and one each interval after the last was written: a slow reader skips some."""
+        interval_seconds = DEFAULT_INTERVAL_SECONDS
+        if request.HasField("interval"):
+            interval_seconds = request.interval.ToMilliseconds() / 1000
+        if not SHORTEST_INTERVAL_SECONDS <= interval_seconds <= LONGEST_INTERVAL_SECONDS:
+            message = f"interval is {interval_seconds} s, must be from 0.1 s to 60 s"
+            await abort(context, TidegateError(Reason.INVALID_VALUE, message, field="interval"))
+        yield self._snapshots.take()
+        while not request.once:
+            await asyncio.sleep(interval_seconds)
+            yield self._snapshots.take()
+
+    async def GetQueueStatus(  # noqa: N802 - gRPC's name.
+        self, request: scheduler_pb2.GetQueueStatusRequest, context: Any
+    ) -> scheduler_pb2.QueueStatus:
+        """Says where a request stands."""
+        status = self._snapshots.queue_status(request.request_id)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Request {request.request_id!r} does not wait here")
+            raise AssertionError("abort does not return")
+        return status
+
+
+def _proto_class(service_class: ServiceClass) -> Any:
+    return int(service_class)
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

@@ -1,0 +1,165 @@
+"""Measures what a decision costs the scheduler when nothing waits: `python tests/bench/scheduler_decisions.py`.
+
+A scheduler process of its own is spoken to as Envoy does, over one HTTP/2 connection, by a client that keeps some
+requests under way. A fake replica has granted credits enough, and a fake preprocess answers at once. The figure to
+trust on a busy machine is decisions per second of the scheduler's own processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from envoy.config.core.v3 import base_pb2
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
+from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
+
+from tidegate.v1 import preprocess_pb2, preprocess_pb2_grpc, replica_pb2, replica_pb2_grpc, scheduler_pb2
+from tidegate.v1 import scheduler_pb2_grpc as scheduler_grpc
+
+LEASE_SECONDS = 3600
+
+
+class Replica(replica_pb2_grpc.ReplicaServicer):
+    """Grants all the credits at once."""
+
+    def __init__(self, credit_count: int) -> None:
+        self._credit_count = credit_count
+
+    async def Credits(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: N802 - gRPC's name.
+        """Says every half second that it is ready."""
+        grant = replica_pb2.Grant(credit_ids=[str(number) for number in range(self._credit_count)])
+        grant.lease.FromSeconds(LEASE_SECONDS)
+        await context.write(replica_pb2.ReplicaMessage(load=replica_pb2.Load(slot_count=64, ready=True)))
+        await context.write(replica_pb2.ReplicaMessage(grant=grant))
+        while True:
+            await asyncio.sleep(0.5)
+            await context.write(replica_pb2.ReplicaMessage(load=replica_pb2.Load(slot_count=64, ready=True)))
+
+
+class Preprocess(preprocess_pb2_grpc.PreprocessServicer):
+    """Finds every prompt ready."""
+
+    async def Prepare(  # noqa: N802 - gRPC's name.
+        self, request_iterator: AsyncIterator[Any], context: Any
+    ) -> AsyncIterator[preprocess_pb2.PrepareResponse]:
+        """Answers in order."""
+        prompt = preprocess_pb2.PreparedPrompt(model="m", prompt_token_count=32, max_tokens=64)
+        prompt.tokens.shared_memory.host_id = "h" * 32
+        async for request in request_iterator:
+            yield preprocess_pb2.PrepareResponse(request_id=request.request_id, prepared=prompt)
+
+
+def messages() -> tuple[ext_proc.ProcessingRequest, ext_proc.ProcessingRequest]:
+    """What Envoy sends of a chat request of usual size."""
+    fields = {
+        ":method": "POST", ":path": "/v1/chat/completions", ":scheme": "http", ":authority": "127.0.0.1:8080",
+        "content-type": "application/json", "accept": "application/json", "user-agent": "OpenAI/Python 3.54.0",
+        "x-request-id": "5b4f7f3a-6a53-4b4c-9a4f-2f7f0a8f5a10", "x-tidegate-tenant": "bench",
+        "x-forwarded-proto": "http", "x-envoy-expected-rq-timeout-ms": "15000",
+    }  # fmt: skip
+    headers = [base_pb2.HeaderValue(key=key, raw_value=value.encode()) for key, value in fields.items()]
+    first = ext_proc.ProcessingRequest(
+        request_headers=ext_proc.HttpHeaders(headers=base_pb2.HeaderMap(headers=headers))
+    )
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "word " * 100}]}).encode()
+    return first, ext_proc.ProcessingRequest(request_body=ext_proc.HttpBody(body=body, end_of_stream=True))
+
+
+async def decide(stub: Any, first: Any, body: Any) -> float:
+    """One exchange as Envoy has it; returns its seconds."""
+    began = time.perf_counter()
+    call = stub.Process()
+    await call.write(first)
+    await call.read()
+    await call.write(body)
+    await call.read()
+    decision = await call.read()
+    assert decision.request_body.response.header_mutation.set_headers, decision
+    assert await call.read() is grpc.aio.EOF
+    return time.perf_counter() - began
+
+
+async def measure(port: int, pid: int, count: int, parallel: int) -> None:
+    """Runs the exchanges and prints the figures."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = ext_proc_grpc.ExternalProcessorStub(channel)
+        await _ready(channel)
+        first, body = messages()
+        for _ in range(100):
+            await decide(stub, first, body)
+        alone = [await decide(stub, first, body) for _ in range(300)]
+        print(f"one at a time: p50 {statistics.median(alone) * 1000:.2f} ms")
+        remaining = iter(range(count))
+
+        async def work() -> list[float]:
+            return [await decide(stub, first, body) for _ in remaining]
+
+        began, cpu = time.perf_counter(), cpu_seconds(pid)
+        times = [seconds for part in await asyncio.gather(*(work() for _ in range(parallel))) for seconds in part]
+        seconds, cpu = time.perf_counter() - began, cpu_seconds(pid) - cpu
+        print(f"{parallel} at a time: {count / seconds:.0f} decisions/s, p50 {statistics.median(times) * 1000:.2f} ms")
+        print(f"scheduler: {cpu / count * 1e6:.0f} us of processor time each, {count / cpu:.0f} decisions/s a core")
+
+
+async def _ready(channel: grpc.aio.Channel) -> None:
+    stub = scheduler_grpc.SchedulerStub(channel)
+    while True:
+        async for snapshot in stub.Watch(scheduler_pb2.WatchRequest(once=True), wait_for_ready=True):
+            if snapshot.replicas and snapshot.replicas[0].credit_count:
+                return
+        await asyncio.sleep(0.1)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process."""
+    parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def main(count: int, parallel: int) -> None:
+    """Starts everything, measures, and ends it."""
+    server = grpc.aio.server()
+    replica_pb2_grpc.add_ReplicaServicer_to_server(Replica(count + 2000), server)
+    preprocess_pb2_grpc.add_PreprocessServicer_to_server(Preprocess(), server)
+    fakes_port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    with tempfile.TemporaryDirectory() as folder:
+        endpoints = Path(folder) / "model.yaml"
+        address = {"socket_address": {"address": "127.0.0.1", "port_value": fakes_port}}
+        group = {"lb_endpoints": [{"endpoint": {"address": address}}]}
+        endpoints.write_text(json.dumps({"resources": [{"cluster_name": "model", "endpoints": [group]}]}))
+        port = fakes_port + 1 if fakes_port < 60000 else fakes_port - 1
+        environment = {
+            "TIDEGATE_SCHEDULER_PORT": str(port),
+            "TIDEGATE_SCHEDULER_METRICS_PORT": "0",
+            "TIDEGATE_SCHEDULER_MESH_ADDRESS": f"127.0.0.1:{fakes_port}",
+            "TIDEGATE_SCHEDULER_ENDPOINTS_FILE": str(endpoints),
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tidegate.scheduler", env={**os.environ, **environment}
+        )
+        try:
+            await measure(port, process.pid, count, parallel)
+        finally:
+            process.kill()
+            await process.wait()
+            await server.stop(0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=3000, help="decisions to measure")
+    parser.add_argument("--parallel", type=int, default=32, help="requests under way at once")
+    arguments = parser.parse_args()
+    asyncio.run(main(arguments.count, arguments.parallel))

@@ -1,0 +1,74 @@
+"""Small random models of every supported shape, against transformers."""
+
+import pytest
+import torch
+
+SHAPES = {
+    "grouped": {},
+    "every head its own": {"num_key_value_heads": 6},
+    "one kv head": {"num_key_value_heads": 1},
+    "head_dim of its own": {"head_dim": 32},
+    "tied": {"tie_word_embeddings": True},
+    "rope base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "rope linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "rope llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        }
+    },
+}
+
+
+def small_model(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {
+        "vocab_size": 300,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 7,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shard", ["50GB", "300KB"], ids=["one file", "sharded"])
+def test_logits_are_those_of_transformers(tmp_path, make_engine, prompt_logits, reference_logits, shape, shard):
+    model = small_model(**SHAPES[shape])
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard != "50GB")
+    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48)
+    assert engine.model_info.eos_token_ids == (7,)
+    for count in (1, 5, 200):
+        tokens = torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+        expected = reference_logits(model, tokens)
+        difference = (prompt_logits(engine, tokens) - expected).abs().max()
+        assert difference < 1e-4 * expected.abs().max(), (shape, count)
+
+
+def test_bf16_products_come_near_those_of_fp32(tmp_path, make_engine, prompt_logits, reference_logits, monkeypatch):
+    from llm_engine import engine as engine_module
+
+    model = small_model(initializer_range=0.1)
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = reference_logits(model, tokens)
+    kept_narrow = make_engine(tmp_path, dtype="bf16", kv_cache_bytes=1 << 24)
+    monkeypatch.setattr(engine_module, "compute_dtype", lambda weight_dtype, device: weight_dtype)
+    narrow = make_engine(tmp_path, dtype="bf16", kv_cache_bytes=1 << 24)
+    assert narrow.model_info.compute_dtype == "bf16"
+    for engine in (kept_narrow, narrow):
+        difference = prompt_logits(engine, tokens) - expected
+        assert 0 < difference.abs().mean() < 0.03 * expected.abs().mean()

@@ -1,0 +1,62 @@
+"""Ports: which, whether free, and what is said when not."""
+
+import socket
+
+import pytest
+
+from tidegate.cli import ports
+
+
+@pytest.fixture
+def taken_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_defaults_are_those_of_the_design():
+    numbers = ports.assign(2, given={}, auto=False)
+    assert (numbers["ingress"], numbers["scheduler"], numbers["model-1"], numbers["triton-1"]) == (
+        8080,
+        50051,
+        50061,
+        8011,
+    )
+
+
+def test_a_given_port_wins_over_default_and_over_auto():
+    assert ports.assign(1, given={"admin": 9902}, auto=False)["admin"] == 9902
+    assert ports.assign(1, given={"admin": 9902}, auto=True)["admin"] == 9902
+
+
+def test_auto_gives_every_process_a_free_port_of_its_own():
+    numbers = ports.assign(3, given={}, auto=True)
+    assert sorted(numbers) == sorted(ports.names(3))
+    assert len(set(numbers.values())) == len(numbers)
+    ports.check_free("127.0.0.1", numbers)
+
+
+def test_two_processes_on_one_port_are_refused_by_name():
+    with pytest.raises(ports.PortError, match="port 8081 is given to both mesh and admin"):
+        ports.assign(1, given={"admin": 8081}, auto=False)
+
+
+def test_a_name_that_no_process_has_is_refused():
+    with pytest.raises(ports.PortError, match="there is no port named 'model-1'"):
+        ports.assign(1, given={"model-1": 9}, auto=False)
+
+
+def test_a_taken_port_is_told_in_one_line_with_its_flag(taken_port):
+    with pytest.raises(ports.PortError) as raised:
+        ports.check_free("127.0.0.1", {"admin": taken_port})
+    message = str(raised.value)
+    assert message.startswith(f"port {taken_port} (Envoy's admin page) is taken")
+    assert message.endswith("choose another with --port-of admin=N, or --ports auto")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("pair", ["admin", "admin=", "admin=x", "admin=0", "admin=65536", "admin=-1"])
+def test_a_pair_that_makes_no_sense_is_refused(pair):
+    with pytest.raises(ports.PortError, match="must be NAME=PORT"):
+        ports.parse_given([pair])

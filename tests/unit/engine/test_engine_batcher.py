@@ -1,0 +1,229 @@
+"""The step plan: what runs, what waits, who gives way."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llm_engine
+from llm_engine.batcher import Batcher, StepPlan
+from llm_engine.block_pool import BlockPool
+from llm_engine.request import SequenceRequest
+from llm_engine.sequence import Sequence
+
+
+def sequence(name: str, prompt: int, *, arrival: int = 0, priority: int = 0, tokens: int = 8) -> Sequence:
+    request = SequenceRequest(request_id=name, token_ids=[0] * prompt, max_tokens=tokens, priority=priority)
+    return Sequence(
+        request=request,
+        arrival_index=arrival,
+        token_ids=[0] * prompt,
+        prompt_token_count=prompt,
+        seed=0,
+        stop_token_ids=frozenset(),
+    )
+
+
+def batcher(blocks: int = 16, *, running: int = 4, waiting: int = 8, budget: int = 8) -> Batcher:
+    pool = BlockPool(blocks, 4)
+    return Batcher(pool, max_sequences=running, max_waiting=waiting, step_token_budget=budget)
+
+
+def carry_out(batcher: Batcher, plan: StepPlan) -> None:
+    """Do what the engine does: commit, append a token, end what is at its bound."""
+    sampling = [work.sequence for work in plan.work if work.samples]
+    batcher.commit(plan)
+    for each in sampling:
+        each.token_ids.append(0)
+        if each.output_token_count >= each.request.max_tokens:
+            batcher.remove(each.request_id)
+
+
+def told(batcher: Batcher, plan: StepPlan) -> str:
+    work = " ".join(f"{w.sequence.request_id}[{w.start}:{w.start + w.count}]" for w in plan.work)
+    lost = " ".join(f"-{name}" for name in plan.preempted)
+    return " ".join(part for part in (work, lost, f"free={batcher.pool.free_count}") if part)
+
+
+def run_script(script: str, **settings) -> None:
+    """Lines of `add NAME PROMPT [PRIORITY]`, `cancel NAME`, or `step: PLAN` with the plan expected."""
+    subject = batcher(**settings)
+    for number, line in enumerate(filter(None, map(str.strip, script.splitlines()))):
+        command, _, rest = line.partition(" ")
+        if command == "add":
+            name, prompt, *priority = rest.split()
+            subject.add(sequence(name, int(prompt), arrival=number, priority=int(*priority or [0])))
+        elif command == "cancel":
+            assert subject.remove(rest) is not None
+        else:
+            plan = subject.plan()
+            assert told(subject, plan) == rest, f"line {number}: {line}"
+            carry_out(subject, plan)
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_running_decodes():
+    run_script(
+        """
+        add a 3
+        step: a[0:3] free=15
+        add b 20
+        step: a[3:4] b[0:7] free=10
+        step: a[4:5] b[7:14] free=9
+        step: a[5:6] b[14:20] free=9
+        step: a[6:7] b[20:21] free=8
+        """
+    )
+
+
+def test_the_more_urgent_is_admitted_first_and_then_the_earlier():
+    run_script(
+        """
+        add late 4 1
+        add a 4
+        add b 4
+        step: a[0:4] b[0:4] free=14
+        step: a[4:5] b[4:5] late[0:4] free=11
+        """
+    )
+
+
+def test_the_first_in_line_is_not_overtaken_by_one_that_would_fit():
+    run_script(
+        """
+        add a 8
+        step: a[0:8] free=2
+        add big 8
+        add small 1
+        step: a[8:9] free=1
+        cancel a
+        step: big[0:8] free=2
+        """,
+        blocks=4,
+    )
+
+
+def test_the_least_urgent_gives_way_and_is_computed_again():
+    run_script(
+        """
+        add b 8 1
+        add a 6
+        step: a[0:6] b[0:8] free=1
+        step: a[6:7] b[8:9] free=0
+        step: a[7:8] b[9:10] free=0
+        step: a[8:9] -b free=2
+        step: a[9:10] free=2
+        cancel a
+        step: b[0:11] free=2
+        """,
+        blocks=5,
+        budget=16,
+    )
+
+
+def test_a_sequence_that_lacks_a_block_gives_way_itself_if_it_is_the_least_urgent():
+    subject = batcher(blocks=5)
+    for index, (name, prompt) in enumerate([("a", 6), ("b", 8)]):
+        subject.add(sequence(name, prompt, arrival=index))
+    carry_out(subject, subject.plan())
+    carry_out(subject, subject.plan())
+    subject.pool.take(subject.pool.free_count)
+    plan = subject.plan()
+    assert plan.preempted == ("b",)
+    assert [work.sequence.request_id for work in plan.work] == ["a"]
+
+
+def test_cancelling_frees_blocks_at_once_and_an_unknown_name_is_none():
+    subject = batcher()
+    subject.add(sequence("a", 9))
+    subject.plan()
+    assert subject.pool.taken_count == 3
+    assert subject.remove("a").request_id == "a"
+    assert subject.pool.taken_count == 0
+    assert subject.remove("a") is None
+
+
+def test_running_and_waiting_places_together_bound_what_is_held():
+    subject = batcher(running=2, waiting=1)
+    for index in range(3):
+        assert subject.can_add()
+        subject.add(sequence(str(index), 1, arrival=index))
+    assert not subject.can_add()
+    subject.remove("1")
+    assert subject.can_add()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_runs_keep_the_invariants_and_finish_everything(seed):
+    source = random.Random(seed)
+    running = source.randint(1, 6)
+    subject = batcher(source.randint(6, 24), running=running, waiting=6, budget=source.randint(running, 24))
+    longest = subject.pool.block_count * 4 - 8
+    accepted, ended, prefix_computed = set(), set(), {}
+    for moment in range(2000):
+        if moment < 200 and source.random() < 0.4 and subject.can_add():
+            new = sequence(
+                str(moment),
+                source.randint(1, longest),
+                arrival=moment,
+                priority=source.randint(0, 2),
+                tokens=source.randint(1, 8),
+            )
+            subject.add(new)
+            accepted.add(new.request_id)
+        if source.random() < 0.03 and (held := [*subject.running, *subject.waiting]):
+            ended.add(subject.remove(source.choice(held).request_id).request_id)
+        before = {each.request_id for each in (*subject.running, *subject.waiting)}
+        plan = subject.plan()
+        check_plan(subject, plan)
+        assert bool(plan.work) == bool(before), "work is planned whenever there is any"
+        prefix_computed |= {w.sequence.request_id: w.start + w.count for w in plan.work}
+        carry_out(subject, plan)
+        check_state(subject)
+        ended |= before - {each.request_id for each in (*subject.running, *subject.waiting)}
+        if moment >= 200 and not (subject.running or subject.waiting):
+            break
+    assert accepted and ended == accepted
+    assert subject.pool.taken_count == 0
+
+
+def check_plan(subject: Batcher, plan: StepPlan) -> None:
+    names = [work.sequence.request_id for work in plan.work]
+    assert len(names) == len(set(names))
+    assert 0 <= plan.token_count <= subject.step_token_budget
+    for work in plan.work:
+        assert work.count > 0
+        assert work.start == work.sequence.computed_token_count
+        assert work.start + work.count <= len(work.sequence.block_ids) * 4
+    for each in subject.running:
+        if each.pending_token_count == 1:
+            assert each.request_id in names, "a decode never misses a step"
+    if plan.preempted:
+        worst = max((each.urgency for each in subject.running), default=(-1, -1))
+        kept_out = {each.request_id: each.urgency for each in subject.waiting}
+        assert all(kept_out[name] > worst for name in plan.preempted if name in kept_out)
+
+
+def check_state(subject: Batcher) -> None:
+    running, waiting = subject.running, subject.waiting
+    blocks = [block for each in running for block in each.block_ids]
+    assert len(blocks) == len(set(blocks)) == subject.pool.taken_count
+    assert len(running) <= subject.max_sequences
+    assert not {each.request_id for each in running} & {each.request_id for each in waiting}
+    assert all(not each.block_ids and each.computed_token_count == 0 for each in waiting)
+    assert all(0 < each.computed_token_count < each.token_count for each in running)
+    for queue in (running, waiting):
+        assert list(queue) == sorted(queue, key=lambda each: each.urgency)
+
+
+def test_planning_needs_neither_torch_nor_numpy_random_nor_a_clock():
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, llm_engine.batcher; print(*sys.modules)"],
+        cwd=Path(llm_engine.__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert "llm_engine.batcher" in loaded
+    assert not {"torch", "grpc", "triton_python_backend_utils", "tidegate"} & set(loaded)

@@ -1,0 +1,217 @@
+"""What is refused at load, and what the message says."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import llm_engine
+from llm_engine import EngineConfig, ModelLoadError
+from llm_engine.weights import load_checkpoint
+
+HIDDEN = 32
+
+
+def load(path, **settings):
+    return load_checkpoint(path, **{"dtype": "fp32", "cache_dir": None, **settings})
+
+
+def refusal(path) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+def test_gguf_and_folder_of_the_same_model_give_the_same_weights(make_folder, make_gguf):
+    folder, gguf = load(make_folder()), load(make_gguf())
+    assert folder.tensors.keys() == gguf.tensors.keys()
+    for name, tensor in folder.tensors.items():
+        assert torch.equal(tensor, gguf.tensors[name]), name
+    for field in ("head_dim", "rope_base", "eos_token_ids", "bos_token_id", "context_token_count"):
+        assert getattr(folder.architecture, field) == getattr(gguf.architecture, field)
+
+
+def test_a_tied_model_has_no_output_matrix(make_folder, make_gguf):
+    folder = load(make_folder({"tie_word_embeddings": True}, {"lm_head.weight": None}))
+    gguf = load(make_gguf(tensors={"output.weight": None}))
+    assert "output" not in folder.tensors and "output" not in gguf.tensors
+
+
+def test_sharded_folders_are_read_through_their_index(make_folder, tiny_tensors):
+    folder = make_folder()
+    whole = load(folder).tensors
+    tensors = tiny_tensors
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    places = {name: file for file, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    sharded = load(folder).tensors
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+    (folder / "b.safetensors").unlink()
+    assert "b.safetensors" in refusal_of_part(folder)
+
+
+def refusal_of_part(folder) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        load(folder)
+    return str(caught.value)
+
+
+def test_a_gguf_cut_anywhere_is_refused_with_numbers(make_gguf):
+    path = make_gguf()
+    whole = path.read_bytes()
+    for cut in (0, 3, 4, 10, 24, 60, 400, 1500, len(whole) // 2, len(whole) - 1024, len(whole) - 129):
+        path.write_bytes(whole[:cut])
+        message = refusal(path)
+        assert cut < 4 or str(cut) in message, (cut, message)
+    assert "tensor blk.1.ffn_down.weight" in message or "tensor" in message
+
+
+def test_absurd_counts_in_a_gguf_are_refused_and_not_allocated(make_gguf):
+    path = make_gguf()
+    whole = bytearray(path.read_bytes())
+    for place in (8, 16):
+        damaged = bytearray(whole)
+        damaged[place : place + 8] = b"\xff" * 8
+        path.write_bytes(damaged)
+        message = refusal(path)
+        assert "truncated" in message or "dimensions" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arch": "mamba"}, ["general.architecture", "'mamba'"]),
+        ({"fields": {"llama.expert_count": 8}}, ["llama.expert_count"]),
+        ({"fields": {"llama.rope.scaling.type": "yarn"}}, ["llama.rope.scaling.type", "'yarn'"]),
+        ({"fields": {"llama.rope.dimension_count": 4}}, ["llama.rope.dimension_count", "4"]),
+        ({"fields": {"llama.embedding_length": None}}, ["llama.embedding_length", "missing"]),
+        ({"fields": {"llama.attention.head_count_kv": 3}}, ["4 heads", "3 KV heads"]),
+        ({"fields": {"tokenizer.ggml.eos_token_id": 96}}, ["special token 96", "96"]),
+        ({"tensors": {"blk.1.ffn_up.weight": None}}, ["blk.1.ffn_up.weight", "[48, 32]", "missing"]),
+        (
+            {"tensors": {"blk.0.attn_k.weight": np.zeros((8, HIDDEN), np.float32)}},
+            ["blk.0.attn_k.weight", "[8, 32]", "[16, 32]"],
+        ),
+        ({"tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, ["rope_freqs.weight", "not supported"]),
+        (
+            {"tensors": {"output_norm.weight": np.full(HIDDEN, np.nan, np.float32)}},
+            ["output_norm.weight", "not finite"],
+        ),
+    ],
+)
+def test_a_gguf_that_is_not_supported_is_refused_by_name(make_gguf, changes, words):
+    message = refusal(make_gguf(**changes))
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "qwen2"}, ["model_type", "'qwen2'"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["architectures"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
+        ({"attention_bias": True}, ["attention_bias", "True"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope scaling", "'yarn'"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["rope scaling", "'dynamic'"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        ({"hidden_size": None}, ["hidden_size", "missing"]),
+        ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
+        ({"num_hidden_layers": 0}, ["layer_count", "0"]),
+        ({"num_hidden_layers": 3}, ["model.layers.2", "missing"]),
+        ({"num_hidden_layers": 1}, ["model.layers.1", "not supported"]),
+        ({"vocab_size": 97}, ["model.embed_tokens.weight", "[96, 32]", "[97, 32]"]),
+        ({"head_dim": 7}, ["head_dim", "7"]),
+    ],
+)
+def test_a_folder_that_is_not_supported_is_refused_by_name(make_folder, fields, words):
+    message = refusal_of_part(make_folder(fields))
+    assert [word for word in words if word not in message] == []
+
+
+def test_damaged_folders_are_refused_by_file(make_folder, tmp_path):
+    assert "nowhere" in refusal_of_part(tmp_path / "nowhere")
+    folder = make_folder(tensors={"lm_head.weight": None})
+    assert "lm_head.weight" in refusal_of_part(folder)
+    weights = make_folder() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in refusal_of_part(folder)
+    weights.unlink()
+    assert "no *.safetensors" in refusal_of_part(folder)
+    (folder / "config.json").write_text("{")
+    assert "config.json" in refusal_of_part(folder)
+
+
+def test_the_weight_cache_gives_the_same_weights_and_follows_the_file(make_gguf, tmp_path):
+    cache = tmp_path / "cache"
+    path = make_gguf()
+    first = load(path, dtype="bf16", cache_dir=cache)
+    assert len(list(cache.iterdir())) == 1
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    second = load(path, dtype="bf16", cache_dir=cache)
+    assert file.stat().st_mtime_ns == written
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+    load(path, dtype="fp32", cache_dir=cache)
+    assert len(list(cache.iterdir())) == 2
+    os.utime(path, ns=(1, 1))
+    load(path, dtype="bf16", cache_dir=cache)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_damaged_weight_cache_is_rebuilt_and_one_that_cannot_be_written_costs_nothing(make_gguf, tmp_path, caplog):
+    cache, path = tmp_path / "cache", make_gguf()
+    sound = load(path, cache_dir=cache)
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    for damage in (content[: len(content) // 2], b"", content[:8] + b"#" * 100):
+        file.write_bytes(damage)
+        with caplog.at_level(logging.WARNING):
+            again = load(path, cache_dir=cache)
+        assert "will be rebuilt" in caplog.text
+        caplog.clear()
+        assert all(torch.equal(sound.tensors[name], again.tensors[name]) for name in sound.tensors)
+        assert file.read_bytes() == content
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, not a folder")
+    with caplog.at_level(logging.WARNING):
+        load(path, cache_dir=blocked)
+    assert "cannot be written" in caplog.text
+
+
+def test_settings_are_refused_all_at_once():
+    with pytest.raises(ValueError, match=r"dtype is 'int8'.*max_sequences is 0.*step_token_budget"):
+        EngineConfig(model_path="x", dtype="int8", max_sequences=0, step_token_budget=-1)
+    with pytest.raises(ValueError, match="step_token_budget is 8, expected at least max_sequences"):
+        EngineConfig(model_path="x", max_sequences=9, step_token_budget=8)
+
+
+def test_a_kv_bound_without_room_for_a_block_names_the_bytes(make_engine):
+    with pytest.raises(ModelLoadError, match="kv_cache_bytes is 1000, expected at least 2048"):
+        make_engine(kv_cache_bytes=1000)
+
+
+def test_a_context_beyond_the_model_is_refused(make_engine):
+    with pytest.raises(ModelLoadError, match=r"max_context_tokens is 129.* 128"):
+        make_engine(max_context_tokens=129)
+
+
+def test_the_engine_imports_neither_grpc_nor_triton_nor_tidegate():
+    for file in Path(llm_engine.__file__).parent.glob("*.py"):
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                assert words[1].split(".")[0] not in ("grpc", "tidegate", "triton_python_backend_utils"), file

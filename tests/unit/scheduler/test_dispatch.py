@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tidegate.scheduler.dispatch import Dispatcher
+from tidegate.scheduler.forecast import DrainRate
+from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
+from tidegate.scheduler.placement import Weights
+from tidegate.scheduler.replica_table import ReplicaLoad, ReplicaTable
+from tidegate.scheduler.request import ServiceClass
+
+READY = ReplicaLoad(True, 0, 0, 8, 0.01, 0.1)
+AWAY = ReplicaLoad(False, 0, 0, 8, 0.01, 0.1)
+
+
+@pytest.fixture
+def dispatcher():
+    lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(1000, 10**9, 10**9)))
+    table = ReplicaTable(margin_seconds=0.25, silence_seconds=3, now=0)
+    table.set_addresses(["a:1", "b:1", "c:1"])
+    for replica in table:
+        table.connect(replica, 0)
+        table.hear(replica, READY, 0)
+    return Dispatcher(lanes, table, DrainRate(10), weights=Weights(0.6, 0.4), alternative_count=2)
+
+
+def place(name, service_class=ServiceClass.STANDARD, now=0.0):
+    return Waiting(name, service_class, 10, 5, 100, now, now + 60)
+
+
+def matched(dispatcher, now=0.0):
+    return [(waiting.request_id, placement.address, placement.credit_id) for waiting, placement in dispatcher.match(now)]
+
+
+def test_what_waits_gets_the_credits_in_order_of_urgency(dispatcher):
+    for name, service_class in [("b", ServiceClass.BATCH), ("s", ServiceClass.STANDARD), ("r", ServiceClass.REALTIME)]:
+        dispatcher.add(place(name, service_class))
+    assert matched(dispatcher) == []
+    dispatcher.table.get("a:1").book.grant(["1", "2"], 10, 0)
+    assert matched(dispatcher) == [("r", "a:1", "1"), ("s", "a:1", "2")]
+    assert dispatcher.lanes.next.request_id == "b"
+
+
+def test_a_placement_names_the_next_best_too(dispatcher):
+    dispatcher.table.get("b:1").book.grant(["1"], 10, 0)
+    dispatcher.table.hear(dispatcher.table.get("c:1"), ReplicaLoad(True, 8, 0, 8, 0.01, 0.1), 0)
+    dispatcher.add(place("x"))
+    [(_, placement)] = dispatcher.match(0)
+    assert (placement.address, placement.alternatives) == ("b:1", ("a:1", "c:1"))
+
+
+def test_a_replica_that_is_not_ready_is_neither_chosen_nor_named(dispatcher):
+    dispatcher.table.get("a:1").book.grant(["1"], 10, 0)
+    dispatcher.table.get("b:1").book.grant(["2"], 10, 0)
+    dispatcher.table.hear(dispatcher.table.get("a:1"), AWAY, 0)
+    dispatcher.add(place("x"))
+    [(_, placement)] = dispatcher.match(0)
+    assert (placement.address, placement.alternatives) == ("b:1", ("c:1",))
+
+
+def test_a_credit_put_back_goes_to_the_next(dispatcher):
+    dispatcher.table.get("a:1").book.grant(["1"], 10, 0)
+    dispatcher.add(place("first"))
+    dispatcher.add(place("second"))
+    [(_, placement)] = dispatcher.match(0)
+    dispatcher.put_back(placement)
+    assert matched(dispatcher) == [("second", "a:1", "1")]
+
+
+def test_a_credit_of_a_replica_that_is_gone_is_not_put_back(dispatcher):
+    dispatcher.table.get("a:1").book.grant(["1"], 10, 0)
+    dispatcher.add(place("first"))
+    [(_, placement)] = dispatcher.match(0)
+    dispatcher.table.set_addresses(["b:1"])
+    dispatcher.put_back(placement)
+    dispatcher.add(place("second"))
+    assert matched(dispatcher) == []
+
+
+def test_a_credit_of_an_earlier_stream_is_not_put_back(dispatcher):
+    replica = dispatcher.table.get("a:1")
+    replica.book.grant(["1"], 10, 0)
+    dispatcher.add(place("first"))
+    [(_, placement)] = dispatcher.match(0)
+    dispatcher.table.disconnect(replica, "gone")
+    dispatcher.table.connect(replica, 1)
+    dispatcher.put_back(placement)
+    assert replica.book.count == 0
+
+
+def test_the_expected_wait_follows_the_measured_rate(dispatcher):
+    for number in range(40):
+        dispatcher.add(place(str(number)))
+    dispatcher.match(0)
+    for number in range(1, 21):
+        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
+        dispatcher.match(number * 0.1)
+    last = list(dispatcher.lanes)[-1]
+    assert dispatcher.lanes.position(last) == 20
+    assert dispatcher.expected_wait(last, 2.0) == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_runs_leave_no_credit_idle_while_something_waits(dispatcher, seed):
+    chance, now, number = random.Random(seed), 0.0, 0
+    spent: set[str] = set()
+    placed: set[str] = set()
+    for _ in range(800):
+        now += chance.random() * 0.1
+        replica = chance.choice(list(dispatcher.table))
+        number += 1
+        match chance.randrange(6):
+            case 0 | 1:
+                dispatcher.add(place(str(number), chance.choice(list(ServiceClass)), now))
+            case 2:
+                replica.book.grant([f"c{number}"], chance.uniform(0.2, 2), now)
+            case 3:
+                dispatcher.table.hear(replica, chance.choice([READY, READY, AWAY]), now)
+            case 4 if len(dispatcher.lanes):
+                dispatcher.leave(chance.choice(list(dispatcher.lanes)), now)
+            case _:
+                dispatcher.table.disconnect(replica, "gone")
+                dispatcher.table.connect(replica, now)
+        order = list(dispatcher.lanes)
+        result = dispatcher.match(now)
+        assert [waiting for waiting, _ in result] == order[: len(result)]
+        for waiting, placement in result:
+            assert placement.credit_id not in spent
+            assert waiting.request_id not in placed
+            assert dispatcher.table.is_ready(dispatcher.table.get(placement.address), now)
+            spent.add(placement.credit_id)
+            placed.add(waiting.request_id)
+        idle = any(each.book.can_spend(now) for each in dispatcher.table.ready(now))
+        assert not (idle and len(dispatcher.lanes))

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from tidegate.common import headers
+from tidegate.common.arena import decode_tensor_header
+from tidegate.v1 import inference_pb2, preprocess_pb2, scheduler_pb2, tensor_pb2
+
+GRPC = {":path": "/tidegate.v1.Inference/Generate", "content-type": "application/grpc"}
+
+
+async def test_a_request_is_dispatched_with_everything_that_the_replica_needs(world):
+    tokens = tensor_pb2.Tensor(data_type=tensor_pb2.DATA_TYPE_INT32, shape=[7], inline_bytes=b"x" * 28)
+    world.preprocess.answer = lambda request: world.prepared(
+        request, tokens=tokens, answer_key=b"k" * 32, service_class=inference_pb2.SERVICE_CLASS_BATCH
+    )
+    world.replica.grant("credit-1")
+    await world.credits(1)
+    exchange = world.exchange()
+    fields = world.decided(await exchange.run())
+    assert fields[headers.REPLICA] == world.replica.address
+    assert fields[headers.CREDIT] == "credit-1"
+    assert fields[headers.SERVICE_CLASS] == "batch"
+    assert fields[headers.ANSWER_KEY] == (b"k" * 32).hex()
+    assert decode_tensor_header(fields[headers.TENSOR]) == tokens
+    assert 3_400_000 < int(fields[headers.TIMEOUT_MS]) <= 3_500_000
+    assert float(fields[headers.QUEUE_MS]) < 1000
+    assert await exchange.receive() is None
+
+
+async def test_preprocess_gets_the_body_and_the_tenant(world):
+    world.replica.grant("c")
+    await world.exchange().run()
+    (request,) = world.preprocess.requests
+    assert request.body_kind == preprocess_pb2.BODY_KIND_CHAT_COMPLETIONS
+    assert request.tenant == "acme"
+    assert request.body.startswith(b'{"model"')
+
+
+async def test_envoy_is_told_to_wait_before_anything_else_happens(world):
+    exchange = world.exchange()
+    await exchange.begin({"grpc-timeout": "10S"})
+    assert 10 < exchange.hold_seconds < 12
+    exchange = world.exchange()
+    await exchange.begin()
+    assert exchange.hold_seconds == 3590
+
+
+async def test_a_request_waits_for_a_credit_and_its_status_can_be_asked(world):
+    exchange = world.exchange()
+    await exchange.begin()
+    await world.replica.demand(1)
+    status = await world.scheduler.GetQueueStatus(scheduler_pb2.GetQueueStatusRequest(request_id="request-1"))
+    assert (status.position, status.request_id, status.HasField("expected_wait")) == (1, "request-1", False)
+    world.replica.grant("c")
+    assert world.decided(await exchange.receive())[headers.CREDIT] == "c"
+
+
+async def test_a_stream_that_is_reset_while_it_waits_frees_its_place(world):
+    exchange = world.exchange()
+    await exchange.begin()
+    await world.replica.demand(1)
+    exchange.call.cancel()
+    await world.replica.demand(0)
+    assert (await world.snapshot()).totals.abandoned == 1
+
+
+async def test_a_stream_that_envoy_merely_ends_while_it_waits_frees_its_place(world):
+    exchange = world.exchange()
+    await exchange.begin()
+    await world.replica.demand(1)
+    await exchange.call.done_writing()
+    await world.replica.demand(0)
+    await world.until(lambda snapshot: snapshot.totals.abandoned == 1)
+
+
+async def test_a_refusal_of_preprocess_reaches_an_http_client_as_an_openai_error(world):
+    def refuse(request):
+        response = preprocess_pb2.PrepareResponse(request_id=request.request_id)
+        response.error.reason, response.error.message = "INVALID_VALUE", "temperature must be at most 2"
+        response.error.field = "temperature"
+        return response
+
+    world.preprocess.answer = refuse
+    status, fields, body = world.refused(await world.exchange().run())
+    assert status == 400
+    assert fields["content-type"] == "application/json"
+    assert fields[headers.REASON] == "INVALID_VALUE"
+    assert fields["x-should-retry"] == "false"
+    assert body == {
+        "error": {
+            "message": "temperature must be at most 2",
+            "type": "invalid_request_error",
+            "param": "temperature",
+            "code": "invalid_value",
+        }
+    }
+
+
+async def test_a_refusal_over_grpc_carries_its_details(start_world):
+    world = await start_world(batch_request_limit=1)
+    await world.exchange().begin({**GRPC, headers.SERVICE_CLASS: "batch"}, struct.pack(">BI", 0, 0))
+    await world.replica.demand(1)
+    exchange = world.exchange()
+    await exchange.send_headers({**GRPC, headers.SERVICE_CLASS: "batch"})
+    immediate = (await exchange.receive()).immediate_response
+    fields = {item.header.key: item.header.raw_value.decode() for item in immediate.headers.set_headers}
+    assert immediate.grpc_status.status == 14
+    assert immediate.body == b"The batch queue is full by requests; 1 requests wait in it"
+    assert immediate.details == "tidegate_server_is_overloaded"
+    assert int(fields["grpc-retry-pushback-ms"]) >= 5000
+    assert "content-type" not in fields
+    details = fields["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(base64.b64decode(details + "=" * (-len(details) % 4)))
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.reason, info.domain) == ("SERVER_IS_OVERLOADED", "tidegate")
+    assert await exchange.receive() is None
+
+
+async def test_a_class_in_the_headers_wins_over_that_of_the_body(world):
+    world.replica.grant("c")
+    fields = world.decided(await world.exchange().run({headers.SERVICE_CLASS: "realtime"}))
+    assert fields[headers.SERVICE_CLASS] == "realtime"
+
+
+async def test_a_deadline_that_passes_in_the_queue_is_a_504(world):
+    status, fields, body = world.refused(await world.exchange().run({"grpc-timeout": "200m"}))
+    assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+    assert fields["x-should-retry"] == "false"
+
+
+async def test_a_known_answer_goes_to_the_cache_without_a_credit(world):
+    world.preprocess.answer = lambda request: world.prepared(request, answer_key=b"k" * 32)
+    world.cache.known.add(b"k" * 32)
+    response = await world.exchange().run()
+    fields = world.decided(response)
+    assert fields[headers.ROUTE] == "cache"
+    assert fields[headers.ANSWER_KEY] == (b"k" * 32).hex()
+    assert headers.CREDIT not in fields
+    assert response.request_body.response.clear_route_cache
+    (lookup,) = world.cache.lookups
+    assert (lookup.answer_key, lookup.tenant) == (b"k" * 32, "acme")
+
+
+async def test_an_answer_that_is_not_deterministic_is_not_looked_up(world):
+    world.replica.grant("c")
+    await world.exchange().run()
+    assert world.cache.lookups == []
+
+
+async def test_a_slow_cache_is_a_miss_and_is_left_out_after_some(start_world):
+    world = await start_world(cache_timeout_seconds=0.02, dependency_failure_limit=2, dependency_pause_seconds=60)
+    world.preprocess.answer = lambda request: world.prepared(request, answer_key=b"k" * 32)
+    world.cache.known.add(b"k" * 32)
+    world.cache.delay_seconds = 1
+    world.replica.grant("1", "2", "3")
+    for _ in range(3):
+        assert headers.CREDIT in world.decided(await world.exchange().run())
+    assert len(world.cache.lookups) == 2
+    dependency = (await world.snapshot()).dependencies[1]
+    assert (dependency.name, dependency.reachable) == ("cache", False)
+
+
+async def test_without_preprocess_requests_go_on_with_an_estimate(start_world):
+    world = await start_world(with_services=False)
+    exchange = world.exchange()
+    await exchange.begin(body=b"x" * 400)
+    await world.replica.demand(1)
+    assert (await world.snapshot()).lanes[1].waiting_token_count == 100 + 256
+    world.replica.grant("c")
+    fields = world.decided(await exchange.receive())
+    assert (headers.TENSOR in fields, fields[headers.CREDIT]) == (False, "c")
+
+
+async def test_a_preprocess_that_does_not_answer_costs_its_time_and_no_more(world):
+    world.preprocess.answer = lambda request: None
+    world.replica.grant("c")
+    began = asyncio.get_running_loop().time()
+    await world.exchange().run()
+    assert 0.1 < asyncio.get_running_loop().time() - began < 1
+
+
+async def test_all_who_wait_for_preprocess_go_on_when_its_stream_breaks_and_it_is_opened_again(start_world):
+    world = await start_world(prepare_timeout_seconds=30)
+    world.preprocess.answer = lambda request: None
+    world.replica.grant("1", "2", "3")
+    exchanges = [world.exchange() for _ in range(2)]
+    for exchange in exchanges:
+        await exchange.begin()
+    async with asyncio.timeout(5):
+        while len(world.preprocess.requests) < 2:
+            await asyncio.sleep(0.01)
+    world.preprocess.break_off.set()
+    for exchange in exchanges:
+        assert headers.TENSOR not in world.decided(await exchange.receive())
+    world.preprocess.answer = lambda request: world.prepared(request, tokens=tensor_pb2.Tensor(data_type=1))
+    await world.until(lambda snapshot: snapshot.dependencies[0].reachable)
+    assert headers.TENSOR in world.decided(await world.exchange().run())
+    assert world.preprocess.streams == 2
+
+
+async def test_a_request_that_names_its_replica_passes_without_its_body(world):
+    exchange = world.exchange()
+    await exchange.send_headers({headers.REPLICA: "127.0.0.1:1"})
+    assert (await exchange.receive()).WhichOneof("response") == "request_headers"
+    assert await exchange.receive() is None
+    assert (await world.snapshot()).totals.received == 0
+
+
+@pytest.mark.parametrize("fields", [{":path": "/v1/models"}, {"content-encoding": "gzip"}])
+async def test_what_is_not_the_schedulers_passes(world, fields):
+    exchange = world.exchange()
+    await exchange.send_headers(fields)
+    assert (await exchange.receive()).WhichOneof("response") == "request_headers"
+    assert await exchange.receive() is None
+
+
+async def test_a_compressed_grpc_message_passes_without_a_placement(world):
+    exchange = world.exchange()
+    response = await exchange.run(GRPC, struct.pack(">BI", 1, 3) + b"abc")
+    assert (response.WhichOneof("response"), world.decided(response)) == ("request_body", {})
+    assert (await world.snapshot()).totals.passed_through == 1
+
+
+async def test_a_request_without_a_body_is_decided_in_its_headers(world):
+    world.replica.grant("c")
+    exchange = world.exchange()
+    await exchange.send_headers(end_of_stream=True)
+    assert (await exchange.receive()).HasField("override_message_timeout")
+    response = await exchange.receive()
+    assert response.WhichOneof("response") == "request_headers"
+    assert world.decided(response)[headers.CREDIT] == "c"
+    assert world.preprocess.requests[0].body == b""
+
+
+async def test_with_no_replica_for_long_requests_are_refused(start_world):
+    world = await start_world(replica_grace_seconds=0.2, replica_absence_limit_seconds=0.6, tick_seconds=0.05)
+    world.replica.say_load(ready=False, not_ready_reason="loading")
+    await world.until(lambda snapshot: not snapshot.replicas[0].load.ready)
+    waiting = world.exchange()
+    await waiting.begin()
+    await world.replica.demand(1)
+    await asyncio.sleep(0.3)
+    refused = world.exchange()
+    await refused.send_headers()
+    status, fields, body = world.refused(await refused.receive())
+    assert (status, body["error"]["code"]) == (503, "replica_unavailable")
+    assert int(fields["retry-after"]) >= 5
+    status, _, body = world.refused(await waiting.receive())
+    assert (status, body["error"]["code"]) == (503, "replica_unavailable")
+
+
+async def test_a_fault_of_our_own_lets_the_request_go_on_unplaced(world):
+    world.service.pipeline._set_deadline = lambda request: 1 / 0
+    exchange = world.exchange()
+    await exchange.begin()
+    assert await exchange.receive() is None
+    totals = (await world.snapshot()).totals
+    assert (totals.received, totals.passed_through) == (1, 1)
+
+
+async def test_every_request_ends_in_one_outcome(world):
+    world.replica.grant("c")
+    await world.exchange().run()
+    await world.exchange().run({"grpc-timeout": "50m"})
+    totals = (await world.snapshot()).totals
+    assert (totals.received, totals.dispatched, dict(totals.refused)) == (2, 1, {"DEADLINE_EXCEEDED": 1})
+    assert world.service.outcomes.held_request_count == 0

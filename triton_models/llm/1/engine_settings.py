@@ -1,0 +1,61 @@
+"""Where the engine's settings come from: the model's config.pbtxt, and over it TIDEGATE_ENGINE_* of the environment.
+
+Pure: both come in as mappings. Invariant: a name that the engine does not know, and a value that is not of the
+setting's type, stop the load with one message that names all of them. Bounds are the engine's own to check.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+
+from llm_engine import EngineConfig
+
+ENVIRONMENT_PREFIX = "TIDEGATE_ENGINE_"
+
+# Parameters that Triton's own Python backend reads from config.pbtxt.
+_TRITON_PARAMETERS = frozenset({"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"})
+
+
+def engine_config(parameters: Mapping[str, str], environment: Mapping[str, str]) -> EngineConfig:
+    """The engine's settings; an empty text means the engine's own default.
+
+    Args:
+        parameters: config.pbtxt's parameters by name, lower case (`kv_cache_bytes`).
+        environment: the process's; `TIDEGATE_ENGINE_KV_CACHE_BYTES` wins over the parameter.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type or out of its bounds, no model path.
+    """
+    texts = {name: (f"parameter {name}", text) for name, text in parameters.items() if name not in _TRITON_PARAMETERS}
+    for variable, text in environment.items():
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            texts[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = (variable, text)
+    types = {name: _plain_type(hint) for name, hint in typing.get_type_hints(EngineConfig).items()}
+    values: dict[str, object] = {}
+    faults: list[str] = []
+    for name, (origin, text) in texts.items():
+        if name not in types:
+            faults.append(f"{origin}: the engine has no such setting; it has {', '.join(sorted(types))}")
+        elif text.strip():
+            try:
+                values[name] = _converted(text.strip(), types[name])
+            except ValueError:
+                faults.append(f"{origin} is {text!r}, expected {types[name].__name__}")
+    if "model_path" not in values:
+        faults.append(f"{ENVIRONMENT_PREFIX}MODEL_PATH is not set: a GGUF file or a Hugging Face folder")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return EngineConfig(**values)  # type: ignore[arg-type]
+
+
+def _plain_type(hint: object) -> type:
+    """The type of a setting's value, where it may also be None."""
+    return next(kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None))
+
+
+def _converted(text: str, kind: type) -> object:
+    return _BOOLEANS.index(text.lower()) == 1 if kind is bool else kind(text)
+
+
+_BOOLEANS = ("false", "true")

@@ -1,0 +1,226 @@
+"""The one thread that calls the engine, and the inbox before it.
+
+Owns the engine and which channel each sequence answers to. Invariants: nobody who calls `submit` or `cancel` waits
+for a step; the inbox is bounded; every sequence that was submitted without a refusal ends in exactly one output
+with a finish reason. A step that raises ends the sequences that were in the engine, with an error; steps that raise
+again and again, or cancelling that does, mean a broken engine: it takes nothing more and `on_broken` is told.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from outbox import Channel, Outbox
+
+from llm_engine import EngineLoad, RequestRefused, SequenceOutput, SequenceRequest
+
+QUEUE_FULL = "QUEUE_FULL"
+DUPLICATE_ID = "DUPLICATE_ID"
+ENGINE_FAILED = "ENGINE_FAILED"
+ENGINE_UNAVAILABLE = "ENGINE_UNAVAILABLE"
+
+MAX_INBOX_COUNT = 1024
+"""Requests that wait for the current step to end; the engine's own bound on waiting ones comes after it."""
+
+MAX_FAILED_STEP_COUNT = 3
+"""Steps in a row that may raise before the engine counts as broken: an error of the device stays for good."""
+
+
+class Engine(Protocol):
+    """What this thread needs of an engine; llm_engine.Engine is one."""
+
+    def add(self, request: SequenceRequest) -> None: ...
+    def cancel(self, request_id: str) -> bool: ...
+    def step(self) -> list[SequenceOutput]: ...
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def load(self) -> EngineLoad: ...
+
+
+class EngineThread:
+    """Runs the engine's steps; `submit`, `cancel` and `load` are for any thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_broken: Callable[[str], None],
+        log: Callable[[str], None],
+        max_inbox_count: int = MAX_INBOX_COUNT,
+    ) -> None:
+        self._engine = engine
+        self._on_broken = on_broken
+        self._log = log
+        self._max_inbox_count = max_inbox_count
+        self._inbox: deque[SequenceRequest] = deque()
+        self._channels: dict[str, Channel] = {}
+        self._cancelled: set[str] = set()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failed_step_count = 0
+        self._step_started: float | None = None
+        self.broken = ""
+        self.load: EngineLoad = engine.load
+        self._outbox = Outbox(self._lose)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: SequenceRequest, channel: Channel) -> None:
+        """Hands a request over; RequestRefused where it cannot be taken. A later refusal comes as an output."""
+        with self._changed:
+            if self.broken or self._closing:
+                raise Unavailable(self.broken or "the engine is shutting down")
+            if request.request_id in self._channels:
+                raise RequestRefused(DUPLICATE_ID, f"request_id {request.request_id!r} is in the engine already")
+            if len(self._inbox) >= self._max_inbox_count:
+                raise RequestRefused(QUEUE_FULL, f"{self._max_inbox_count} requests wait for the engine's thread")
+            self._channels[request.request_id] = channel
+            self._inbox.append(request)
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a sequence before the next step; False where there is none of this name."""
+        with self._changed:
+            if request_id not in self._channels:
+                return False
+            self._cancelled.add(request_id)
+            self._changed.notify()
+            return True
+
+    def cancel_channel(self, channel: Channel) -> None:
+        """Ends all sequences that answer to a channel."""
+        with self._changed:
+            self._cancelled.update(name for name, other in self._channels.items() if other is channel)
+            self._changed.notify()
+
+    def channels(self) -> set[Channel]:
+        """The channels that a sequence answers to now."""
+        with self._changed:
+            return set(self._channels.values())
+
+    def step_seconds(self, now: float) -> float:
+        """For how long the current step runs, by the monotonic clock; 0 between steps."""
+        started = self._step_started
+        return 0.0 if started is None else now - started
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Waits until what was posted is sent, and sends nothing more."""
+        self._outbox.close(timeout_seconds)
+
+    def close(self, timeout_seconds: float) -> None:
+        """Takes nothing more, ends every sequence as unavailable here, and both threads."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_seconds)
+        self._outbox.close(timeout_seconds)
+
+    def _run(self) -> None:
+        while not self.broken and self._wait_for_work():
+            try:
+                self._take_in()
+                self._step_started = time.monotonic()
+                outputs = self._engine.step() if self._engine.has_work else []
+                self._step_started = None
+                self._failed_step_count = 0
+                self._post(outputs)
+            except Exception as error:  # Whatever the engine raises ends its sequences, not the thread.
+                self._fail_step(error)
+        if not self.broken:
+            self._end_all("the engine is shutting down")
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or self._cancelled or self._closing or self._engine.has_work)
+            return not self._closing
+
+    def _take_in(self) -> None:
+        """Moves what has arrived into the engine, cancels first, so that their places are free."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, set()
+            arrived = list(self._inbox)
+            self._inbox.clear()
+        dropped = [request for request in arrived if request.request_id in cancelled]
+        for request_id in cancelled - {request.request_id for request in dropped}:
+            self._engine.cancel(request_id)
+        outputs = [SequenceOutput(request_id=name, token_ids=[], finish_reason="cancelled") for name in cancelled]
+        for request in arrived:
+            if request.request_id not in cancelled:
+                outputs += self._add(request)
+        if outputs:
+            self._post(outputs)
+
+    def _add(self, request: SequenceRequest) -> list[SequenceOutput]:
+        try:
+            self._engine.add(request)
+        except RequestRefused as refused:
+            return [_error(request.request_id, refused.reason, refused.message)]
+        return []
+
+    def _post(self, outputs: list[SequenceOutput]) -> None:
+        """Sends outputs to their channels, with the load as it is after them."""
+        self.load = self._engine.load
+        addressed = []
+        with self._changed:
+            for output in outputs:
+                ended = bool(output.finish_reason)
+                channel = (self._channels.pop if ended else self._channels.get)(output.request_id, None)
+                if ended:
+                    self._cancelled.discard(output.request_id)
+                if channel is not None:
+                    addressed.append((channel, output))
+        if addressed:
+            self._outbox.post(addressed, self.load)
+
+    def _fail_step(self, error: Exception) -> None:
+        """Ends the sequences that the failed step was about; breaks where that fails too, or too often."""
+        self._log("".join(traceback.format_exception(error)))
+        self._failed_step_count += 1
+        self._step_started = None
+        message = f"the engine's step failed: {error}"
+        with self._changed:
+            waiting = {request.request_id for request in self._inbox}
+            names = [name for name in self._channels if name not in waiting]
+        try:
+            for name in names:
+                self._engine.cancel(name)
+            broken = self._engine.has_work or self._failed_step_count >= MAX_FAILED_STEP_COUNT
+        except Exception as second:  # An engine that cannot drop a sequence is broken.
+            self._log("".join(traceback.format_exception(second)))
+            broken = True
+        if broken:
+            self._end_all(message)
+            self._on_broken(message)
+        else:
+            self._post([_error(name, ENGINE_FAILED, message) for name in names])
+
+    def _end_all(self, message: str) -> None:
+        """Ends every sequence, and takes nothing more."""
+        with self._changed:
+            self.broken = message
+            self._inbox.clear()
+            addressed = [
+                (channel, _error(name, ENGINE_UNAVAILABLE, message)) for name, channel in self._channels.items()
+            ]
+            self._channels.clear()
+        self._outbox.post(addressed, self.load)
+
+    def _lose(self, channel: Channel, error: Exception) -> None:
+        self._log(f"a client is lost: {error}")
+        self.cancel_channel(channel)
+
+
+class Unavailable(Exception):
+    """The engine takes nothing more; the message says why."""
+
+
+def _error(request_id: str, reason: str, message: str) -> SequenceOutput:
+    return SequenceOutput(
+        request_id=request_id, token_ids=[], finish_reason="error", error_reason=reason, error_message=message
+    )

@@ -1,0 +1,41 @@
+"""The LLM engine: continuous batching over a paged KV cache, in plain torch.
+
+It imports neither grpc nor Triton, so that it runs in Triton's Python backend, in a test and on the
+command line alike. Reading order: `engine.py`, `batcher.py`, `block_pool.py`, `step_tensors.py`,
+`model.py`, `kv_cache.py`, `sampler.py`, `weights.py`.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from .config import EngineConfig
+from .errors import EngineError, ModelLoadError, RequestRefused
+from .request import EngineLoad, ModelInfo, SamplingParams, SequenceOutput, SequenceRequest
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "EngineLoad",
+    "ModelInfo",
+    "ModelLoadError",
+    "RequestRefused",
+    "SamplingParams",
+    "SequenceOutput",
+    "SequenceRequest",
+]
+
+
+def __getattr__(name: str) -> type:
+    """Import the engine, and torch with it, only when it is asked for: a simulator needs neither."""
+    if name != "Engine":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Read once, when torch loads. Threads that spin while they wait take the processor from everything
+    # else on it, and with one busy neighbour on two cores a step took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from .engine import Engine
+
+    return Engine

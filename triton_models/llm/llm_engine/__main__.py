@@ -1,0 +1,159 @@
+"""`python -m llm_engine generate|bench`: drives the engine in its own process, without a server.
+
+`generate` continues one prompt of token ids. `bench` measures tokens per second of the engine alone,
+so that the cost of everything around it can be told by comparison. Results go to stdout, one JSON
+object with `--json`; talk goes to stderr.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+from . import Engine, EngineConfig, EngineError, SamplingParams, SequenceRequest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 is success, 1 a failure, 2 a wrong call."""
+    options = _parser().parse_args(arguments)
+    try:
+        started = time.perf_counter()
+        engine = Engine(_config(options))
+        result = {"load_seconds": round(time.perf_counter() - started, 3)}
+        result |= _generate(engine, options) if options.command == "generate" else _bench(engine, options)
+    except (EngineError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name}: {value}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llm_engine")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="continue one prompt of token ids")
+    generate.add_argument("--token-ids", required=True, help="comma-separated, for example 1,4093,198")
+    generate.add_argument("--tokens", type=int, default=64, help="output tokens at most")
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--logprobs", type=int)
+    bench = commands.add_parser("bench", help="measure tokens per second")
+    bench.add_argument("--sequences", type=int, default=32)
+    bench.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence")
+    bench.add_argument("--prompt-tokens", type=int, default=64, help="length of the random prompts")
+    bench.add_argument("--prompts", type=Path, help="JSON file: a list of lists of token ids, used in turn")
+    bench.add_argument("--temperature", type=float, default=0.0)
+    for command in (generate, bench):
+        command.add_argument("--model", required=True, help="GGUF file or Hugging Face folder")
+        command.add_argument("--cache-dir")
+        command.add_argument("--dtype", default="bf16")
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
+        command.add_argument("--step-token-budget", type=int, default=512)
+        command.add_argument("--max-sequences", type=int, default=32)
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def _config(options: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        model_path=options.model,
+        cache_dir=options.cache_dir,
+        dtype=options.dtype,
+        device=options.device,
+        thread_count=options.threads,
+        kv_cache_bytes=options.kv_cache_bytes,
+        step_token_budget=options.step_token_budget,
+        max_sequences=options.max_sequences,
+        max_waiting=1_000_000,
+    )
+
+
+def _generate(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
+    sampling = SamplingParams(temperature=options.temperature, seed=options.seed, logprobs=options.logprobs)
+    prompt = [int(word) for word in options.token_ids.split(",")]
+    engine.add(SequenceRequest(request_id="0", token_ids=prompt, max_tokens=options.tokens, sampling=sampling))
+    result: dict[str, object] = {"token_ids": [], "logprobs": [], "finish_reason": ""}
+    while engine.has_work:
+        for output in engine.step():
+            result["token_ids"] += output.token_ids
+            result["logprobs"] += output.logprobs or []
+            result["finish_reason"] = output.finish_reason or output.error_message
+    return result
+
+
+def _bench(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
+    """Run all sequences from one moment on.
+
+    Decode is measured over the steps in which every sequence runs and none has a prompt left; where
+    more sequences are asked for than run at once, there may be none, and the figure is null.
+    """
+    prompts = _prompts(engine, options)
+    sampling = SamplingParams(temperature=options.temperature, seed=0)
+    _run(engine, [prompts[0]], 4, sampling)
+    started = time.perf_counter()
+    steps = _run(engine, prompts, options.tokens, sampling)
+    wall_seconds = time.perf_counter() - started
+    generated = sum(count for _, count, _ in steps)
+    first_tokens = sorted(moment - started for _, _, moments in steps for moment in moments)
+    full = [seconds for seconds, count, moments in steps if count == len(prompts) and not moments]
+    return {
+        "sequences": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "output_tokens": generated,
+        "wall_seconds": round(wall_seconds, 4),
+        "tokens_per_second": round(generated / wall_seconds, 2),
+        "first_token_seconds_median": round(first_tokens[len(first_tokens) // 2], 4),
+        "first_token_seconds_last": round(first_tokens[-1], 4),
+        "prompt_tokens_per_second": round(sum(map(len, prompts)) / first_tokens[-1], 2),
+        "decode_step_count": len(full),
+        "decode_seconds": round(sum(full), 4),
+        "decode_tokens_per_second": round(len(prompts) * len(full) / sum(full), 2) if full else None,
+        "preemptions": engine.load.preemption_count,
+        "weight_dtype": engine.model_info.weight_dtype,
+        "compute_dtype": engine.model_info.compute_dtype,
+        "threads": options.threads,
+    }
+
+
+def _prompts(engine: Engine, options: argparse.Namespace) -> list[list[int]]:
+    if options.prompts is not None:
+        given = json.loads(options.prompts.read_text())
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"{options.prompts}: expected a list of lists of token ids")
+        return [given[index % len(given)] for index in range(options.sequences)]
+    source = random.Random(0)
+    words = range(engine.model_info.vocabulary_size)
+    return [source.choices(words, k=options.prompt_tokens) for _ in range(options.sequences)]
+
+
+def _run(
+    engine: Engine, prompts: list[list[int]], tokens: int, sampling: SamplingParams
+) -> list[tuple[float, int, list[float]]]:
+    """Each step's seconds, how many tokens it gave, and the moments of the first tokens among them."""
+    for index, prompt in enumerate(prompts):
+        engine.add(
+            SequenceRequest(
+                request_id=str(index), token_ids=prompt, max_tokens=tokens, sampling=sampling, ignore_eos=True
+            )
+        )
+    steps, begun = [], set()
+    while engine.has_work:
+        started = time.perf_counter()
+        outputs = engine.step()
+        ended = time.perf_counter()
+        new = {output.request_id for output in outputs} - begun
+        begun |= new
+        steps.append((ended - started, len(outputs), [ended] * len(new)))
+    return steps
+
+
+if __name__ == "__main__":
+    sys.exit(main())

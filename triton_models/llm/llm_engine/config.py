@@ -1,0 +1,77 @@
+"""Every setting of the engine, with its unit, its bound and the reason for it.
+
+Invariants: a config that exists is valid; it never changes. What follows from it and from the model
+together (how many blocks there are, which type the products run in) is not kept here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+DTYPES = ("bf16", "fp32")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The settings of one engine; ValueError names everything that is wrong, at once."""
+
+    model_path: str
+    """A GGUF file, or a Hugging Face folder (config.json and *.safetensors)."""
+    cache_dir: str | None = None
+    """Where the dequantised weights of a GGUF file are kept between starts; None keeps nothing."""
+    dtype: str = "bf16"
+    """The type the weights are held in. A CPU without bf16 products computes in fp32 from them."""
+    device: str = "cpu"
+    max_sequences: int = 32
+    """Sequences that run at once; each costs one token of every step's budget."""
+    max_waiting: int = 64
+    """Sequences held beyond `max_sequences`; past this, `add` refuses."""
+    max_context_tokens: int | None = None
+    """Prompt and output together, in tokens; None takes the model's own bound."""
+    kv_cache_bytes: int = 512 * 1024 * 1024
+    """The bound on all KV blocks together, in bytes, allocated at start."""
+    block_token_count: int = 16
+    """Tokens in a KV block: small wastes little at a sequence's end, large gathers quicker."""
+    step_token_budget: int = 512
+    """Tokens computed in one step; it bounds how long a prompt can stall the running decodes."""
+    thread_count: int = 1
+    """Threads that torch uses in this process; it is set for the whole process."""
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("engine settings: " + "; ".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        if not self.model_path:
+            yield "model_path is empty"
+        if self.dtype not in DTYPES:
+            yield f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}"
+        if self.device not in DEVICES:
+            yield f"device is {self.device!r}, expected one of {', '.join(DEVICES)}"
+        for name, least, most in _BOUNDS:
+            value = getattr(self, name)
+            if name == "max_context_tokens" and value is None:
+                continue
+            if type(value) is not int or not least <= value <= most:
+                yield f"{name} is {value!r}, expected an integer from {least} to {most}"
+        if not self._budget_holds_every_decode():
+            yield (
+                f"step_token_budget is {self.step_token_budget}, expected at least max_sequences"
+                f" ({self.max_sequences}), so that no running sequence misses a step"
+            )
+
+    def _budget_holds_every_decode(self) -> bool:
+        both = (self.step_token_budget, self.max_sequences)
+        return not all(type(value) is int for value in both) or both[0] >= both[1]
+
+
+_BOUNDS = (
+    ("max_sequences", 1, 4096),
+    ("max_waiting", 0, 1_000_000),
+    ("max_context_tokens", 2, 1 << 24),
+    ("kv_cache_bytes", 1, 1 << 44),
+    ("block_token_count", 1, 1024),
+    ("step_token_budget", 1, 1 << 20),
+    ("thread_count", 1, 1024),
+)

@@ -1,0 +1,262 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+Owns the request's life: refused or taken, waiting, running, finished. Invariants: one thread calls
+it; every request taken ends in exactly one output with a finish reason, unless it is cancelled; a
+sequence that fails takes no other with it. Who runs next is left to `batcher.py`, the mathematics to
+`model.py`, the choice of a token to `sampler.py`. Read `Engine.step` first.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .batcher import Batcher, StepPlan
+from .block_pool import BlockPool
+from .config import EngineConfig
+from .errors import DUPLICATE_ID, NON_FINITE_LOGITS, QUEUE_FULL, ModelLoadError, RequestRefused
+from .kv_cache import KvCache, block_byte_count
+from .matmul import compute_dtype
+from .model import Model
+from .request import EngineLoad, ModelInfo, SequenceOutput, SequenceRequest
+from .sampler import SampledToken, SamplingRow, sample
+from .sequence import Sequence
+from .step_tensors import StepLayout, step_tensors
+from .validation import validated_token_ids
+from .weights import TORCH_DTYPES, Checkpoint, load_checkpoint
+
+# Keys that one decode group gathers at most: on a CPU a few MB, which its cache holds.
+_CPU_GROUP_TOKEN_BOUND = 2048
+_CUDA_GROUP_TOKEN_BOUND = 1 << 20
+
+
+class Engine:
+    """A loaded model with its batch; loading raises ModelLoadError."""
+
+    def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.config = config
+        self._clock = clock
+        torch.set_num_threads(config.thread_count)
+        device = _device(config)
+        checkpoint = load_checkpoint(
+            Path(config.model_path),
+            dtype=config.dtype,
+            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+        )
+        dtype = compute_dtype(TORCH_DTYPES[config.dtype], device)
+        block_count = _block_count(config, checkpoint, dtype)
+        self.model_info = _model_info(config, checkpoint, dtype, block_count)
+        self._batcher = Batcher(
+            BlockPool(block_count, config.block_token_count),
+            max_sequences=config.max_sequences,
+            max_waiting=config.max_waiting,
+            step_token_budget=config.step_token_budget,
+        )
+        self._kv_cache = KvCache(
+            checkpoint.architecture,
+            block_count=block_count,
+            block_token_count=config.block_token_count,
+            dtype=dtype,
+            device=device,
+        )
+        self._model = Model(
+            checkpoint.architecture,
+            checkpoint.tensors,
+            context_token_count=self.model_info.context_token_count,
+            dtype=dtype,
+            device=device,
+        )
+        self._layout = StepLayout(
+            block_token_count=config.block_token_count,
+            padding_block=self._kv_cache.padding_block,
+            group_size=checkpoint.architecture.group_size,
+            group_token_bound=_CPU_GROUP_TOKEN_BOUND if device.type == "cpu" else _CUDA_GROUP_TOKEN_BOUND,
+            dtype=dtype,
+            device=device,
+        )
+        self._arrival_count = 0
+        self._step_count = 0
+        self._prompt_token_total = 0
+        self._generated_token_total = 0
+        self._step_seconds_last = 0.0
+        self._step_token_count_last = 0
+
+    def step(self) -> list[SequenceOutput]:
+        """Compute one step; gives an output for every sequence that got a token or ended."""
+        if not self.has_work:
+            return []
+        started = self._clock()
+        plan = self._batcher.plan()
+        step = step_tensors(plan, self._layout)
+        logits = self._model.forward(step, self._kv_cache)
+        sampled = sample(logits, [_sampling_row(sequence) for sequence in step.sampled])
+        self._batcher.commit(plan)
+        self._count(plan)
+        outputs = [self._advance(*pair) for pair in zip(step.sampled, sampled, strict=True)]
+        self._step_seconds_last = self._clock() - started
+        return outputs
+
+    def add(self, request: SequenceRequest) -> None:
+        """Take a request, or raise RequestRefused and leave everything as it was.
+
+        A request whose `max_tokens` reaches beyond the context is taken, and ends with "length" where
+        the context does.
+        """
+        token_ids = validated_token_ids(request, self.model_info)
+        if self._batcher.holds(request.request_id):
+            raise RequestRefused(DUPLICATE_ID, f"request_id {request.request_id!r} is in the engine already")
+        if not self._batcher.can_add():
+            raise RequestRefused(
+                QUEUE_FULL,
+                f"{self.config.max_sequences} places to run and {self.config.max_waiting} to wait are taken",
+            )
+        seed = request.sampling.seed
+        self._batcher.add(
+            Sequence(
+                request=request,
+                arrival_index=self._arrival_count,
+                token_ids=token_ids,
+                prompt_token_count=len(token_ids) - request.prior_output_count,
+                seed=secrets.randbits(63) if seed is None else seed,
+                stop_token_ids=_stop_token_ids(request, self.model_info),
+            )
+        )
+        self._arrival_count += 1
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request and free its blocks at once; False where there is none of this name."""
+        return self._batcher.remove(request_id) is not None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        return bool(self._batcher.running or self._batcher.waiting)
+
+    @property
+    def load(self) -> EngineLoad:
+        """How full the engine is, and its totals."""
+        pool = self._batcher.pool
+        return EngineLoad(
+            running=len(self._batcher.running),
+            waiting=len(self._batcher.waiting),
+            max_sequences=self.config.max_sequences,
+            max_waiting=self.config.max_waiting,
+            free_block_count=pool.free_count,
+            total_block_count=pool.block_count,
+            block_token_count=pool.block_token_count,
+            step_count=self._step_count,
+            preemption_count=self._batcher.preemption_count,
+            prompt_token_total=self._prompt_token_total,
+            generated_token_total=self._generated_token_total,
+            step_seconds_last=self._step_seconds_last,
+            step_token_count_last=self._step_token_count_last,
+        )
+
+    def _advance(self, sequence: Sequence, sampled: SampledToken) -> SequenceOutput:
+        """Append a sequence's new token, and end the sequence where it ends."""
+        if not sampled.finite:
+            return self._fail(sequence)
+        stopped = sampled.token_id in sequence.stop_token_ids
+        if not stopped:
+            sequence.token_ids.append(sampled.token_id)
+            self._generated_token_total += 1
+        finish_reason = "stop" if stopped else "length" if self._is_full(sequence) else ""
+        if finish_reason:
+            self._batcher.remove(sequence.request_id)
+        wants = sequence.request.sampling.logprobs is not None
+        return SequenceOutput(
+            request_id=sequence.request_id,
+            token_ids=[] if stopped else [sampled.token_id],
+            logprobs=None if not wants else [] if stopped else [sampled.logprob],
+            top_token_ids=None if not wants else [] if stopped else [sampled.top_token_ids],
+            top_logprobs=None if not wants else [] if stopped else [sampled.top_logprobs],
+            finish_reason=finish_reason,
+            prompt_token_count=sequence.prompt_token_count,
+            output_token_count=sequence.output_token_count,
+        )
+
+    def _fail(self, sequence: Sequence) -> SequenceOutput:
+        """End a sequence whose logits are not finite, and clean its blocks for the next owner."""
+        self._kv_cache.clear(sequence.block_ids)
+        self._batcher.remove(sequence.request_id)
+        return SequenceOutput(
+            request_id=sequence.request_id,
+            token_ids=[],
+            finish_reason="error",
+            error_reason=NON_FINITE_LOGITS,
+            error_message=f"the model's logits are not finite at output token {sequence.output_token_count}",
+            prompt_token_count=sequence.prompt_token_count,
+            output_token_count=sequence.output_token_count,
+        )
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        return (
+            sequence.output_token_count >= sequence.request.max_tokens
+            or sequence.token_count >= self.model_info.context_token_count
+        )
+
+    def _count(self, plan: StepPlan) -> None:
+        self._step_count += 1
+        self._step_token_count_last = plan.token_count
+        for work in plan.work:
+            self._prompt_token_total += max(0, min(work.count, work.sequence.prompt_token_count - work.start))
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError("device is 'cuda', but torch finds no CUDA device")
+    return torch.device(config.device)
+
+
+def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """How many KV blocks the bound holds, the padding block included in the bound."""
+    one = block_byte_count(checkpoint.architecture, config.block_token_count, dtype)
+    count = config.kv_cache_bytes // one - 1
+    if count < 1:
+        raise ModelLoadError(
+            f"kv_cache_bytes is {config.kv_cache_bytes}, expected at least {2 * one}:"
+            f" a block of {config.block_token_count} tokens takes {one}, and one is kept for padding"
+        )
+    return count
+
+
+def _model_info(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, block_count: int) -> ModelInfo:
+    architecture = checkpoint.architecture
+    asked = config.max_context_tokens
+    if asked is not None and asked > architecture.context_token_count:
+        raise ModelLoadError(
+            f"max_context_tokens is {asked}, the model's own bound is {architecture.context_token_count}"
+        )
+    return ModelInfo(
+        name=architecture.name,
+        architecture="llama",
+        vocabulary_size=architecture.vocabulary_size,
+        context_token_count=min(asked or architecture.context_token_count, block_count * config.block_token_count),
+        eos_token_ids=architecture.eos_token_ids,
+        bos_token_id=architecture.bos_token_id,
+        layer_count=architecture.layer_count,
+        hidden_size=architecture.hidden_size,
+        head_count=architecture.head_count,
+        kv_head_count=architecture.kv_head_count,
+        parameter_count=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        weight_dtype=config.dtype,
+        compute_dtype=next(name for name, value in TORCH_DTYPES.items() if value == dtype),
+        device=config.device,
+    )
+
+
+def _sampling_row(sequence: Sequence) -> SamplingRow:
+    return SamplingRow(
+        params=sequence.request.sampling,
+        seed=sequence.seed,
+        token_ids=sequence.token_ids,
+        prompt_token_count=sequence.prompt_token_count,
+    )
+
+
+def _stop_token_ids(request: SequenceRequest, model: ModelInfo) -> frozenset[int]:
+    if request.ignore_eos:
+        return frozenset()
+    return frozenset(request.stop_token_ids or model.eos_token_ids)

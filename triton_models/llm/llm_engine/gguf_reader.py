@@ -1,0 +1,142 @@
+"""Reads a GGUF file: its metadata, and its tensors dequantised to fp32.
+
+Owns the header's layout (the GGUF specification, versions 2 and 3, of the ggml project); the block
+formats of quantised tensors are left to the `gguf` package. Invariants: nothing is read past the
+file's end, whatever its counts claim; every tensor that is listed lies wholly inside the file. The
+package's own reader is not used, since it fails on a damaged file without naming the tensor, and
+spends seconds on the vocabulary.
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from .errors import ModelLoadError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALAR_FORMATS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_DIMENSION_BOUND = 4
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies, and its shape in numpy's order (the fastest dimension last)."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantization: GGMLQuantizationType
+    offset: int
+    byte_count: int
+
+
+class GgufFile:
+    """An open GGUF file; `metadata` holds scalars and strings, arrays only by their length."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{path}: cannot be read: {error}") from error
+        self._position = 0
+        self.metadata: dict[str, object] = {}
+        self.tensors: dict[str, TensorEntry] = {}
+        self._read_header()
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The tensor, dequantised: [the entry's shape] fp32."""
+        entry = self.tensors[name]
+        raw = np.frombuffer(self._bytes, np.uint8, entry.byte_count, entry.offset)
+        block_size, block_bytes = GGML_QUANT_SIZES[entry.quantization]
+        rows = raw.reshape(-1, entry.shape[-1] // block_size * block_bytes)
+        try:
+            return dequantize(rows, entry.quantization).reshape(entry.shape).astype(np.float32)
+        except NotImplementedError as error:
+            raise self._bad(f"tensor {name} is {entry.quantization.name}: not supported") from error
+
+    def _read_header(self) -> None:
+        if self._take(4) != _MAGIC:
+            raise self._bad("it does not begin with GGUF")
+        version = self._scalar("<I")
+        if version not in _VERSIONS:
+            raise self._bad(f"version {version}, expected one of {_VERSIONS}")
+        tensor_count, field_count = self._scalar("<Q"), self._scalar("<Q")
+        for _ in range(field_count):
+            name = self._string()
+            self.metadata[name] = self._value(self._scalar("<I"), name)
+        listed = [self._tensor_listing() for _ in range(tensor_count)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise self._bad(f"general.alignment is {alignment!r}, expected a positive integer")
+        data_start = -(-self._position // alignment) * alignment
+        for name, shape, kind, offset in listed:
+            self.tensors[name] = self._entry(name, shape, kind, data_start + offset)
+
+    def _tensor_listing(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        dimension_count = self._scalar("<I")
+        if not 1 <= dimension_count <= _DIMENSION_BOUND:
+            raise self._bad(f"tensor {name} has {dimension_count} dimensions, expected 1 to 4")
+        fastest_first = [self._scalar("<Q") for _ in range(dimension_count)]
+        return name, tuple(reversed(fastest_first)), self._scalar("<I"), self._scalar("<Q")
+
+    def _entry(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorEntry:
+        try:
+            quantization = GGMLQuantizationType(kind)
+        except ValueError as error:
+            raise self._bad(f"tensor {name} has type {kind}, which is not known") from error
+        block_size, block_bytes = GGML_QUANT_SIZES[quantization]
+        if shape[-1] % block_size:
+            raise self._bad(f"tensor {name} has rows of {shape[-1]}, not a multiple of {block_size}")
+        byte_count = math.prod(shape) // block_size * block_bytes
+        if offset + byte_count > len(self._bytes):
+            raise self._bad(
+                f"truncated: tensor {name} ends at byte {offset + byte_count}, the file has {len(self._bytes)}"
+            )
+        return TensorEntry(name, shape, quantization, offset, byte_count)
+
+    def _value(self, kind: int, name: str) -> object:
+        if kind in _SCALAR_FORMATS:
+            return self._scalar(_SCALAR_FORMATS[kind])
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            raise self._bad(f"field {name} has type {kind}, which is not known")
+        element_kind, count = self._scalar("<I"), self._scalar("<Q")
+        if element_kind in _SCALAR_FORMATS:
+            self._take(count * struct.calcsize(_SCALAR_FORMATS[element_kind]))
+        elif element_kind == _STRING:
+            for _ in range(count):
+                self._take(self._scalar("<Q"))
+        else:
+            raise self._bad(f"field {name} is an array of type {element_kind}: not supported")
+        return count
+
+    def _string(self) -> str:
+        return self._take(self._scalar("<Q")).decode("utf-8", "replace")
+
+    def _scalar(self, form: str) -> Any:
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+
+    def _take(self, count: int) -> bytes:
+        end = self._position + count
+        if end > len(self._bytes):
+            raise self._bad(f"truncated: the header wants byte {end}, the file has {len(self._bytes)}")
+        taken = self._bytes[self._position : end]
+        self._position = end
+        return taken
+
+    def _bad(self, what: str) -> ModelLoadError:
+        return ModelLoadError(f"{self.path}: {what}")

@@ -1,0 +1,79 @@
+"""Keys and values of all sequences, in blocks, and the attention over them.
+
+Owns the memory of the KV blocks. Invariants: it is allocated once, within `byte_bound`; the block
+after the last one that the pool hands out is for padding and stays zero. Whose block is whose it
+leaves to the batcher. Paging follows PagedAttention (Kwon et al., SOSP 2023); the blocks of a group
+are gathered into one buffer and given to torch's own attention, which on a CPU is quicker than any
+loop over blocks in Python.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .architecture import Architecture
+from .step_tensors import AttentionGroup
+
+
+def block_byte_count(architecture: Architecture, block_token_count: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    per_token = 2 * architecture.kv_size * architecture.layer_count
+    return per_token * block_token_count * dtype.itemsize
+
+
+class KvCache:
+    """A layer's blocks are [block_count + 1, block_token_count * 2 * kv_size]: a token's key, then its value."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        block_count: int,
+        block_token_count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.padding_block = block_count
+        self._heads = architecture.kv_head_count
+        self._head_dim = architecture.head_dim
+        self._group_size = architecture.group_size
+        self._token_size = 2 * architecture.kv_size
+        shape = (block_count + 1, block_token_count * self._token_size)
+        self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.layer_count)]
+        self._gathered = torch.empty(0, dtype=dtype, device=device)
+
+    def write(self, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
+        """Keep the rows' keys and values: [row_count, 2 * kv_size] at slots [row_count] int64."""
+        self._layers[layer].view(-1, self._token_size).index_copy_(0, slots, keys_values)
+
+    def attend(self, layer: int, queries: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+        """Attend a group's rows, [row_count, head_count, head_dim], to their sequences; same shape back.
+
+        The query heads that share a KV head stand as query rows beneath it: torch's fused CPU kernel
+        takes that with a mask, which it does not with `enable_gqa`.
+        """
+        count, query_count = group.sequence_count, group.query_count
+        keys, values = self._gather(layer, group)
+        split = (count, query_count, self._heads, self._group_size, self._head_dim)
+        under_kv_head = queries.reshape(split).permute(0, 2, 3, 1, 4)
+        shape = (count, self._heads, self._group_size * query_count, self._head_dim)
+        attended = F.scaled_dot_product_attention(under_kv_head.reshape(shape), keys, values, attn_mask=group.mask)
+        by_row = attended.view(under_kv_head.shape).permute(0, 3, 1, 2, 4)
+        return by_row.reshape(queries.shape)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks that hold what is not finite: under a mask a NaN still reaches the next owner."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self._layers[0].device)
+        for layer in self._layers:
+            layer.index_fill_(0, index, 0)
+
+    def _gather(self, layer: int, group: AttentionGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as views of one buffer, [sequences, kv heads, context, head_dim] each."""
+        blocks = self._layers[layer]
+        size = group.blocks.numel() * blocks.shape[1]
+        if self._gathered.numel() < size:
+            self._gathered = self._gathered.new_empty(size)
+        gathered = self._gathered[:size].view(-1, blocks.shape[1])
+        torch.index_select(blocks, 0, group.blocks, out=gathered)
+        shape = (group.sequence_count, -1, 2, self._heads, self._head_dim)
+        keys, values = gathered.view(shape).permute(2, 0, 3, 1, 4)
+        return keys, values

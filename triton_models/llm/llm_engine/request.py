@@ -1,0 +1,112 @@
+"""What goes into the engine and what comes out of it: plain data, no behaviour.
+
+Owns the public messages. It leaves their validation to `engine.py`, which knows the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen from the model's distribution."""
+
+    temperature: float = 1.0
+    """0 is greedy; otherwise logits are divided by it. 0 to 100."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities reach this sum; 1 keeps all."""
+    seed: int | None = None
+    """The same seed gives the same tokens, whatever else runs; None lets the engine draw one."""
+    repetition_penalty: float = 1.0
+    """Over 1 makes every token of prompt and output less likely (Keskar et al., 2019)."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that it stands in the output. -2 to 2."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of each token that stands in the output. -2 to 2."""
+    logprobs: int | None = None
+    """None: no log-probabilities; 0 to 20: the chosen token's, and so many of the likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceRequest:
+    """One prompt to continue."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    """The prompt, and after it the output made so far: a list or an int32 array."""
+    prior_output_count: int = 0
+    """How many tokens at the end of `token_ids` are output already sent (a resumed request)."""
+    max_tokens: int
+    """The bound on output tokens, those already sent included."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the output, and are not part of it; empty means the model's own."""
+    ignore_eos: bool = False
+    """Go on to `max_tokens` whatever comes, for measurements; no token stops the output then."""
+    priority: int = 0
+    """Lower is more urgent; equal priorities go by arrival."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceOutput:
+    """What one step gave one sequence."""
+
+    request_id: str
+    token_ids: list[int]
+    """The new tokens, without the one that stopped the output."""
+    logprobs: list[float] | None = None
+    """Of each new token, under the model's own distribution, before penalties and temperature."""
+    top_token_ids: list[list[int]] | None = None
+    top_logprobs: list[list[float]] | None = None
+    finish_reason: str = ""
+    """Empty while it runs; then "stop", "length" or "error". Nothing follows a finished output."""
+    error_reason: str = ""
+    """One of `errors.SEQUENCE_ERROR_REASONS` where `finish_reason` is "error"."""
+    error_message: str = ""
+    prompt_token_count: int = 0
+    output_token_count: int = 0
+    """All output so far, that of an earlier run of a resumed request included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the loaded model is, for whoever serves it."""
+
+    name: str
+    architecture: str
+    vocabulary_size: int
+    context_token_count: int
+    """Prompt and output together: the least of the model's, the settings' and the KV blocks'."""
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    layer_count: int
+    hidden_size: int
+    head_count: int
+    kv_head_count: int
+    parameter_count: int
+    weight_dtype: str
+    compute_dtype: str
+    """The type of products and KV blocks: fp32 for bf16 weights where the CPU has no bf16 products."""
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """How full the engine is, and what it has done since it started."""
+
+    running: int
+    waiting: int
+    max_sequences: int
+    max_waiting: int
+    free_block_count: int
+    total_block_count: int
+    block_token_count: int
+    step_count: int
+    preemption_count: int
+    prompt_token_total: int
+    """Prompt tokens computed, counted again when a preempted sequence is recomputed."""
+    generated_token_total: int
+    step_seconds_last: float
+    step_token_count_last: int

@@ -1,0 +1,188 @@
+"""From logits to the next token of each sequence.
+
+Owns penalties, temperature, truncation, the draw and the log-probabilities. Invariants: a row's
+result depends on its own logits, parameters, tokens, seed and output position, never on the other
+rows; a row whose logits are not finite is reported and harms no other. Order: penalties, temperature,
+top_k, top_p over what top_k left, draw. Ties at a truncation's edge are kept together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .random_stream import uniforms
+from .request import SamplingParams
+
+# Below this, dividing by the temperature says no more than greedy does, and overflows in the end.
+GREEDY_TEMPERATURE = 1e-5
+# The likeliest tokens that top_p looks at first; only a row that they do not satisfy is sorted whole.
+_CANDIDATE_COUNT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What a row of logits is sampled with; `token_ids` is the prompt and then the output."""
+
+    params: SamplingParams
+    seed: int
+    token_ids: list[int]
+    prompt_token_count: int
+
+    @property
+    def output_position(self) -> int:
+        """The new token's place in the output, and in the seed's random stream."""
+        return len(self.token_ids) - self.prompt_token_count
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.params.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty changes the logits."""
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.frequency_penalty != 0.0 or p.presence_penalty != 0.0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether unlikely tokens are cut off."""
+        return self.params.top_k > 0 or self.params.top_p < 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A row's result; without `finite`, the rest means nothing."""
+
+    token_id: int
+    finite: bool
+    logprob: float | None = None
+    top_token_ids: list[int] | None = None
+    top_logprobs: list[float] | None = None
+
+
+@torch.inference_mode()
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """Sample logits [row_count, vocabulary_size] fp32, which are left as they are."""
+    # A sum is finite only if all its terms are; one pass, and no mask of the vocabulary's size.
+    finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float64))
+    if not finite.all():
+        logits = torch.where(finite[:, None], logits, 0.0)
+    tokens = _chosen(_penalised(logits, rows), rows)
+    logprobs = _logprobs(logits, tokens, rows)
+    return [
+        SampledToken(token, ok, *logprobs.get(index, ()))
+        for index, (token, ok) in enumerate(zip(tokens.tolist(), finite.tolist(), strict=True))
+    ]
+
+
+def _chosen(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """The next tokens, [row_count] int64."""
+    tokens = logits.argmax(dim=-1)
+    drawn = _where(rows, lambda row: not row.greedy)
+    if drawn:
+        chosen = [rows[index] for index in drawn]
+        tokens[_index(drawn, logits)] = _drawn(_rows_of(logits, drawn), chosen)
+    return tokens
+
+
+def _penalised(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Apply the penalties; rows without any share the memory of the input if none has one."""
+    penalised = _where(rows, lambda row: row.penalised)
+    if not penalised:
+        return logits
+    logits = logits.clone()
+    for index in penalised:
+        row = rows[index]
+        everywhere = torch.tensor(np.unique(row.token_ids), device=logits.device)
+        found = logits[index, everywhere]
+        penalty = row.params.repetition_penalty
+        logits[index, everywhere] = torch.where(found > 0, found / penalty, found * penalty)
+        output, counts = np.unique(
+            np.asarray(row.token_ids[row.prompt_token_count :], dtype=np.int64), return_counts=True
+        )
+        taken = row.params.frequency_penalty * counts + row.params.presence_penalty
+        logits[index, torch.tensor(output, device=logits.device)] -= torch.tensor(
+            taken, dtype=logits.dtype, device=logits.device
+        )
+    return logits
+
+
+def _drawn(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
+    """Draw by inverting the distribution, in the vocabulary's order: [row_count] int64."""
+    temperatures = logits.new_tensor([row.params.temperature for row in rows])
+    # The largest logit at 0, so that a small temperature cannot overflow.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+    truncated = _where(rows, lambda row: row.truncated)
+    if truncated:
+        kept = _truncated(_rows_of(scaled, truncated), [rows[index] for index in truncated])
+        scaled = scaled.index_copy(0, _index(truncated, logits), kept)
+    sums = scaled.exp_().cumsum(dim=-1, dtype=torch.float64)
+    numbers = uniforms([row.seed for row in rows], [row.output_position for row in rows])
+    targets = torch.from_numpy(numbers).to(logits.device)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, targets, right=True).squeeze(-1)
+
+
+def _truncated(scaled: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
+    """Scaled logits [row_count, vocabulary_size] fp32 with -inf where top_k or top_p cut."""
+    vocabulary_size = scaled.shape[-1]
+    width = min(vocabulary_size, max(_CANDIDATE_COUNT, *(row.params.top_k for row in rows)))
+    floors, enough = _floors(scaled, rows, width)
+    short = [index for index, is_enough in enumerate(enough.tolist()) if not is_enough]
+    if short:
+        again = [rows[index] for index in short]
+        floors[_index(short, scaled)] = _floors(_rows_of(scaled, short), again, vocabulary_size)[0]
+    return scaled.masked_fill(scaled < floors, float("-inf"))
+
+
+def _floors(scaled: torch.Tensor, rows: list[SamplingRow], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least value that each row keeps [row_count, 1] fp32, and whether `width` candidates sufficed."""
+    everything = scaled.shape[-1]
+    values = scaled.topk(width, dim=-1).values
+    top_k = torch.tensor([row.params.top_k or everything for row in rows], device=scaled.device)[:, None]
+    top_p = torch.tensor([row.params.top_p for row in rows], dtype=torch.float64, device=scaled.device)[:, None]
+    ranks = torch.arange(width, device=scaled.device)
+    weights = values.double().exp().masked_fill(ranks >= top_k, 0.0)
+    whole = scaled.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    total = torch.where(top_k <= width, weights.sum(dim=-1, keepdim=True), whole)
+    before = weights.cumsum(dim=-1) - weights
+    # A token stays while those likelier than it do not yet reach top_p; the likeliest always stays.
+    stays = ((before < top_p * total) | (top_p >= 1.0)) & (ranks < top_k)
+    stays[:, 0] = True
+    floors = values.gather(1, stays.sum(dim=-1, keepdim=True) - 1)
+    enough = (top_k <= width) | (weights.sum(dim=-1, keepdim=True) >= top_p * total)
+    return floors, enough.squeeze(-1) | (width == everything)
+
+
+def _logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[SamplingRow]
+) -> dict[int, tuple[float, list[int], list[float]]]:
+    """For the rows that ask: the chosen token's log-probability, and the likeliest tokens with theirs."""
+    asking = _where(rows, lambda row: row.params.logprobs is not None)
+    if not asking:
+        return {}
+    distribution = _rows_of(logits, asking).log_softmax(dim=-1)
+    chosen = distribution.gather(1, tokens[_index(asking, logits)][:, None]).squeeze(-1).tolist()
+    counts = [rows[index].params.logprobs or 0 for index in asking]
+    values, ids = distribution.topk(min(max(counts), distribution.shape[-1]), dim=-1)
+    return {
+        index: (logprob, top_ids[:count], top_values[:count])
+        for index, logprob, top_ids, top_values, count in zip(
+            asking, chosen, ids.tolist(), values.tolist(), counts, strict=True
+        )
+    }
+
+
+def _where(rows: Sequence[SamplingRow], holds: Callable[[SamplingRow], bool]) -> list[int]:
+    return [index for index, row in enumerate(rows) if holds(row)]
+
+
+def _rows_of(tensor: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """Some rows of a tensor; the tensor itself where these are all."""
+    return tensor if len(indices) == tensor.shape[0] else tensor[_index(indices, tensor)]
+
+
+def _index(indices: list[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(indices, dtype=torch.int64, device=like.device)

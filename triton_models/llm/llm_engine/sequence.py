@@ -1,0 +1,50 @@
+"""One request while the engine has it: its tokens, how far they are computed, its blocks.
+
+Invariants: `0 <= computed_token_count < token_count` between steps, since the last token is always
+still to be computed; the blocks, in order, hold the keys and values of the first
+`computed_token_count` tokens. The batcher alone changes `computed_token_count` and `block_ids`; the
+engine alone appends tokens.
+"""
+
+from dataclasses import dataclass, field
+
+from .request import SequenceRequest
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's state; two are equal only if they are the same one."""
+
+    request: SequenceRequest
+    arrival_index: int
+    token_ids: list[int]
+    prompt_token_count: int
+    seed: int
+    stop_token_ids: frozenset[int]
+    computed_token_count: int = 0
+    block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def request_id(self) -> str:
+        """The client's name for it."""
+        return self.request.request_id
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Sorts the most urgent first: by priority, then by arrival."""
+        return (self.request.priority, self.arrival_index)
+
+    @property
+    def token_count(self) -> int:
+        """Tokens known so far, prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def output_token_count(self) -> int:
+        """Output tokens so far; also the position of the next one in its random stream."""
+        return len(self.token_ids) - self.prompt_token_count
+
+    @property
+    def pending_token_count(self) -> int:
+        """Known tokens that are still to be computed."""
+        return len(self.token_ids) - self.computed_token_count

@@ -1,0 +1,141 @@
+"""A step plan as the tensors that the model takes.
+
+Owns the order of rows in a step: decodes first, shortest context first, so that neighbours can share
+one padded attention call; then each prompt's chunk. Invariants: a row is one token of one sequence;
+every row belongs to exactly one attention group; padding points at blocks of zeros, so that nothing
+of another sequence, not even a NaN, can reach a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .batcher import StepPlan, StepWork
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Sequences whose rows attend in one call: `sequence_count` times `query_count` rows."""
+
+    first_row: int
+    sequence_count: int
+    query_count: int
+    blocks: torch.Tensor
+    """[sequence_count * block_count] int64: the sequences' blocks in order, padded."""
+    mask: torch.Tensor
+    """[sequence_count, 1, group_size * query_count, context] compute dtype: 0 where a query sees a key."""
+
+    @property
+    def rows(self) -> slice:
+        """The group's rows in the step."""
+        return slice(self.first_row, self.first_row + self.sequence_count * self.query_count)
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """One step's input; `sampled[i]` belongs to row `sample_rows[i]`."""
+
+    token_ids: torch.Tensor
+    """[row_count] int64"""
+    positions: torch.Tensor
+    """[row_count] int64: places in their sequences."""
+    slots: torch.Tensor
+    """[row_count] int64: block * block_token_count + place in the block."""
+    groups: list[AttentionGroup]
+    sample_rows: torch.Tensor
+    """[sampled_count] int64"""
+    sampled: list[Sequence]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLayout:
+    """What the tensors' shapes depend on beside the plan."""
+
+    block_token_count: int
+    padding_block: int
+    group_size: int
+    """Query heads to a KV head."""
+    group_token_bound: int
+    """Keys that one decode group gathers at most, so that on a CPU they stay in its cache."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+def step_tensors(plan: StepPlan, layout: StepLayout) -> StepTensors:
+    """Lay out a plan's tokens as rows."""
+    decodes = sorted((work for work in plan.work if work.count == 1), key=lambda work: work.start)
+    prefills = [work for work in plan.work if work.count > 1]
+    ordered = [*decodes, *prefills]
+    positions = np.concatenate([np.arange(w.start, w.start + w.count) for w in ordered])
+    last_rows = np.cumsum([work.count for work in ordered]) - 1
+    token_ids = np.concatenate([w.sequence.token_ids[w.start : w.start + w.count] for w in ordered])
+    groups = list(_decode_groups(decodes, layout))
+    first_row = len(decodes)
+    for work in prefills:
+        groups.append(_group([work], first_row, layout))
+        first_row += work.count
+    sampling = [index for index, work in enumerate(ordered) if work.samples]
+    return StepTensors(
+        token_ids=_moved(token_ids, layout),
+        positions=_moved(positions, layout),
+        slots=_moved(_slots(ordered, positions, layout), layout),
+        groups=groups,
+        sample_rows=_moved(last_rows[sampling], layout),
+        sampled=[ordered[index].sequence for index in sampling],
+    )
+
+
+def _decode_groups(decodes: list[StepWork], layout: StepLayout) -> Iterator[AttentionGroup]:
+    """Cut the decodes, which come sorted by length, where a group's padded keys pass the bound."""
+    first = 0
+    for end in range(1, len(decodes) + 1):
+        grown = (end - first + 1) * _padded(decodes[min(end, len(decodes) - 1)], layout)
+        if end == len(decodes) or grown > layout.group_token_bound:
+            yield _group(decodes[first:end], first, layout)
+            first = end
+
+
+def _group(works: list[StepWork], first_row: int, layout: StepLayout) -> AttentionGroup:
+    """One attention call: several decodes, or one prompt's chunk. The last has the longest context."""
+    context = max(_padded(work, layout) for work in works)
+    query_count = works[0].count
+    blocks = np.full((len(works), context // layout.block_token_count), layout.padding_block)
+    for row, work in enumerate(works):
+        used = _padded(work, layout) // layout.block_token_count
+        blocks[row, :used] = work.sequence.block_ids[:used]
+    starts = torch.tensor([work.start for work in works])
+    last_seen = starts[:, None] + torch.arange(query_count)
+    hidden = torch.arange(context) > last_seen[:, :, None]
+    mask = torch.zeros(hidden.shape, dtype=layout.dtype).masked_fill_(hidden, float("-inf"))
+    mask = mask[:, None].expand(-1, layout.group_size if query_count > 1 else 1, -1, -1)
+    return AttentionGroup(
+        first_row=first_row,
+        sequence_count=len(works),
+        query_count=query_count,
+        blocks=_moved(blocks.reshape(-1), layout),
+        mask=mask.reshape(len(works), 1, -1, context).to(layout.device),
+    )
+
+
+def _slots(works: list[StepWork], positions: np.ndarray, layout: StepLayout) -> np.ndarray:
+    """[row_count] int64: where each row's key and value are kept."""
+    blocks = np.concatenate(
+        [np.asarray(work.sequence.block_ids)[_block_indices(work, layout.block_token_count)] for work in works]
+    )
+    return blocks * layout.block_token_count + positions % layout.block_token_count
+
+
+def _block_indices(work: StepWork, block_token_count: int) -> np.ndarray:
+    return np.arange(work.start, work.start + work.count) // block_token_count
+
+
+def _padded(work: StepWork, layout: StepLayout) -> int:
+    """The context that the work's last token sees, in whole blocks."""
+    return -(-(work.start + work.count) // layout.block_token_count) * layout.block_token_count
+
+
+def _moved(array: np.ndarray, layout: StepLayout) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(layout.device)

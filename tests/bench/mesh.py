@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import sys
 import time
@@ -61,7 +62,11 @@ def request(seed: int, max_tokens: int, **fields: object) -> pb.GenerateRequest:
     tokens = fields.pop("tokens", None) or prompt(seed)
     sampling = pb.SamplingParameters(temperature=1.0)
     return pb.GenerateRequest(
-        tokens=tokens, max_tokens=max_tokens, sampling=sampling, ignore_eos=True, **fields  # type: ignore[arg-type]
+        tokens=tokens,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        ignore_eos=True,
+        **fields,  # type: ignore[arg-type]
     )
 
 
@@ -279,9 +284,7 @@ async def _cancel_in_queue(mesh: RunningMesh, load: Load, table: Table) -> None:
             call.cancel()
         await asyncio.gather(*readers)
         await channel.close()
-    table.at_most(
-        "client leaves in queue: place free after", 1000 * statistics.median(times), 100, "ms", "median of 5"
-    )
+    table.at_most("client leaves in queue: place free after", 1000 * statistics.median(times), 100, "ms", "median of 5")
 
 
 async def kills(mesh: RunningMesh, load: Load, table: Table) -> None:
@@ -329,9 +332,7 @@ async def _under_load(load: Load, disturb: Callable[[], None]) -> tuple[int, int
 def _greedy(seed: int, logprobs: int | None = None) -> pb.GenerateRequest:
     # An answer with log-probabilities has another key, so the cache cannot answer the one by the other.
     sampling = pb.SamplingParameters(temperature=0.0)
-    return pb.GenerateRequest(
-        tokens=prompt(seed), max_tokens=96, sampling=sampling, ignore_eos=True, logprobs=logprobs
-    )
+    return pb.GenerateRequest(tokens=prompt(seed), max_tokens=96, sampling=sampling, ignore_eos=True, logprobs=logprobs)
 
 
 def _engine_request(seed: int) -> EngineRequest:
@@ -350,7 +351,7 @@ def _out_of_order(answers: list[Answer], slot_count: int) -> int:
     """How many answers began before one of a more urgent lane did, beyond one engine's worth of slots."""
     lanes = [sorted(each.first_token for each in answers[lane::3]) for lane in (2, 1, 0)]
     wrong = 0
-    for urgent, later in zip(lanes, lanes[1:], strict=False):
+    for urgent, later in itertools.pairwise(lanes):
         overtaking = sum(first < urgent[-1] for first in later)
         wrong += max(0, overtaking - slot_count)
     return wrong

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -36,7 +37,7 @@ class Replica(replica_pb2_grpc.ReplicaServicer):
     def __init__(self, credit_count: int) -> None:
         self._credit_count = credit_count
 
-    async def Credits(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: N802 - gRPC's name.
+    async def Credits(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
         """Says every half second that it is ready."""
         grant = replica_pb2.Grant(credit_ids=[str(number) for number in range(self._credit_count)])
         grant.lease.FromSeconds(LEASE_SECONDS)
@@ -50,7 +51,7 @@ class Replica(replica_pb2_grpc.ReplicaServicer):
 class Preprocess(preprocess_pb2_grpc.PreprocessServicer):
     """Finds every prompt ready."""
 
-    async def Prepare(  # noqa: N802 - gRPC's name.
+    async def Prepare(
         self, request_iterator: AsyncIterator[Any], context: Any
     ) -> AsyncIterator[preprocess_pb2.PrepareResponse]:
         """Answers in order."""
@@ -121,6 +122,12 @@ async def _ready(channel: grpc.aio.Channel) -> None:
         await asyncio.sleep(0.1)
 
 
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def cpu_seconds(pid: int) -> float:
     """Processor time of a process."""
     parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -139,7 +146,7 @@ async def main(count: int, parallel: int) -> None:
         address = {"socket_address": {"address": "127.0.0.1", "port_value": fakes_port}}
         group = {"lb_endpoints": [{"endpoint": {"address": address}}]}
         endpoints.write_text(json.dumps({"resources": [{"cluster_name": "model", "endpoints": [group]}]}))
-        port = fakes_port + 1 if fakes_port < 60000 else fakes_port - 1
+        port = _free_port()
         environment = {
             "TIDEGATE_SCHEDULER_PORT": str(port),
             "TIDEGATE_SCHEDULER_METRICS_PORT": "0",

@@ -43,7 +43,9 @@ async def serve(settings: Settings) -> None:
     """Builds the service and serves; raises OSError when a port is taken."""
     cache_metrics = CacheMetrics()
     cache_metrics.capacity.labels(MEMORY).set(settings.memory_bytes)
-    tiers = Tiers(MemoryTier(MemoryStore(settings.memory_bytes)), [], cache_metrics)
+    memory = MemoryTier(MemoryStore(settings.memory_bytes))
+    cache_metrics.show(memory.store)
+    tiers = Tiers(memory, [], cache_metrics)
     server = Server(settings.host, settings.port)
     cache_pb2_grpc.add_CacheServicer_to_server(CacheServicer(tiers, settings, cache_metrics), server.grpc)
     inference_pb2_grpc.add_InferenceServicer_to_server(ReplayServicer(tiers, cache_metrics), server.grpc)

@@ -14,7 +14,6 @@ from typing import Any, Final
 import grpc
 import structlog
 from google.api import httpbody_pb2
-from typing_extensions import override
 
 from tidegate.cache.answers import answer_id, replay_events
 from tidegate.cache.metrics import CacheMetrics
@@ -54,7 +53,6 @@ class ReplayServicer(inference_pb2_grpc.InferenceServicer):
         self._clock = clock
         self._wall_clock = wall_clock
 
-    @override
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateEvent]:
@@ -67,7 +65,6 @@ class ReplayServicer(inference_pb2_grpc.InferenceServicer):
             yield event
         self._note("replayed", request_id)
 
-    @override
     async def ChatCompletions(
         self, request: httpbody_pb2.HttpBody, context: Context
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
@@ -75,7 +72,6 @@ class ReplayServicer(inference_pb2_grpc.InferenceServicer):
         async for part in self._replay_http(request, parse_chat_completions, context):
             yield part
 
-    @override
     async def Completions(
         self, request: httpbody_pb2.HttpBody, context: Context
     ) -> AsyncIterator[httpbody_pb2.HttpBody]:
@@ -83,12 +79,10 @@ class ReplayServicer(inference_pb2_grpc.InferenceServicer):
         async for part in self._replay_http(request, parse_completions, context):
             yield part
 
-    @override
     async def Models(self, request: inference_pb2.ModelsRequest, context: Context) -> httpbody_pb2.HttpBody:
         """Refused: the model services know."""
         await abort(context, TidegateError(Reason.UNKNOWN_URL, "the cache replays answers and serves no models"))
 
-    @override
     async def GenerateMany(  # type: ignore[override]  # grpc.aio takes a coroutine that writes by itself, too.
         self, request_iterator: AsyncIterator[inference_pb2.GenerateRequest], context: Context
     ) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import structlog
-from typing_extensions import override
 
 from tidegate.cache.answers import FULL, answer_id, why_not_kept
 from tidegate.cache.config import Settings
@@ -37,7 +36,6 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
         self._metrics = metrics
         self._clock = clock
 
-    @override
     async def LookUp(self, request: cache_pb2.LookUpRequest, context: Context) -> cache_pb2.LookUpResponse:
         """Says whether an answer is known, and holds it for the replay."""
         try:
@@ -48,7 +46,6 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
         log.debug("looked_up", answer_key=answer.answer_key.hex(), tenant=answer.tenant, tier=tier)
         return cache_pb2.LookUpResponse(hit=tier is not None, tier=tier or "")
 
-    @override
     async def Record(self, request: cache_pb2.RecordRequest, context: Context) -> cache_pb2.RecordResponse:
         """Stores a finished answer, or says why not."""
         try:
@@ -67,7 +64,6 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
         log.debug("recorded", answer_key=answer.answer_key.hex(), tenant=answer.tenant, reason=reason)
         return cache_pb2.RecordResponse(stored=not reason, reason=reason)
 
-    @override
     async def Clear(self, request: cache_pb2.ClearRequest, context: Context) -> cache_pb2.ClearResponse:
         """Forgets a tenant's answers, or all."""
         count = await self._tiers.clear(request.tenant or None)

@@ -95,6 +95,7 @@ class Tiers:
                 await self._memory.put(answer, found.value, found.remaining_seconds, now)
             # An answer for which memory has no room cannot be promised.
             return tier.name if self._memory.store.hold(answer, now + hold_seconds, now) else None
+        self._metrics.show(self._memory.store)
         return None
 
     async def fetch(self, answer: AnswerId, now: float) -> bytes | None:

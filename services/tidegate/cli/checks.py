@@ -18,7 +18,7 @@ GIBIBYTE: Final = 1 << 30
 BASE_MEMORY_BYTES: Final = GIBIBYTE
 """Envoy and the services of a small mesh."""
 
-REPLICA_MEMORY_BYTES: Final = 3 * GIBIBYTE // 2
+REPLICA_MEMORY_BYTES: Final = 7 * GIBIBYTE // 4
 """A Triton with the default model, its KV blocks, and its model service."""
 
 REPLICA_SHARED_MEMORY_BYTES: Final = 64 * MEBIBYTE

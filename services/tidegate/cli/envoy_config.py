@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import string
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -17,6 +18,7 @@ from google.protobuf.descriptor import FileDescriptor
 
 from tidegate.cli.endpoints import CLUSTERS, endpoints_path, write_endpoints
 from tidegate.cli.local_replies import envoy_replies, local_reply_config
+from tidegate.common.errors import Reason, TidegateError, openai_json
 from tidegate.v1 import inference_pb2
 
 TEMPLATE_PATH: Final = Path(__file__).parents[3] / "mesh" / "envoy.yaml"
@@ -27,8 +29,13 @@ FRAMING_BYTES: Final = 4096
 REFUSED_BODY_LIMIT_BYTES: Final = 16 * 1024 * 1024
 """A body up to this size is read although it is refused, because clients of HTTP/1.1 send before they read."""
 
+MATCHES_NOTHING: Final = r"[^\s\S]"
+"""A pattern for Envoy's regular expressions, which have no lookahead."""
+
 VALIDATE_TIMEOUT_SECONDS: Final = 60.0
 
+_ApiKey = Annotated[str, msgspec.Meta(min_length=8, max_length=512, pattern=r"^[!-~]+$")]
+_Tenant = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
@@ -53,6 +60,8 @@ class EnvoySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What Envoy may hold before it resets streams and takes no more requests."""
     tenant_requests_per_second: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1_000
     tenant_burst_requests: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 5_000
+    scheduler_timeout_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=10)] = 0.2
+    """How long Envoy waits for the scheduler's first word on a request, before the request goes on without it."""
     api_keys_file: Path | None = None
     """YAML mapping of API key to tenant. None: no key is asked for, and every request is the default tenant's."""
     cors_origins: tuple[str, ...] = ()
@@ -99,7 +108,7 @@ def write_envoy_files(settings: EnvoySettings, template_path: Path = TEMPLATE_PA
 
 def placeholders(settings: EnvoySettings) -> dict[str, str]:
     """The values of the template's placeholders."""
-    keys = {} if settings.api_keys_file is None else read_api_keys(settings.api_keys_file)
+    keys: Mapping[str, str] = {} if settings.api_keys_file is None else read_api_keys(settings.api_keys_file)
     replies = envoy_replies(
         body_limit_bytes=settings.body_limit_bytes,
         tenant_retry_after_seconds=1 / settings.tenant_requests_per_second,
@@ -112,8 +121,11 @@ def placeholders(settings: EnvoySettings) -> dict[str, str]:
         "MESH_HOST": settings.mesh_host,
         "MESH_PORT": str(settings.mesh_port),
         "LOCAL_REPLIES": json.dumps(local_reply_config(replies)),
+        "INTERNAL_ERROR": _openai_error(Reason.INTERNAL_ERROR, "The request failed inside the mesh."),
+        "REPLICA_UNAVAILABLE": _openai_error(Reason.REPLICA_UNAVAILABLE, "The replica stopped before it answered."),
         "API_KEYS_OFF": json.dumps(not keys),
         "API_KEYS": json.dumps([{"key": key, "client": tenant} for key, tenant in keys.items()]),
+        "SCHEDULER_TIMEOUT_SECONDS": str(settings.scheduler_timeout_seconds),
         "TENANT_BURST": str(settings.tenant_burst_requests),
         "TENANT_REQUESTS_PER_SECOND": str(settings.tenant_requests_per_second),
         "BODY_LIMIT_BYTES": str(settings.body_limit_bytes),
@@ -122,6 +134,7 @@ def placeholders(settings: EnvoySettings) -> dict[str, str]:
         "HEAP_LIMIT_BYTES": str(settings.heap_limit_bytes),
         "BUFFER_LIMIT_BYTES": str(settings.body_limit_bytes + FRAMING_BYTES),
         "CORS_ORIGINS": json.dumps([{"exact": origin} for origin in settings.cors_origins]),
+        "CORS_ORIGIN_PATTERN": json.dumps("|".join(map(re.escape, settings.cors_origins)) or MATCHES_NOTHING),
         "DESCRIPTOR_SET": str(settings.descriptor_set_path.absolute()),
         "ENDPOINTS_DIRECTORY": str(settings.endpoints_directory.absolute()),
     }
@@ -143,24 +156,19 @@ def render(template: str, values: Mapping[str, str]) -> str:
     return parsed.substitute(values)
 
 
-def read_api_keys(path: Path) -> dict[str, str]:
+def read_api_keys(path: Path) -> Mapping[str, str]:
     """The keys and their tenants.
 
     Raises:
-        EnvoyConfigError: not a mapping of text to text, or empty.
+        EnvoyConfigError: not a mapping of keys (8 printable characters or more) to tenants, or empty.
     """
     try:
-        keys: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        keys = msgspec.convert(keys, dict[_Key, _Tenant])
+        keys = msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), dict[_ApiKey, _Tenant])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
         raise EnvoyConfigError(f"{path}: {error}") from error
     if not keys:
         raise EnvoyConfigError(f"{path}: has no keys")
     return keys
-
-
-_Key = Annotated[str, msgspec.Meta(min_length=8, max_length=512, pattern=r"^[!-~]+$")]
-_Tenant = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 def descriptor_set() -> bytes:
@@ -185,8 +193,7 @@ def validate(config_path: Path) -> None:
     Raises:
         EnvoyConfigError: with what Envoy says is wrong.
     """
-    argv = [envoy_path(), "--mode", "validate", "-c", str(config_path), "--log-level", "error"]
-    argv.append("--use-dynamic-base-id")
+    argv = [envoy_path(), "--mode", "validate", "-c", str(config_path), "--log-level", "error", "--use-dynamic-base-id"]
     outcome = subprocess.run(argv, capture_output=True, text=True, timeout=VALIDATE_TIMEOUT_SECONDS, check=False)
     if outcome.returncode != 0:
         raise EnvoyConfigError(f"{config_path}: {outcome.stderr.strip() or outcome.stdout.strip()}")
@@ -225,6 +232,13 @@ def envoy_command(
     return argv
 
 
+def _openai_error(reason: Reason, message: str) -> str:
+    """An error object as it stands between the long brackets of Lua."""
+    text = openai_json(TidegateError(reason, message))
+    assert "]]" not in text and "\\" not in text, text
+    return text
+
+
 def _transport_socket(settings: EnvoySettings) -> dict[str, Any] | None:
     certificate, key = settings.tls_certificate_file, settings.tls_key_file
     if certificate is None and key is None:
@@ -245,16 +259,3 @@ def _write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-__all__: Sequence[str] = (
-    "EnvoyConfigError",
-    "EnvoySettings",
-    "descriptor_set",
-    "envoy_command",
-    "placeholders",
-    "read_api_keys",
-    "render",
-    "validate",
-    "write_envoy_files",
-)

@@ -94,7 +94,7 @@ def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -
 
 def local_reply_config(replies: tuple[EnvoyReply, ...]) -> dict[str, Any]:
     """Envoy's LocalReplyConfig for these replies."""
-    mappers = [_mapper(SCHEDULER_REPLY)]
+    mappers = [_mapper(SCHEDULER_REPLY, [])]
     for reply in replies:
         mappers.append(_grpc_mapper(reply))
         mappers.append(_http_mapper(reply))
@@ -110,8 +110,13 @@ def _grpc_mapper(reply: EnvoyReply) -> dict[str, Any]:
 
 def _http_mapper(reply: EnvoyReply) -> dict[str, Any]:
     error = _error(reply)
-    fields = [(name, value) for name, value in _metadata(error) if not name.startswith("grpc-") and name not in ONLY_GRPC]
-    mapper = _mapper(reply.condition, fields) | {"body": {"inline_string": openai_json(error)}}
+    fields = [
+        (name, value) for name, value in _metadata(error) if not name.startswith("grpc-") and name not in ONLY_GRPC
+    ]
+    # HTTP that is too malformed to have got an id gets one here; others have theirs written over it.
+    mapper = _mapper(reply.condition, fields, [(headers.REQUEST_ID, "%UNIQUE_ID%")]) | {
+        "body": {"inline_string": openai_json(error)}
+    }
     mapper["body_format_override"] = {
         "text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"},
         "content_type": "application/json",
@@ -121,18 +126,20 @@ def _http_mapper(reply: EnvoyReply) -> dict[str, Any]:
     return mapper
 
 
-def _mapper(condition: str, fields: list[tuple[str, str]] | None = None) -> dict[str, Any]:
+def _mapper(
+    condition: str, fields: list[tuple[str, str]], substituted_fields: list[tuple[str, str]] | None = None
+) -> dict[str, Any]:
     cel = "type.googleapis.com/envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter"
     name = "envoy.access_loggers.extension_filters.cel"
     mapper: dict[str, Any] = {
         "filter": {"extension_filter": {"name": name, "typed_config": {"@type": cel, "expression": condition}}}
     }
-    if fields:
-        # Envoy substitutes %NAME% in values; a literal percent sign is doubled.
-        pairs = [{"key": key, "value": value.replace("%", "%%")} for key, value in fields]
-        mapper["headers_to_add"] = [
-            {"header": pair, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"} for pair in pairs
-        ]
+    # Envoy substitutes %NAME% in values, so a literal percent sign is doubled.
+    literal_fields = [(name, value.replace("%", "%%")) for name, value in fields]
+    mapper["headers_to_add"] = [
+        {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+        for name, value in literal_fields + (substituted_fields or [])
+    ]
     return mapper
 
 

@@ -44,6 +44,8 @@ def up(port_pairs: tuple[str, ...], port_choice: str, **flags: Any) -> None:
 
     Each flag's default can be set with TIDEGATE_UP_<NAME> or in the section `up` of the file TIDEGATE_CONFIG.
     """
+    # Processes are started from here, and grpc, which reads this when it is imported, must not meddle with that.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     from tidegate.cli import config, ports
     from tidegate.cli import up as command
     from tidegate.common.settings import SettingsError

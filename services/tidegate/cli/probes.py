@@ -56,7 +56,8 @@ async def real_answer(ingress_url: str, model: str, api_key: str) -> tuple[str, 
 
 
 def _ask(ingress_url: str, model: str, api_key: str) -> tuple[str, str]:
-    body = {"model": model, "max_tokens": 12, "temperature": 0, "messages": [{"role": "user", "content": FIRST_QUESTION}]}
+    messages = [{"role": "user", "content": FIRST_QUESTION}]
+    body = {"model": model, "max_tokens": 12, "temperature": 0, "messages": messages}
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
     request = urllib.request.Request(f"{ingress_url}/v1/chat/completions", json.dumps(body).encode(), headers)
     try:

@@ -86,9 +86,10 @@ class Steps:
 
     def _line(self, outcome: str, what: str, time_text: str = "") -> None:
         mark, colour = MARKS[outcome]
-        line = Text(f"[{self.elapsed_seconds:5.1f} s] ", style="dim")
+        line = Text()
+        line.append(f"[{self.elapsed_seconds:5.1f} s] ", style="dim")
         line.append(f"{mark} ", style=colour)
-        line.append(what, style="")
+        line.append(what)
         if time_text:
             line.append(f"  {time_text}", style="dim")
         self._say(line)

@@ -178,7 +178,8 @@ def _environment(server: TritonServer, installation: _Installation) -> dict[str,
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     environment.update(server.engine_environment)
     for name in _PATH_VARIABLES & environment.keys():
-        environment[name] = str(Path(environment[name]).resolve())
+        if environment[name]:
+            environment[name] = str(Path(environment[name]).resolve())
     return environment
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -52,7 +54,6 @@ def run(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) ->
 
     0: it was ready and then stopped. 1: it could not be started. 130: interrupted before it was ready.
     """
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # Children are started from here; grpc must not meddle.
     steps = talk.Steps()
     home = state.Home(config.home())
     try:
@@ -203,25 +204,35 @@ def _say_ready(mesh: state.Mesh, steps: talk.Steps) -> None:
     """The last line of a start, and commands to copy."""
     url, model = _url(mesh), mesh.model_name
     steps.done(f"ready after {steps.elapsed_seconds:.1f} s: {model} at {url}")
-    address = url.removeprefix("http://")
-    talk.out().print(READY_TEXT.format(url=url, model=model, address=address), end="")
+    commands = {name: _command(name) for name in ("tidegate", "python", "buf")}
+    text = READY_TEXT.format(url=url, model=model, address=url.removeprefix("http://"), **commands)
+    talk.out().print(text, end="")
 
 
 READY_TEXT: Final = """
-  tidegate chat
+  {tidegate} chat
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "What is a tide?"}}]}}'
 
-  python -c 'from openai import OpenAI; print(OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(
+  {python} -c 'from openai import OpenAI; print(OpenAI(base_url="{url}/v1", api_key="none").chat.completions.create(
     model="{model}", messages=[dict(role="user", content="What is a tide?")]).choices[0].message.content)'
 
   grpcurl -plaintext -d '{{"text": "A tide is", "max_tokens": 32}}' {address} tidegate.v1.Inference/Generate
-  buf curl --http2-prior-knowledge --protocol grpc -d '{{"text": "A tide is", "max_tokens": 32}}' \\
+  {buf} curl --http2-prior-knowledge --protocol grpc -d '{{"text": "A tide is", "max_tokens": 32}}' \\
     {url}/tidegate.v1.Inference/Generate
 
 Ctrl-C stops everything.
 """
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from here: by name where the shell finds it, else by its path."""
+    program = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if found is not None and Path(found).absolute() == program:
+        return name
+    return os.path.relpath(program) if Path.cwd() in program.parents else str(program)
 
 
 def _url(mesh: state.Mesh) -> str:

@@ -7,6 +7,7 @@ length is a multiple of the alignment; taken and free bytes add up to the range.
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import chain
 from typing import Final
 
 ALIGNMENT_BYTES: Final = 64
@@ -27,15 +28,15 @@ class FreeExtents:
         assert begin % ALIGNMENT_BYTES == 0 and end % ALIGNMENT_BYTES == 0 and begin < end
         self._offsets = [begin]
         self._lengths = [end - begin]
-        self._next = 0
+        self._cursor = begin
         self.free_byte_count = end - begin
 
     def take(self, byte_count: int) -> int | None:
         """Takes so many bytes, rounded up to the alignment; returns their offset, or None when no extent has them."""
         wanted = aligned(byte_count)
         count = len(self._offsets)
-        for step in range(count):
-            index = (self._next + step) % count
+        first = bisect_left(self._offsets, self._cursor)
+        for index in chain(range(first, count), range(first)):
             if self._lengths[index] >= wanted:
                 return self._cut(index, self._offsets[index], wanted)
         return None
@@ -73,7 +74,7 @@ class FreeExtents:
             self._insert(index, offset + wanted, begin + length - offset - wanted)
         if begin < offset:
             self._insert(index, begin, offset - begin)
-        self._next = index if index < len(self._offsets) else 0
+        self._cursor = offset + wanted
         self.free_byte_count -= wanted
         return offset
 

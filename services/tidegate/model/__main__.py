@@ -96,6 +96,7 @@ class ModelService:
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
         self._triton = triton
+        self.registry = registry
         life = secrets.token_hex(6)
         self.load = ReplicaLoad(settings.address, settings.model_name, lambda: triton.latest_load)
         self.slots = Slots(CreditLedger(_credit_terms(settings), life), self.load.retry_after_seconds)

@@ -117,6 +117,7 @@ class Answers:
         request, record = ask.request, ask.record
         validate_generate(request)
         record.service_class = class_of(request, ask.call)
+        record.client_request_id = request.request_id
         prompt = await self._prompts.hold(
             request, tensor_header=ask.call.tensor, tenant=ask.call.tenant, openai_names=ask.openai_names
         )
@@ -127,7 +128,7 @@ class Answers:
         record.max_tokens = prompt.max_tokens
         return Job(
             request=request,
-            request_id=record.request_id,
+            request_id=request.request_id or record.request_id,
             call=ask.call,
             service_class=record.service_class,
             prompt=prompt,

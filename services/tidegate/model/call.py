@@ -79,6 +79,7 @@ class Job(msgspec.Struct, kw_only=True, eq=False):
     request: inference_pb2.GenerateRequest
     """Concrete: `sampling.seed` and `max_tokens` are there, so that it can go on elsewhere."""
     request_id: str
+    """The client's own name for the request, which its events carry; the mesh's where it gave none."""
     call: CallHeaders
     service_class: str
     prompt: HeldPrompt
@@ -98,7 +99,9 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
     operation: str
     """chat, text_completion or generate_content, as OpenTelemetry has it."""
     request_id: str
+    """The request's id in the mesh."""
     tenant: str
+    client_request_id: str = ""
     service_class: str = "standard"
     arrived_at: float
     deadline: float

@@ -6,11 +6,19 @@ of a stream or at a request's end, never in a token's loop.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any, Final
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from tidegate.common.metrics import PER_TOKEN_BUCKETS, REQUEST_BUCKETS, TOKEN_COUNT_BUCKETS, TTFT_BUCKETS
@@ -96,7 +104,8 @@ class _VllmMetrics:
             return metric.labels(model_name, ENGINE_LABEL)
 
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
-        self._generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._tokens = _TokenFigures(model_name)
+        registry.register(self._tokens)
         self._success = Counter(
             "vllm:request_success",
             "Requests that were answered. (vLLM's name for it.)",
@@ -105,7 +114,6 @@ class _VllmMetrics:
         )
         self._success_labels = (model_name, ENGINE_LABEL)
         self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
-        self._gap = histogram("inter_token_latency_seconds", "Between tokens of a stream.", PER_TOKEN_BUCKETS)
         self._per_token = histogram(
             "request_time_per_output_token_seconds", "A request's mean time per token.", PER_TOKEN_BUCKETS
         )
@@ -121,9 +129,7 @@ class _VllmMetrics:
         self._max_tokens = histogram("request_params_max_tokens", "A request's bound.", TOKEN_COUNT_BUCKETS)
 
     def add_tokens(self, count: int, gap_seconds: float | None) -> None:
-        self._generation_tokens.inc(count)
-        if gap_seconds is not None and count:
-            self._gap.observe(gap_seconds / count)
+        self._tokens.add(count, gap_seconds)
 
     def add_request(self, record: Record) -> None:
         ended_at = record.ended_at if record.ended_at is not None else record.arrived_at
@@ -145,6 +151,37 @@ class _VllmMetrics:
         self._prompt_count.observe(record.prompt_token_count)
         self._answer_count.observe(max(0, new_token_count))
         self._max_tokens.observe(record.max_tokens)
+
+
+class _TokenFigures(Collector):
+    """What is counted with every chunk of every stream: plain numbers, which cost a tenth of Prometheus' own."""
+
+    def __init__(self, model_name: str) -> None:
+        self._labels = (model_name, ENGINE_LABEL)
+        self._token_count = 0
+        self._gap_counts = [0] * (len(PER_TOKEN_BUCKETS) + 1)
+        self._gap_sum_seconds = 0.0
+
+    def add(self, count: int, gap_seconds: float | None) -> None:
+        """Counts tokens that came together, and the time since those before."""
+        self._token_count += count
+        if gap_seconds is not None and count:
+            gap_seconds /= count
+            self._gap_counts[bisect_left(PER_TOKEN_BUCKETS, gap_seconds)] += count
+            self._gap_sum_seconds += gap_seconds * count
+
+    def collect(self) -> Iterator[Metric]:
+        names = ("model_name", "engine")
+        tokens = CounterMetricFamily("vllm:generation_tokens", "Tokens generated. (vLLM's name for it.)", labels=names)
+        tokens.add_metric(self._labels, self._token_count)
+        yield tokens
+        gaps = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds", "Between tokens of a stream. (vLLM's name for it.)", labels=names
+        )
+        bounds = [*(str(float(bound)) for bound in PER_TOKEN_BUCKETS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._gap_counts), strict=True))
+        gaps.add_metric(self._labels, buckets, self._gap_sum_seconds)
+        yield gaps
 
 
 class _OtelMetrics:

@@ -69,7 +69,7 @@ class Peers:
                 (headers.RESUME, str(len(answer_token_ids))),
                 (headers.TENANT, job.call.tenant),
                 (headers.SERVICE_CLASS, job.service_class),
-                *(((headers.REQUEST_ID, job.request_id),) if job.request_id else ()),
+                (headers.REQUEST_ID, job.record.request_id),
             ),
         )
         given_count = len(answer_token_ids)

@@ -79,8 +79,10 @@ def outcome_message(record: Record) -> replica_pb2.Outcome:
 
 def log_fields(record: Record) -> dict[str, object]:
     """The record as the one log line of a request has it; times in milliseconds, from stage to stage."""
+    named = {"client_request_id": record.client_request_id} if record.client_request_id else {}
     return {
         "request_id": record.request_id,
+        **named,
         "operation": record.operation,
         "tenant": record.tenant,
         "service_class": record.service_class,

@@ -78,7 +78,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Streams one answer."""
         call = read_headers(context.invocation_metadata())
-        record = self._record(call, GENERATE_OPERATION, context, request.request_id or call.request_id)
+        record = self._record(call, GENERATE_OPERATION, context, call.request_id or request.request_id)
         ask = Ask(request=request, call=call, record=record, openai_names=False)
         async with self._ending(context, record), aclosing(self._answers.events(ask)) as events:
             async for event in events:

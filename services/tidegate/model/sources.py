@@ -95,7 +95,7 @@ class TokenSource:
                     yield chunk
             return
         except TritonGone as error:
-            log.warning("engine_stream_broke", request_id=job.request_id, error=str(error))
+            log.warning("engine_stream_broke", request_id=job.record.request_id, error=str(error))
             if job.call.resumed:
                 raise TidegateError(Reason.REPLICA_UNAVAILABLE, "The replica's engine went away.") from error
         async with aclosing(self._from_elsewhere(job, answer_token_ids)) as chunks:
@@ -147,7 +147,7 @@ class TokenSource:
                 if error.reason not in _WORTH_ANOTHER_TRY:
                     raise
                 log.warning(
-                    "answer_did_not_go_on", request_id=job.request_id, reason=error.reason.name, error=str(error)
+                    "answer_did_not_go_on", request_id=job.record.request_id, reason=error.reason.name, error=str(error)
                 )
             if len(answer_token_ids) > count_before:
                 return

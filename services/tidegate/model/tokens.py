@@ -49,14 +49,15 @@ class Buffer:
         """Whether nothing more should be added before something was taken."""
         return len(self._token_ids) >= self._token_limit
 
-    def take(self) -> inference_pb2.Delta | None:
-        """All that is there as one delta; None when there is nothing."""
-        if not self._token_ids and not self._texts:
-            return None
-        delta = inference_pb2.Delta(
-            text=self._texts[0] if len(self._texts) == 1 else "".join(self._texts),
-            token_ids=self._token_ids,
-            logprobs=self._logprobs,
-        )
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return not self._token_ids and not self._texts
+
+    def move_to(self, delta: inference_pb2.Delta) -> None:
+        """Puts all that is there into a new delta."""
+        delta.text = self._texts[0] if len(self._texts) == 1 else "".join(self._texts)
+        delta.token_ids.extend(self._token_ids)
+        if self._logprobs:
+            delta.logprobs.extend(self._logprobs)
         self._texts, self._token_ids, self._logprobs = [], [], []
-        return delta

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final
@@ -26,6 +27,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tidegate.common.grpc_clients import open_channel
 from tidegate.model.triton_messages import (
+    ENGINE_UNAVAILABLE,
     ERROR,
     ArenaSlice,
     EngineLoad,
@@ -71,7 +73,6 @@ UNARY_SECONDS: Final = 1.0
 FIRST_BACKOFF_SECONDS: Final = 0.05
 LONGEST_BACKOFF_SECONDS: Final = 1.0
 
-ENGINE_UNAVAILABLE: Final = "ENGINE_UNAVAILABLE"
 QUEUE_FULL: Final = "QUEUE_FULL"
 ARENA_UNAVAILABLE: Final = "ARENA_UNAVAILABLE"
 TRITON_ERROR: Final = "TRITON_ERROR"
@@ -125,6 +126,7 @@ class TritonClient:
         self._heartbeat_seconds = heartbeat_seconds
         self._silence_seconds = silence_seconds
         self._became_ready = asyncio.Event()
+        self._name = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._arenas: dict[str, int] = {}
         self._registered_arenas: set[str] = set()
@@ -225,8 +227,8 @@ class TritonClient:
             raise EngineRefused(ARENA_UNAVAILABLE, f"Triton has not mapped {request.tokens.region!r}")
         if len(self._sequences) >= MAX_LIVE_SEQUENCES or self._unsent.qsize() >= MAX_UNSENT_MESSAGES:
             raise EngineRefused(QUEUE_FULL, f"{len(self._sequences)} sequences are under way")
-        # A request may come again with the same id while the engine still drops its first run.
-        sequence = _Sequence(f"{request.request_id}#{next(self._numbers)}")
+        # A request may come again with the same id, from here or from our next life, before its first run is dropped.
+        sequence = _Sequence(f"{request.request_id}#{self._name}.{next(self._numbers)}")
         # Log-probabilities do not travel in the subscription's responses.
         subscription = self._subscription if request.logprobs is None else None
         self._unsent.put_nowait(generate_message(self.model_name, request, sequence.sequence_id, subscription))
@@ -259,7 +261,7 @@ class TritonClient:
         await self._check_model()
         await self._register_missing()
         self._unsent = asyncio.Queue()
-        self._subscription = f"subscription#{time.time_ns()}"
+        self._subscription = f"subscription#{self._name}.{next(self._numbers)}"
         self._unsent.put_nowait(subscribe_message(self.model_name, self._subscription))
         self._last_heard = time.monotonic()
         call = self._stub.ModelStreamInfer(_messages(self._unsent))
@@ -308,14 +310,16 @@ class TritonClient:
             self._take_load(message_id, response)
 
     def _take_bundle(self, response: Message) -> None:
-        load, outputs = parse_bundle(response)
-        for sequence_id, output in outputs:
+        bundle = parse_bundle(response)
+        for sequence_id, output in bundle.outputs:
             sequence = self._sequences.get(sequence_id)
             if sequence is not None:
                 sequence.put(output)
-        if is_final(response):
-            raise _Lost("the engine ended the subscription")
-        self._show_load(load)
+            if output.error.startswith(ENGINE_UNAVAILABLE):
+                raise _Lost(output.error)
+        if bundle.error or is_final(response):
+            raise _Lost(bundle.error or "the engine ended the subscription")
+        self._show_load(bundle.load)
         if not self.ready:
             _log.info("triton_ready", address=self.address)
             self._set_ready(True)

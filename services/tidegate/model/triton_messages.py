@@ -20,6 +20,9 @@ from tidegate.v1 import inference_pb2
 Message: TypeAlias = Any
 """tritonclient ships no types for its messages."""
 
+ENGINE_UNAVAILABLE: Final = "ENGINE_UNAVAILABLE"
+"""The reason word of an engine that is broken or shutting down: it takes nothing more."""
+
 ERROR: Final = "error"
 """The finish reason of a sequence that could not be finished."""
 
@@ -86,8 +89,9 @@ def generate_message(model_name: str, request: EngineRequest, sequence_id: str, 
     _add(message, "max_tokens", "INT32", "<i", request.max_tokens)
     if request.prior_output_count:
         _add(message, "prior_output_count", "INT32", "<i", request.prior_output_count)
+    given = {field.name for field, _ in request.sampling.ListFields()}
     for name, data_type, form in _SAMPLING_TENSORS:
-        if request.sampling.HasField(name):
+        if name in given:
             _add(message, name, data_type, form, getattr(request.sampling, name))
     if request.logprobs is not None:
         _add(message, "logprobs", "INT32", "<i", request.logprobs)
@@ -148,8 +152,18 @@ def parse_output(response: Message) -> EngineOutput:
     )
 
 
-def parse_bundle(response: Message) -> tuple[EngineLoad | None, list[tuple[str, EngineOutput]]]:
-    """A subscription's response: the load, and what each sequence got."""
+class Bundle(msgspec.Struct, frozen=True):
+    """What one step gave all sequences of a subscription."""
+
+    load: EngineLoad | None
+    outputs: list[tuple[str, EngineOutput]]
+    """By the sequence's id."""
+    error: str
+    """Why the subscription could not be opened; empty for none."""
+
+
+def parse_bundle(response: Message) -> Bundle:
+    """A subscription's response."""
     raws = _raws(response)
     load_raw = raws.get("engine_load")
     load = None if load_raw is None else EngineLoad(*_integers(load_raw))
@@ -168,7 +182,7 @@ def parse_bundle(response: Message) -> tuple[EngineLoad | None, list[tuple[str, 
         )
         outputs.append((sequence_id, output))
         start += count
-    return load, outputs
+    return Bundle(load, outputs, _first_text(raws, "error"))
 
 
 def merged(outputs: Sequence[EngineOutput]) -> EngineOutput:
@@ -241,7 +255,7 @@ def _integers(raw: bytes) -> list[int]:
 
 
 def _floats(raw: bytes) -> list[float]:
-    return memoryview(raw).cast("f").tolist()
+    return [*memoryview(raw).cast("f")]
 
 
 def _rows(values: list[Any], width: int) -> list[list[Any]]:

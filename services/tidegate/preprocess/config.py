@@ -48,9 +48,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a prompt's tokens stay for whoever spends them. Above the longest usual wait in a queue; what waits
     longer is prepared again."""
 
-    inline_body_bytes: Annotated[int, Meta(ge=0, le=16 << 20)] = 4_096
-    """Bodies up to this size are prepared on the event loop: about a thousand tokens, 1 ms. A hop to a thread
-    costs 0.1 ms, and a larger body would make the others wait."""
+    inline_body_bytes: Annotated[int, Meta(ge=0, le=16 << 20)] = 2_048
+    """Bodies up to this size are prepared on the event loop: about 500 tokens, 1 ms; 9 ms for the worst text found
+    (digits, a token each). A larger one would make the others wait for longer than the hop to a thread takes."""
 
     thread_count: Annotated[int, Meta(ge=1, le=64)] = 2
     """Threads for larger bodies. The tokenizer leaves Python's lock while it works, so they do run at once."""

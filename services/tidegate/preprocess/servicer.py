@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 import structlog
-from typing_extensions import override
 
 from tidegate.common.arena import Arena
 from tidegate.common.errors import Reason, TidegateError, to_refusal
@@ -55,7 +54,6 @@ class PreprocessServicer(preprocess_pb2_grpc.PreprocessServicer):
         self._metrics = metrics
         self._clock = clock
 
-    @override
     async def Prepare(  # type: ignore[override]  # grpc.aio takes a coroutine that writes by itself, too.
         self, request_iterator: AsyncIterator[preprocess_pb2.PrepareRequest], context: Context
     ) -> None:

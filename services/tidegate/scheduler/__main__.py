@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 
 import structlog
@@ -17,7 +18,7 @@ log = structlog.get_logger()
 
 
 def main() -> int:
-    """Runs until SIGTERM or SIGINT; 2 for settings that cannot be used, 1 for a port that is taken."""
+    """Runs until SIGTERM or SIGINT; 2 for settings that cannot be used, 1 for a taken port or a fault."""
     try:
         settings = load(Settings, "scheduler")
     except SettingsError as error:
@@ -26,25 +27,32 @@ def main() -> int:
     logs.configure("scheduler", level=settings.log_level)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings))
+            return runner.run(_serve(settings))
     except OSError as error:
         print(f"tidegate.scheduler: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings) -> int:
     if settings.metrics_port:
         try:
             metrics.serve(settings.host, settings.metrics_port)
         except OSError as error:
             address = f"{settings.host}:{settings.metrics_port}"
             raise OSError(f"cannot listen on {address} for metrics: {error}") from error
-    service = SchedulerService(settings)
+    faults: list[BaseException] = []
+
+    def stop(fault: BaseException) -> None:
+        # Requests that are held go on by Envoy's balancing, and whoever runs this process starts it anew.
+        faults.append(fault)
+        signal.raise_signal(signal.SIGTERM)
+
+    service = SchedulerService(settings, on_fault=stop)
     service.gauges.register()
     await service.start()
     log.info("started", scheduler_id=service.scheduler_id, port=service.server.port)
     await service.server.run_until_signal(service.close)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prepare_timeout_seconds: Seconds = 0.15
     """The time that preprocess has before the request goes on with an estimate."""
 
+    prepare_patience_seconds: Seconds = 2.0
+    """The same for a request that no replica could take now: it loses nothing by waiting for its tokens."""
+
     prepare_in_flight_limit: Annotated[int, Meta(ge=1, le=1_024)] = 1_024
     """The most prompts at once on the stream; preprocess reads no further than 1,024."""
 
@@ -125,3 +128,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("latency_weight and queue_weight: at least one must be above 0")
         if self.replica_absence_limit_seconds < self.replica_grace_seconds:
             raise ValueError("replica_absence_limit_seconds: must be at least replica_grace_seconds")
+        if self.prepare_patience_seconds < self.prepare_timeout_seconds:
+            raise ValueError("prepare_patience_seconds: must be at least prepare_timeout_seconds")

@@ -5,10 +5,12 @@ Invariant: after `match`, either nothing waits or no ready replica has a credit 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tidegate.scheduler.forecast import DrainRate, expected_wait
 from tidegate.scheduler.lanes import Lanes, Waiting
 from tidegate.scheduler.placement import Placement, Weights, choose, order
-from tidegate.scheduler.replica_table import ReplicaTable
+from tidegate.scheduler.replica_table import Replica, ReplicaTable
 
 
 class Dispatcher:
@@ -28,6 +30,10 @@ class Dispatcher:
         self._weights = weights
         self._alternative_count = alternative_count
         self._dispatch_count = 0
+
+    def can_dispatch(self, now: float) -> bool:
+        """Whether a request that came now would be dispatched at once."""
+        return self.lanes.next is None and self._has_credit(self.table.ready(now), now)
 
     def add(self, waiting: Waiting) -> None:
         """Lets a request wait; the caller then calls `match`."""
@@ -63,7 +69,7 @@ class Dispatcher:
 
     def _place(self, waiting: Waiting, now: float) -> Placement | None:
         ready = self.table.ready(now)
-        if not any(replica.book.can_spend(now) for replica in ready):
+        if not self._has_credit(ready, now):
             return None
         ordered = order(ready, self._weights, waiting.answer_token_count)
         chosen = choose(ordered, now)
@@ -72,3 +78,7 @@ class Dispatcher:
         chosen.dispatch_number = self._dispatch_count
         alternatives = [replica.address for replica in ordered if replica is not chosen]
         return Placement(chosen.address, chosen.book.spend(now), tuple(alternatives[: self._alternative_count]))
+
+    @staticmethod
+    def _has_credit(replicas: Iterable[Replica], now: float) -> bool:
+        return any(replica.book.can_spend(now) for replica in replicas)

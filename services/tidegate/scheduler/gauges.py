@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -17,9 +16,10 @@ from tidegate.scheduler.request import ServiceClass
 class Gauges(Collector):
     """Reads the scheduler's state from the thread of the metrics page; single numbers, so no lock is needed."""
 
-    def __init__(self, dispatcher: Dispatcher, outcomes: Outcomes) -> None:
+    def __init__(self, dispatcher: Dispatcher, outcomes: Outcomes, clock: Callable[[], float]) -> None:
         self._dispatcher = dispatcher
         self._outcomes = outcomes
+        self._clock = clock
 
     def register(self, registry: CollectorRegistry = REGISTRY) -> None:
         """Shows these gauges on the page."""
@@ -41,7 +41,7 @@ class Gauges(Collector):
             requests.add_metric([service_class.label], len(lane))
             tokens.add_metric([service_class.label], lane.token_count)
         drain = GaugeMetricFamily("tidegate_drain_rate", "Requests per second while something waits; 0 when not known.")
-        drain.add_metric([], self._dispatcher.drain.rate(time.monotonic()) or 0.0)
+        drain.add_metric([], self._dispatcher.drain.rate(self._clock()) or 0.0)
         size = GaugeMetricFamily(
             "inference_extension_flow_control_queue_size", "Alias: requests that wait in all lanes."
         )
@@ -49,7 +49,7 @@ class Gauges(Collector):
         yield from (requests, tokens, drain, size)
 
     def _replicas(self) -> Iterator[Metric]:
-        now = time.monotonic()
+        now = self._clock()
         table = self._dispatcher.table
         in_hand = GaugeMetricFamily("tidegate_credits_in_hand", "Credits to spend.", labels=["replica"])
         in_flight = GaugeMetricFamily("tidegate_in_flight_requests", "Sent there, not ended.", labels=["replica"])

@@ -30,7 +30,9 @@ QUEUE_WAIT = Histogram(
     "tidegate_queue_wait_seconds", "From a request's place in a lane to its credit.", ["class"], buckets=REQUEST_BUCKETS
 )
 DECISION = Histogram(
-    "tidegate_decision_seconds", "From a request's headers to its decision, without the queue.", buckets=REQUEST_BUCKETS
+    "tidegate_decision_seconds",
+    "From a request's whole body to its decision, without the queue.",
+    buckets=REQUEST_BUCKETS,
 )
 
 
@@ -60,19 +62,23 @@ class Outcomes:
         REQUESTS.labels(outcome.value, request.service_class.label, reason).inc()
         if outcome is Outcome.DISPATCHED:
             QUEUE_WAIT.labels(request.service_class.label).observe(request.queue_seconds)
-        DECISION.observe(max(0.0, now - request.arrived_at - request.queue_seconds))
+        if request.body_arrived_at is not None:
+            DECISION.observe(max(0.0, now - request.body_arrived_at - request.queue_seconds))
         self._log(request, outcome, now, error)
 
     def _log(self, request: Request, outcome: Outcome, now: float, error: TidegateError | None) -> None:
-        write = log.debug if error is None and outcome is not Outcome.ABANDONED else log.info
-        write(
-            f"request_{outcome.value}",
-            request_id=request.request_id,
-            tenant=request.tenant,
-            service_class=request.service_class.label,
-            reason=error.reason.name if error is not None else None,
-            message=error.message if error is not None else None,
-            prompt_token_count=request.prompt_token_count,
-            queue_seconds=round(request.queue_seconds, 6),
-            total_seconds=round(now - request.arrived_at, 6),
-        )
+        fields = {
+            "request_id": request.request_id,
+            "tenant": request.tenant,
+            "service_class": request.service_class.label,
+            "prompt_token_count": request.prompt_token_count,
+            "queue_seconds": round(request.queue_seconds, 6),
+            "total_seconds": round(now - request.arrived_at, 6),
+        }
+        if error is not None:
+            log.info("request_refused", reason=error.reason.name, message=error.message, **fields)
+        elif outcome is Outcome.ABANDONED:
+            log.info("request_abandoned", **fields)
+        else:
+            # The model service, or the cache, writes the one line of a request that is served.
+            log.debug("request_scheduled", outcome=outcome.value, **fields)

@@ -84,6 +84,7 @@ class Pipeline:
 
     async def decide(self, request: Request, body: bytes) -> Decision:
         """Takes a request with its body through all steps, however long it waits."""
+        request.body_arrived_at = self._clock()
         kind, message = body_kind(request), message_of(request, body)
         if kind is None or message is None:
             return PASS_THROUGH
@@ -114,7 +115,9 @@ class Pipeline:
 
     async def _prepare(self, request: Request, kind: preprocess_pb2.BodyKind.ValueType, message: bytes) -> None:
         request.body_byte_count = len(message)
-        prepared = await self._preprocess.prepare(kind, message, request.tenant)
+        prepared = await self._preprocess.prepare(
+            kind, message, request.tenant, can_dispatch=lambda: self._queue.dispatcher.can_dispatch(self._clock())
+        )
         expected = self._settings.expected_answer_token_count
         if prepared is None:
             request.prompt_token_count = int(len(message) / self._settings.bytes_per_token)

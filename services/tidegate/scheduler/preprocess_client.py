@@ -1,7 +1,9 @@
 """The scheduler's door to preprocess: one long-lived stream for all prompts.
 
 A prompt that is not prepared in time, or that comes while the stream is down, is None: the request goes on with an
-estimate, and the model service prepares the prompt itself. All who wait learn of a broken stream at once.
+estimate, and the model service prepares the prompt itself. A request that would only wait elsewhere waits here a
+little longer: under a burst the work is then done once, and not again by the model services. All who wait learn of
+a broken stream at once.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class PreprocessClient:
     Args:
         in_flight_limit: the most prompts at once; one more is None at once.
         timeout_seconds: how long a prompt may take.
+        patience_seconds: how long it may take while its request could not be dispatched anyway.
     """
 
     def __init__(
@@ -41,15 +44,17 @@ class PreprocessClient:
         *,
         in_flight_limit: int,
         timeout_seconds: float,
+        patience_seconds: float,
         circuit: Circuit,
         clock: Callable[[], float],
     ) -> None:
         self._stub = preprocess_pb2_grpc.PreprocessStub(channel)
         self._in_flight_limit = in_flight_limit
         self._timeout_seconds = timeout_seconds
+        self._patience_seconds = patience_seconds
         self._circuit = circuit
         self._clock = clock
-        self._answers: dict[str, asyncio.Future[_Answer | None]] = {}
+        self._pending: dict[str, _Pending] = {}
         self._outgoing: asyncio.Queue[preprocess_pb2.PrepareRequest] = asyncio.Queue(in_flight_limit)
         self._next_id = 0
         self.is_connected = False
@@ -64,30 +69,35 @@ class PreprocessClient:
         """What was last wrong; empty: nothing."""
         return self._circuit.last_error
 
-    async def prepare(self, kind: preprocess_pb2.BodyKind.ValueType, body: bytes, tenant: str) -> Prepared | None:
+    async def prepare(
+        self, kind: preprocess_pb2.BodyKind.ValueType, body: bytes, tenant: str, *, can_dispatch: Callable[[], bool]
+    ) -> Prepared | None:
         """The prepared prompt, or None when there is none in time.
+
+        Args:
+            can_dispatch: whether the request would be dispatched now if it went on; asked when time is up.
 
         Raises:
             TidegateError: the input is bad, and what is wrong with it.
         """
-        if not self.is_reachable or len(self._answers) >= self._in_flight_limit or self._outgoing.full():
+        if not self.is_reachable or len(self._pending) >= self._in_flight_limit or self._outgoing.full():
             return None
         self._next_id += 1
         request_id = str(self._next_id)
-        answer: asyncio.Future[_Answer | None] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = answer
+        pending = _Pending(can_dispatch, patient_until=self._clock() + self._patience_seconds)
+        self._pending[request_id] = pending
         self._outgoing.put_nowait(
             preprocess_pb2.PrepareRequest(request_id=request_id, body_kind=kind, body=body, tenant=tenant)
         )
-        timer = asyncio.get_running_loop().call_later(self._timeout_seconds, self._time_out, request_id)
+        self._set_timer(pending)
         try:
-            response = await answer
+            response = await pending.answer
         finally:
-            timer.cancel()
-            self._answers.pop(request_id, None)
-        if response is None:
+            pending.end()
+            del self._pending[request_id]
+        if response is None or response.WhichOneof("outcome") is None:
             return None
-        if response.WhichOneof("outcome") == "error":
+        if response.HasField("error"):
             raise from_refusal(response.error)
         return response.prepared
 
@@ -125,8 +135,8 @@ class PreprocessClient:
             log.warning("preprocess_disconnected", error=error)
         self.is_connected = False
         self._circuit.last_error = error
-        for answer in self._answers.values():
-            _set(answer, None)
+        for pending in self._pending.values():
+            pending.set(None)
         while not self._outgoing.empty():
             self._outgoing.get_nowait()
 
@@ -139,18 +149,40 @@ class PreprocessClient:
             return
 
     def _receive(self, response: _Answer) -> None:
+        if self._circuit.last_error:
+            log.info("preprocess_answers")
         self._circuit.succeed()
-        answer = self._answers.get(response.request_id)
-        if answer is not None:
-            _set(answer, response)
+        pending = self._pending.get(response.request_id)
+        if pending is not None:
+            pending.set(response)
 
-    def _time_out(self, request_id: str) -> None:
-        self._circuit.fail(f"no answer within {self._timeout_seconds} s", self._clock())
-        answer = self._answers.get(request_id)
-        if answer is not None:
-            _set(answer, None)
+    def _set_timer(self, pending: _Pending) -> None:
+        pending.timer = asyncio.get_running_loop().call_later(self._timeout_seconds, self._time_out, pending)
+
+    def _time_out(self, pending: _Pending) -> None:
+        now = self._clock()
+        if now < pending.patient_until and not pending.can_dispatch():
+            self._set_timer(pending)
+            return
+        self._circuit.fail("no answer in time", now)
+        pending.set(None)
 
 
-def _set(answer: asyncio.Future[_Answer | None], value: _Answer | None) -> None:
-    if not answer.done():
-        answer.set_result(value)
+class _Pending:
+    """A prompt that was sent and not answered."""
+
+    def __init__(self, can_dispatch: Callable[[], bool], *, patient_until: float) -> None:
+        self.answer: asyncio.Future[_Answer | None] = asyncio.get_running_loop().create_future()
+        self.can_dispatch = can_dispatch
+        self.patient_until = patient_until
+        self.timer: asyncio.TimerHandle | None = None
+
+    def set(self, value: _Answer | None) -> None:
+        """Answers, if nobody has."""
+        if not self.answer.done():
+            self.answer.set_result(value)
+
+    def end(self) -> None:
+        """Stops the clock."""
+        if self.timer is not None:
+            self.timer.cancel()

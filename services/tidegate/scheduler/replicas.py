@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -150,9 +150,15 @@ class CreditStream:
 class CreditStreams:
     """The streams to all replicas of the endpoints."""
 
-    def __init__(self, table: ReplicaTable, open_stream: Callable[[Replica], CreditStream]) -> None:
+    def __init__(
+        self,
+        table: ReplicaTable,
+        open_stream: Callable[[Replica], CreditStream],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
         self._table = table
         self._open_stream = open_stream
+        self._spawn = spawn
         self._streams: dict[str, tuple[CreditStream, asyncio.Task[None]]] = {}
 
     def set_addresses(self, addresses: list[str]) -> None:
@@ -165,7 +171,7 @@ class CreditStreams:
             replica = self._table.get(address)
             assert replica is not None
             stream = self._open_stream(replica)
-            self._streams[address] = (stream, asyncio.create_task(stream.run()))
+            self._streams[address] = (stream, self._spawn(stream.run()))
 
     def demand_changed(self) -> None:
         """Tells all streams that what waits has changed."""

@@ -49,6 +49,7 @@ class Request:
     tenant: str
     arrived_at: float
     deadline: float | None = None
+    body_arrived_at: float | None = None
     named_class: ServiceClass | None = None
     service_class: ServiceClass = ServiceClass.STANDARD
     body_byte_count: int = 0

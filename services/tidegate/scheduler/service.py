@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
+import structlog
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
+from grpc_health.v1 import health_pb2
 
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
@@ -32,18 +35,32 @@ from tidegate.scheduler.servicer import ExternalProcessor
 from tidegate.scheduler.watch import Scheduler, Snapshots
 from tidegate.v1 import scheduler_pb2_grpc
 
-EXT_PROC_NAME = "envoy.service.ext_proc.v3.ExternalProcessor"
-SCHEDULER_NAME = "tidegate.v1.Scheduler"
-PICKER_HEALTH_NAMES = ("liveness", "readiness")
+log = structlog.get_logger()
+
+EXT_PROC_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
+SCHEDULER_NAME: Final = "tidegate.v1.Scheduler"
+PICKER_HEALTH_NAMES: Final = ("liveness", "readiness")
 """The health services that the Gateway API's picker protocol asks for."""
 
 
 class SchedulerService:
-    """Everything of one scheduler process; built on its event loop."""
+    """Everything of one scheduler process; built on its event loop.
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        clock: monotonic seconds.
+        on_fault: called when a task that should run for ever ends by a fault of ours; the scheduler is of no use then.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_fault: Callable[[BaseException], None] = lambda fault: None,
+    ) -> None:
         self._settings = settings
         self._clock = clock
+        self._on_fault = on_fault
         self.scheduler_id = uuid.uuid4().hex
         weights = Weights(settings.latency_weight, settings.queue_weight)
         self.outcomes = Outcomes()
@@ -60,13 +77,14 @@ class SchedulerService:
             weights=weights,
             alternative_count=settings.alternative_count,
         )
-        self.streams = CreditStreams(table, self._open_stream)
+        self.streams = CreditStreams(table, self._open_stream, self._spawn)
         self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed)
         self._channel = open_channel(settings.mesh_address)
         self.preprocess = PreprocessClient(
             self._channel,
             in_flight_limit=settings.prepare_in_flight_limit,
             timeout_seconds=settings.prepare_timeout_seconds,
+            patience_seconds=settings.prepare_patience_seconds,
             circuit=self._circuit(),
             clock=clock,
         )
@@ -104,7 +122,7 @@ class SchedulerService:
         )
         self.server = Server(settings.host, settings.port)
         self._tasks: list[asyncio.Task[None]] = []
-        self.gauges = Gauges(self.dispatcher, self.outcomes)
+        self.gauges = Gauges(self.dispatcher, self.outcomes, clock)
 
     async def start(self) -> None:
         """Connects to the rest of the mesh and listens; raises OSError when the port is taken."""
@@ -114,10 +132,12 @@ class SchedulerService:
         for name in (EXT_PROC_NAME, SCHEDULER_NAME):
             self.server.add_service_name(name)
         await self.server.start()
+        for name in PICKER_HEALTH_NAMES:
+            await self.server.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._tasks = [
-            asyncio.create_task(self._endpoints.watch()),
-            asyncio.create_task(self.preprocess.run()),
-            asyncio.create_task(self._tick()),
+            self._spawn(self._endpoints.watch()),
+            self._spawn(self.preprocess.run()),
+            self._spawn(self._tick()),
         ]
 
     async def close(self) -> None:
@@ -140,6 +160,19 @@ class SchedulerService:
             if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
             self.queue.match()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._note_end)
+        return task
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        fault = task.exception()
+        assert fault is not None, "a task that should run for ever has returned"
+        log.error("task_failed", exc_info=fault)
+        self._on_fault(fault)
 
     def _open_stream(self, replica: Replica) -> CreditStream:
         return CreditStream(

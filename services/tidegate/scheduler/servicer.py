@@ -40,7 +40,7 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
         self._outcomes = outcomes
         self._clock = clock
 
-    async def Process(self, request_iterator: AsyncIterator[Any], context: Context) -> None:  # noqa: N802 - gRPC's.
+    async def Process(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
         """Takes one request from its headers to its decision."""
         first = await context.read()
         if first is grpc.aio.EOF or not first.HasField("request_headers"):

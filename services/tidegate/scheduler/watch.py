@@ -139,9 +139,7 @@ class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
     def __init__(self, snapshots: Snapshots) -> None:
         self._snapshots = snapshots
 
-    async def Watch(  # noqa: N802 - gRPC's name.
-        self, request: scheduler_pb2.WatchRequest, context: Any
-    ) -> AsyncIterator[scheduler_pb2.Snapshot]:
+    async def Watch(self, request: scheduler_pb2.WatchRequest, context: Any) -> AsyncIterator[scheduler_pb2.Snapshot]:
         """Sends a snapshot at once, and one each interval after the last was written: a slow reader skips some."""
         interval_seconds = DEFAULT_INTERVAL_SECONDS
         if request.HasField("interval"):
@@ -154,7 +152,7 @@ class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
             await asyncio.sleep(interval_seconds)
             yield self._snapshots.take()
 
-    async def GetQueueStatus(  # noqa: N802 - gRPC's name.
+    async def GetQueueStatus(
         self, request: scheduler_pb2.GetQueueStatusRequest, context: Any
     ) -> scheduler_pb2.QueueStatus:
         """Says where a request stands."""

@@ -39,6 +39,9 @@ class IncrementalDetokenizer:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stop = tuple(dict.fromkeys(text for text in stop if text))
         self._longest_beginning = max(map(len, self._stop), default=1) - 1
+        # Most tokens neither end a stop text nor begin one, which one look at their letters tells.
+        self._last_letters = frozenset(text[-1] for text in self._stop)
+        self._beginning_letters = frozenset("".join(text[:-1] for text in self._stop))
         self._held = ""
         self._stopped = False
 
@@ -55,8 +58,9 @@ class IncrementalDetokenizer:
             return DetokenizerStep(self._decode(b"".join(map(self._token_bytes, token_ids))), False, len(token_ids))
         pending = self._held
         for count, token_id in enumerate(token_ids, start=1):
-            pending += self._decode(self._token_bytes(token_id))
-            cut = self._first_stop(pending)
+            text = self._decode(self._token_bytes(token_id))
+            pending += text
+            cut = None if self._last_letters.isdisjoint(text) else self._first_stop(pending)
             if cut is not None:
                 self._held, self._stopped = "", True
                 return DetokenizerStep(pending[:cut], True, count)
@@ -76,8 +80,10 @@ class IncrementalDetokenizer:
 
     def _beginning_length(self, text: str) -> int:
         """The length of the text's longest end that a stop text begins with."""
+        if not text or text[-1] not in self._beginning_letters:
+            return 0
         for length in range(min(self._longest_beginning, len(text)), 0, -1):
             end = text[-length:]
-            if any(len(stop) > length and stop.startswith(end) for stop in self._stop):
+            if any(stop.startswith(end) for stop in self._stop):
                 return length
         return 0

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+# Before torch loads: waiting threads that spin slow each other tenfold on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "triton_models" / "llm"))
 
 
@@ -29,6 +30,7 @@ def cache_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def reference(gguf_path):
     """transformers' own reading of the GGUF file, in fp32."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(2)
@@ -56,10 +58,12 @@ def engine(make_engine, gguf_path):
 @pytest.fixture(scope="session")
 def prompt_logits():
     """The engine's logits at a prompt's positions, all or the last ones: [count, vocabulary_size] fp32."""
+    import torch
+
     from llm_engine import SequenceRequest
     from llm_engine.step_tensors import step_tensors
 
-    def compute(engine, token_ids: list[int], last: int | None = None) -> torch.Tensor:
+    def compute(engine, token_ids: list[int], last: int | None = None):
         first = 0 if last is None else max(0, len(token_ids) - last)
         engine.add(SequenceRequest(request_id="logits", token_ids=token_ids, max_tokens=1))
         parts = []
@@ -78,8 +82,9 @@ def prompt_logits():
 @pytest.fixture(scope="session")
 def reference_logits():
     """transformers' logits at a prompt's positions, all or the last ones."""
+    import torch
 
-    def compute(model, token_ids: list[int], last: int | None = None) -> torch.Tensor:
+    def compute(model, token_ids: list[int], last: int | None = None):
         with torch.inference_mode():
             return model(torch.tensor([token_ids]), logits_to_keep=last or 0).logits[0].float()
 

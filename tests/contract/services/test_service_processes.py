@@ -92,7 +92,9 @@ async def prepare(port: int) -> preprocess_pb2.PreparedPrompt:
     request.body_kind = preprocess_pb2.BODY_KIND_CHAT_COMPLETIONS
     async with open_channel(f"127.0.0.1:{port}") as channel:
         call = preprocess_pb2_grpc.PreprocessStub(channel).Prepare(iter([request]), timeout=10)
-        return (await call.read()).prepared
+        response = await call.read()
+        assert isinstance(response, preprocess_pb2.PrepareResponse)
+        return response.prepared
 
 
 async def health(port: int) -> int:

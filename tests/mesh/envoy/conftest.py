@@ -24,6 +24,8 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
 from google.api import httpbody_pb2
+from xds.data.orca.v3 import orca_load_report_pb2
+from xds.service.orca.v3 import orca_pb2
 
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
 from tidegate.cli.envoy_config import EnvoySettings, envoy_command, write_envoy_files
@@ -58,6 +60,13 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.open_streams = 0
         self.refuse_with: TidegateError | None = None
         self.hang = False
+        self.utilization = 0.5
+
+    async def report_load(self, request, context):
+        """ORCA, out of band: what Envoy's own balancing goes by."""
+        while True:
+            yield orca_load_report_pb2.OrcaLoadReport(application_utilization=self.utilization, rps_fractional=10)
+            await asyncio.sleep(0.2)
 
     async def _act(self, text: str, context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
         self.seen.append({key: str(value) for key, value in context.invocation_metadata()})
@@ -137,6 +146,15 @@ async def start_service(name: str, port: int = 0) -> FakeService:
     inference = FakeInference(name)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server.grpc)
     server.add_service_name("tidegate.v1.Inference")
+    report_load = grpc.unary_stream_rpc_method_handler(
+        inference.report_load,
+        request_deserializer=orca_pb2.OrcaLoadReportRequest.FromString,
+        response_serializer=orca_load_report_pb2.OrcaLoadReport.SerializeToString,
+    )
+    handler = grpc.method_handlers_generic_handler(
+        "xds.service.orca.v3.OpenRcaService", {"StreamCoreMetrics": report_load}
+    )
+    server.grpc.add_generic_rpc_handlers((handler,))
     await server.start()
     return FakeService(inference, server)
 
@@ -197,11 +215,13 @@ class FakeScheduler(ext_proc_grpc.ExternalProcessorServicer):
 
 def option(key: str, value: str) -> base_pb2.HeaderValueOption:
     header = base_pb2.HeaderValue(key=key, raw_value=value.encode())
-    return base_pb2.HeaderValueOption(header=header, append_action=base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD)
+    overwrite = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
+    return base_pb2.HeaderValueOption(header=header, append_action=overwrite)
 
 
 def refusal(error: TidegateError, fields: dict[str, str]) -> ext_proc.ProcessingResponse:
     """As the scheduler refuses."""
+
     class Request:
         is_grpc = fields.get("content-type", "").startswith("application/grpc")
 
@@ -244,8 +264,7 @@ class Mesh:
 
     async def healthy_count(self, cluster: str) -> int:
         """How many endpoints of a cluster Envoy would send to."""
-        clusters = json.loads(await self.admin("/clusters?format=json"))["cluster_statuses"]
-        hosts = next(c.get("host_statuses", []) for c in clusters if c["name"] == cluster)
+        hosts = (await self.cluster(cluster)).get("host_statuses", [])
         return sum(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)
 
     async def wait_healthy(self, cluster: str, count: int) -> None:
@@ -253,6 +272,11 @@ class Mesh:
             return await self.healthy_count(cluster) == count
 
         await until(is_so)
+
+    async def cluster(self, name: str) -> dict[str, Any]:
+        """What Envoy's admin page says of a cluster."""
+        clusters = json.loads(await self.admin("/clusters?format=json"))["cluster_statuses"]
+        return next(cluster for cluster in clusters if cluster["name"] == name)
 
     async def stat(self, name: str) -> int:
         lines = dict(line.split(": ", 1) for line in (await self.admin("/stats")).splitlines() if ": " in line)
@@ -304,9 +328,12 @@ async def running_mesh(directory: Path, *, replica_count: int = 2, **settings: A
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def mesh_module(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Mesh]:
-    """One mesh a test module; MESH_SETTINGS of the module changes its settings."""
-    settings = getattr(request.module, "MESH_SETTINGS", {})
-    async with running_mesh(tmp_path_factory.mktemp("mesh"), **settings) as mesh:
+    """One mesh a test module; a function `mesh_settings` of the module says what differs from the defaults."""
+    directory = tmp_path_factory.mktemp("mesh")
+    settings = getattr(request.module, "mesh_settings", lambda _: {})(directory)
+    # So that on a machine that is busy no request slips past the scheduler; where 200 ms matter they are set.
+    settings.setdefault("scheduler_timeout_seconds", 2.0)
+    async with running_mesh(directory, **settings) as mesh:
         yield mesh
 
 
@@ -318,6 +345,7 @@ def mesh(mesh_module: Mesh) -> Mesh:
         service.inference.seen.clear()
         service.inference.refuse_with = None
         service.inference.hang = False
+        service.inference.utilization = 0.5
     return mesh_module
 
 
@@ -336,13 +364,43 @@ async def stub(mesh: Mesh) -> AsyncIterator[inference_pb2_grpc.InferenceStub]:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def holding_scheduler() -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
-    """A scheduler in a process of its own that holds what it gets, and its port."""
-    script = Path(__file__).with_name("holding_scheduler.py")
+async def start_replica() -> AsyncIterator[Callable[[str], Awaitable[FakeService]]]:
+    """Starts further replicas, which end with the test."""
+    started: list[FakeService] = []
+
+    async def start(name: str) -> FakeService:
+        started.append(await start_service(name))
+        return started[-1]
+
+    yield start
+    for service in started:
+        await service.stop()
+
+
+@dataclass
+class LoneService:
+    """A service in a process of its own that holds what it gets, as a scheduler or as a replica."""
+
+    process: asyncio.subprocess.Process
+    port: int
+
+    async def wait_held(self, count: int) -> None:
+        assert self.process.stdout is not None
+        for _ in range(count):
+            assert await asyncio.wait_for(self.process.stdout.readline(), 10) == b"held\n"
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def lone_service() -> AsyncIterator[LoneService]:
+    script = Path(__file__).with_name("lone_service.py")
     process = await asyncio.create_subprocess_exec(sys.executable, str(script), stdout=asyncio.subprocess.PIPE)
-    assert process.stdout is not None
-    port = int(await asyncio.wait_for(process.stdout.readline(), 20))
-    yield process, port
-    if process.returncode is None:
-        os.kill(process.pid, signal.SIGKILL)
-    await process.wait()
+    try:
+        assert process.stdout is not None
+        yield LoneService(process, int(await asyncio.wait_for(process.stdout.readline(), 20)))
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

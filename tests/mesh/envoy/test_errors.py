@@ -65,7 +65,9 @@ def check_grpc_error(error: grpc.aio.AioRpcError, reason: Reason) -> dict[str, s
 
 def refuse(reason: Reason) -> str:
     retry = 2.5 if SURFACES[reason].retryable else None
-    return json.dumps({"do": "refuse", "reason": reason.name, "field": "messages[0].role", "retry_after_seconds": retry})
+    return json.dumps(
+        {"do": "refuse", "reason": reason.name, "field": "messages[0].role", "retry_after_seconds": retry}
+    )
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -125,7 +127,11 @@ async def test_unknown_urls(mesh, client):
 
 
 async def test_wrong_methods_name_the_right_one(mesh, client):
-    for method, path, allowed in (("GET", CHAT, "POST"), ("PUT", "/v1/completions", "POST"), ("POST", "/v1/models", "GET")):
+    for method, path, allowed in (
+        ("GET", CHAT, "POST"),
+        ("PUT", "/v1/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+    ):
         response = await client.request(method, path)
         check_openai_error(response, Reason.METHOD_NOT_ALLOWED)
         assert response.headers["allow"] == allowed
@@ -208,6 +214,7 @@ async def test_malformed_http_is_told_so(mesh, data):
     assert response.status_code in {400, 404, 426}, response.text
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert response.headers["content-type"] == "application/json"
+    assert len(response.headers["x-request-id"]) == 36
 
 
 async def test_headers_that_are_too_large(mesh, client):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import socket
 import struct
@@ -69,7 +70,7 @@ async def test_server_sent_events_arrive_one_by_one(mesh, client):
             arrivals.append(time.monotonic())
             chunks.append(chunk)
     assert chunks == [f"data: chunk {index}\n\n".encode() for index in range(4)]
-    assert all(later - earlier > 0.05 for earlier, later in zip(arrivals, arrivals[1:], strict=False))
+    assert all(later - earlier > 0.05 for earlier, later in itertools.pairwise(arrivals))
 
 
 async def test_a_client_that_leaves_ends_the_stream_at_the_replica(mesh, client):

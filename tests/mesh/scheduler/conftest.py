@@ -45,7 +45,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServicer, inference_pb2_grpc.Inference
         grant.lease.FromMilliseconds(int(lease_seconds * 1000))
         self._outgoing.put_nowait(replica_pb2.ReplicaMessage(grant=grant))
 
-    async def Credits(self, request_iterator, context):  # noqa: N802
+    async def Credits(self, request_iterator, context):
         reader = asyncio.create_task(self._read(request_iterator))
         load = replica_pb2.Load(replica=self.address, slot_count=8, ready=True)
         self.connected.set()
@@ -68,7 +68,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServicer, inference_pb2_grpc.Inference
         while await asyncio.wait_for(self.demands.get(), 5) != count:
             pass
 
-    async def Generate(self, request, context):  # noqa: N802
+    async def Generate(self, request, context):
         self.seen.append(dict(context.invocation_metadata()))
         yield inference_pb2.GenerateEvent(request_id=request.request_id)
 
@@ -79,11 +79,11 @@ class FakeMesh(preprocess_pb2_grpc.PreprocessServicer, cache_pb2_grpc.CacheServi
     def __init__(self) -> None:
         self.known: set[bytes] = set()
 
-    async def Prepare(self, request_iterator, context):  # noqa: N802
+    async def Prepare(self, request_iterator, context):
         async for request in request_iterator:
             yield _prepare(request)
 
-    async def LookUp(self, request, context):  # noqa: N802
+    async def LookUp(self, request, context):
         return cache_pb2.LookUpResponse(hit=request.answer_key in self.known, tier="memory")
 
 
@@ -249,7 +249,9 @@ def _http2_cluster(name: str, port: int, **more):
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                 "@type": options,
-                "explicit_http_config": {"http2_protocol_options": {}},
+                "explicit_http_config": {
+                    "http2_protocol_options": {"connection_keepalive": {"interval": "0.5s", "timeout": "0.5s"}}
+                },
             }
         },
         **more,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 
 import grpc
 import httpx
@@ -23,7 +24,9 @@ async def _events(call):
 
 
 def _generate(inference, request_id="r", **options):
-    return asyncio.create_task(_events(inference.Generate(inference_pb2.GenerateRequest(request_id=request_id), **options)))
+    return asyncio.create_task(
+        _events(inference.Generate(inference_pb2.GenerateRequest(request_id=request_id), **options))
+    )
 
 
 async def test_a_request_goes_to_the_replica_that_granted_the_credit(mesh, start_scheduler, inference):
@@ -140,6 +143,28 @@ async def test_held_requests_go_on_when_the_scheduler_is_killed(mesh, start_sche
     await asyncio.wait_for(asyncio.gather(*held), 5)
     assert [headers.CREDIT in seen for seen in mesh.replica.seen] == [False] * 3
     await asyncio.wait_for(_generate(inference, "later"), 5)
+
+
+async def test_held_requests_go_on_when_the_scheduler_hangs(mesh, start_scheduler, inference):
+    scheduler = await start_scheduler()
+    held = _generate(inference)
+    await mesh.replica.demand(1)
+    scheduler.send_signal(signal.SIGSTOP)
+    try:
+        await asyncio.wait_for(held, 5)
+        await asyncio.wait_for(_generate(inference, "later"), 5)
+    finally:
+        scheduler.send_signal(signal.SIGCONT)
+
+
+async def test_held_requests_go_on_when_the_scheduler_is_ended(mesh, start_scheduler, inference):
+    scheduler = await start_scheduler()
+    held = _generate(inference)
+    await mesh.replica.demand(1)
+    scheduler.terminate()
+    await asyncio.wait_for(held, 10)
+    await asyncio.wait_for(scheduler.wait(), 5)
+    assert scheduler.returncode == 0
 
 
 async def test_a_request_that_names_its_replica_passes_at_once(mesh, start_scheduler, inference):

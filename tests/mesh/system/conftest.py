@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -16,6 +17,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[3]
 START_SECONDS = 180.0
 STOP_SECONDS = 15.0
+
+
+def stop_with_the_tests() -> None:
+    """A mesh is told to stop when the tests are killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class MeshProcess:
@@ -39,6 +45,7 @@ class MeshProcess:
                 stderr=err,
                 env=self.environment,
                 start_new_session=True,
+                preexec_fn=stop_with_the_tests,
             )
 
     @property

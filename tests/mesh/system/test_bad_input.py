@@ -71,7 +71,9 @@ BAD_BODIES = [
 @pytest.fixture(scope="module")
 def http(mesh: Any) -> Any:
     """A plain HTTP client of the ingress."""
-    with httpx.Client(base_url=f"http://{mesh.ingress}", timeout=30) as client:
+    with httpx.Client(
+        base_url=f"http://{mesh.ingress}", timeout=30, headers={"content-type": "application/json"}
+    ) as client:
         yield client
 
 
@@ -97,7 +99,7 @@ def test_a_bad_body_is_refused_by_name(
 ) -> None:
     if stream and body.endswith(b"}") and b'"model"' in body:
         body = body[:-1] + b', "stream": true}'
-    response = http.post(path, content=body, headers={"content-type": "application/json"})
+    response = http.post(path, content=body)
     error = assert_openai_error(response, status, code, param)
     assert error["type"] == "invalid_request_error"
     assert response.headers["x-should-retry"] == "false"
@@ -112,6 +114,11 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(http: htt
 def test_a_ten_megabyte_prompt_is_refused_as_too_large(http: httpx.Client) -> None:
     response = http.post(CHAT, content=chat(messages=[{"role": "user", "content": "x" * 10_000_000}]))
     assert_openai_error(response, 413, "request_too_large")
+
+
+def test_a_body_that_is_not_called_json_is_refused(http: httpx.Client) -> None:
+    response = http.post(CHAT, content=chat(), headers={"content-type": "text/plain"})
+    assert_openai_error(response, 415, "unsupported_media_type")
 
 
 def test_an_unknown_url_and_a_wrong_method_are_said_so(http: httpx.Client) -> None:
@@ -146,7 +153,7 @@ BAD_MESSAGES = [
     ("nothing set", pb.GenerateRequest(), "MISSING_REQUIRED_PARAMETER", "prompt"),
     ("empty chat", pb.GenerateRequest(chat=pb.Chat()), "INVALID_VALUE", "chat.messages"),
     ("no role", pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(content="x")])),
-     "MISSING_REQUIRED_PARAMETER", "chat.messages[0].role"),
+     "INVALID_VALUE", "chat.messages[0].role"),
     ("unknown role", pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="wizard", content="x")])),
      "INVALID_VALUE", "chat.messages[0].role"),
     ("unknown model", pb.GenerateRequest(text="x", model="gpt-9"), "MODEL_NOT_FOUND", "model"),

@@ -47,9 +47,9 @@ def test_what_is_missing_fails_with_one_line_and_a_fix(facts, name, words):
 
 
 def test_memory_is_asked_for_by_replica():
-    assert failures(judge(replica_count=2, memory_available_bytes=4 * GIBIBYTE)) == []
+    assert failures(judge(replica_count=2, memory_available_bytes=5 * GIBIBYTE)) == []
     (check,) = failures(judge(replica_count=8, memory_available_bytes=4 * GIBIBYTE))
-    assert check.reason == "4.0 GiB available, 13 GiB needed for 8 replicas"
+    assert check.reason == "4.0 GiB available, 15 GiB needed for 8 replicas"
     assert "--replicas" in check.fix
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def write(arena: Arena, data: bytes, *, lease_seconds: float = 10.0, now: float 
     return handle
 
 
-def changed(handle: tensor_pb2.SharedMemoryHandle, **fields: object) -> tensor_pb2.SharedMemoryHandle:
+def changed(handle: tensor_pb2.SharedMemoryHandle, **fields: Any) -> tensor_pb2.SharedMemoryHandle:
     copy = tensor_pb2.SharedMemoryHandle()
     copy.CopyFrom(handle)
     copy.MergeFrom(tensor_pb2.SharedMemoryHandle(**fields))
@@ -252,14 +253,16 @@ def test_a_region_of_another_size_is_replaced_and_its_handles_become_stale(regio
 @pytest.mark.parametrize("offset", [0, 8, 16, 32, HEADER_BYTES])
 def test_a_region_with_a_damaged_header_or_table_is_made_anew(region: str, offset: int) -> None:
     first = Arena.open(region, SIZE)
-    write(first, b"abc")
+    old = write(first, b"old")
     first.close()
     with (SHARED_MEMORY_FOLDER / region).open("r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * 64)
     second = Arena.open(region, SIZE)
     assert second.usage(NOW).lease_count == 0
-    assert second.read(write(second, b"works"), NOW) == b"works"
+    assert second.read(write(second, b"new"), NOW) == b"new"
+    with pytest.raises(StaleHandle):
+        second.read(old, NOW)
     second.close()
 
 
@@ -331,8 +334,8 @@ def test_random_use_keeps_the_invariants(region: str, seed: int) -> None:
             live[handle.lease_id] = (handle, data, max(live[handle.lease_id][2], now + 8))
         elif act < 0.97:
             now += rng.choice([0.125, 0.5, 2.0])
-            for lease_id in [one for one, (_, _, expiry) in live.items() if expiry <= now]:
-                ended.append(live.pop(lease_id)[0])
+            over = [lease_id for lease_id, (_, _, expiry) in live.items() if expiry <= now]
+            ended.extend(live.pop(lease_id)[0] for lease_id in over)
         else:
             writer.close()
             writer = Arena.open(region, SIZE)

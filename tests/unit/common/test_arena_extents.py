@@ -44,11 +44,12 @@ def test_a_full_range_gives_nothing_and_works_again_after_a_give() -> None:
 
 def test_the_next_search_goes_on_behind_the_last_place() -> None:
     extents = FreeExtents(BEGIN, END)
-    offsets = [extents.take(64) for _ in range(64)]
-    extents.give(offsets[0] or 0, 64)
-    extents.give(offsets[10] or 0, 64)
-    extents.give(offsets[20] or 0, 64)
-    assert [extents.take(64) for _ in range(4)] == [offsets[0], offsets[10], offsets[20], None]
+    offsets = [extents.take(64) or 0 for _ in range(64)]
+    extents.give(offsets[20], 64)
+    assert extents.take(64) == offsets[20]
+    for number in (5, 10, 30):
+        extents.give(offsets[number], 64)
+    assert [extents.take(64) for _ in range(4)] == [offsets[30], offsets[5], offsets[10], None]
 
 
 def test_neighbours_are_merged_on_both_sides() -> None:
@@ -87,9 +88,9 @@ def test_random_use_keeps_the_invariants(seed: int) -> None:
             extents.give(offset, taken.pop(offset))
         else:
             wanted = rng.randint(1, 600)
-            offset = extents.take(wanted)
-            if offset is None:
+            place = extents.take(wanted)
+            if place is None:
                 assert all(length < wanted for _, length in extents.extents())
             else:
-                taken[offset] = aligned(wanted)
+                taken[place] = aligned(wanted)
         check_invariants(extents, taken)

@@ -152,14 +152,14 @@ class RefusingServicer(cache_pb2_grpc.CacheServicer):
     def __init__(self, error: TidegateError) -> None:
         self.error = error
 
-    async def LookUp(self, request: cache_pb2.LookUpRequest, context: Any) -> cache_pb2.LookUpResponse:  # noqa: N802
+    async def LookUp(self, request: cache_pb2.LookUpRequest, context: Any) -> cache_pb2.LookUpResponse:
         await abort(context, self.error)
 
 
 @pytest.fixture
 async def refusing(request: pytest.FixtureRequest) -> AsyncIterator[cache_pb2_grpc.CacheAsyncStub]:
     server = Server("127.0.0.1", 0)
-    cache_pb2_grpc.add_CacheServicer_to_server(RefusingServicer(request.param), server.grpc)
+    cache_pb2_grpc.add_CacheServicer_to_server(RefusingServicer(request.param), server.grpc)  # type: ignore[abstract]
     await server.start()
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         yield cache_pb2_grpc.CacheStub(channel)

@@ -21,7 +21,7 @@ REFLECTION_VERSIONS = ["v1", "v1alpha"]
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     served = Server("127.0.0.1", 0)
-    cache_pb2_grpc.add_CacheServicer_to_server(cache_pb2_grpc.CacheServicer(), served.grpc)
+    cache_pb2_grpc.add_CacheServicer_to_server(cache_pb2_grpc.CacheServicer(), served.grpc)  # type: ignore[abstract]
     served.add_service_name(SERVICE_NAME)
     await served.start()
     yield served

@@ -135,6 +135,24 @@ def test_cancelling_frees_at_once_whether_running_or_waiting(make_engine):
     assert not engine.cancel("running")
 
 
+def test_a_step_is_given_up_for_an_unwanted_prompt_and_the_others_lose_nothing(make_engine):
+    alone = finish(make_engine(), request("kept"))["kept"]["token_ids"]
+    engine = make_engine()
+    engine.add(request("kept"))
+    before = [token for output in engine.step() for token in output.token_ids]
+    engine.add(request("unwanted", range(30)))
+    asked = []
+
+    def leaves_in_the_second_layer(name: str) -> bool:
+        asked.append(name)
+        return len(asked) > 1
+
+    assert engine.step(leaves_in_the_second_layer) == []
+    assert asked == ["unwanted", "unwanted"]
+    assert engine.cancel("unwanted")
+    assert before + finish(engine)["kept"]["token_ids"] == alone
+
+
 def refused(engine, each: SequenceRequest) -> RequestRefused:
     before = engine.load
     with pytest.raises(RequestRefused) as caught:

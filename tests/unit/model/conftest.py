@@ -129,7 +129,9 @@ def start_service(byte_model):
     """Starts model services on free ports: `async with start_service(triton, **settings) as service`."""
 
     @asynccontextmanager
-    async def start(triton: FakeTriton, mesh_address: str = "127.0.0.1:1", **changes: object) -> AsyncIterator[ModelService]:
+    async def start(
+        triton: FakeTriton, mesh_address: str = "127.0.0.1:1", **changes: object
+    ) -> AsyncIterator[ModelService]:
         settings = Settings(
             **{
                 "model_path": "",

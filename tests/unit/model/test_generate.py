@@ -8,8 +8,12 @@ import time
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from prometheus_client import generate_latest
 
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
+
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+"""So that what gRPC itself keeps for a reader does not hide that nobody reads."""
 
 GREEDY = inference_pb2.SamplingParameters(temperature=0)
 
@@ -41,7 +45,7 @@ async def test_an_answer_is_started_deltas_finished_with_exact_usage(start_servi
     async with start_service(fake_triton("Grüße, 世界")) as service:
         stub = inference_pb2_grpc.InferenceStub(channel_to(service))
         events = await collect(stub, ask())
-    assert [event.WhichOneof("event") for event in events][0] == "started"
+    assert events[0].WhichOneof("event") == "started"
     assert events[0].started == inference_pb2.Started(model="bytes", prompt_token_count=5)
     assert {event.request_id for event in events} == {"r1"}
     assert text_of(events) == "Grüße, 世界"
@@ -153,31 +157,40 @@ async def test_a_client_that_leaves_frees_its_slot_within_100_ms(start_service, 
         assert triton.cancelled
 
 
-async def test_a_slow_reader_gets_fewer_deltas_and_the_same_text(start_service, fake_triton, channel_to):
+async def test_a_slow_reader_gets_fewer_deltas_and_the_same_text(start_service, fake_triton):
     text = "0123456789" * 300
-    triton = fake_triton(text)
-    async with start_service(triton) as service:
-        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
-        call = stub.Generate(ask())
+    async with (
+        start_service(fake_triton(text)) as service,
+        grpc.aio.insecure_channel(f"127.0.0.1:{service.server.port}", options=SMALL_WINDOW) as channel,
+    ):
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(ask(logprobs=20))
         events = []
         while (event := await call.read()) is not grpc.aio.EOF:
             events.append(event)
             if len(events) == 3:
-                await asyncio.sleep(0.3)
-        assert text_of(events) == text
+                await asyncio.sleep(0.5)
+    assert text_of(events) == text
+    assert len(tokens_of(events)) == len(text)
+    assert len(events) < len(text) / 2
+    assert max(len(event.delta.token_ids) for event in events) > 100
 
 
-async def test_a_reader_that_stops_holds_up_nobody_else(start_service, fake_triton, channel_to):
-    long = "0123456789" * 400
-    async with start_service(fake_triton(long), stream_buffer_token_limit=16) as service:
-        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
-        stuck = stub.Generate(ask())
+async def test_a_reader_that_stops_is_kept_no_more_than_the_bound_and_holds_up_nobody_else(start_service, fake_triton):
+    text = "0123456789" * 400
+    async with (
+        start_service(fake_triton(text), stream_buffer_token_limit=16) as service,
+        grpc.aio.insecure_channel(f"127.0.0.1:{service.server.port}", options=SMALL_WINDOW) as stuck_channel,
+        grpc.aio.insecure_channel(f"127.0.0.1:{service.server.port}") as channel,
+    ):
+        stuck = inference_pb2_grpc.InferenceStub(stuck_channel).Generate(ask(logprobs=20))
         await stuck.read()
-        other = inference_pb2_grpc.InferenceStub(channel_to(service))
         async with asyncio.timeout(20):
-            events = await collect(other, ask())
-        assert text_of(events) == long
-        stuck.cancel()
+            events = await collect(inference_pb2_grpc.InferenceStub(channel), ask())
+        assert text_of(events) == text
+        rest = []
+        while (event := await stuck.read()) is not grpc.aio.EOF:
+            rest.append(event)
+        assert max(len(event.delta.token_ids) for event in rest) == 16
 
 
 async def test_without_a_ready_engine_it_refuses_and_health_says_so(start_service, fake_triton, channel_to):
@@ -199,3 +212,61 @@ async def test_without_a_ready_engine_it_refuses_and_health_says_so(start_servic
             await collect(stub, ask())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert reason_of(caught.value) == "REPLICA_UNAVAILABLE"
+
+
+async def test_a_reader_that_never_reads_gives_its_slot_back_and_is_cut_off_after_its_deadline(
+    start_service, fake_triton
+):
+    triton = fake_triton("0123456789" * 400)
+    async with (
+        start_service(triton, write_grace_seconds=0.2) as service,
+        grpc.aio.insecure_channel(f"127.0.0.1:{service.server.port}", options=SMALL_WINDOW) as channel,
+    ):
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(
+            ask(logprobs=20), metadata=(("x-tidegate-timeout-ms", "1500"),)
+        )
+        await call.read()
+        async with asyncio.timeout(1.4):
+            while service.slots.ledger.running_count:
+                await asyncio.sleep(0.01)
+        outcome = 'tidegate_requests_total{outcome="deadline_exceeded",reason="DEADLINE_EXCEEDED"} 1.0'
+        assert "tidegate_requests_total{" not in generate_latest(service.registry).decode()
+        async with asyncio.timeout(3):
+            while outcome not in generate_latest(service.registry).decode():
+                await asyncio.sleep(0.02)
+        call.cancel()
+
+
+async def test_a_client_that_leaves_the_queue_gives_its_place_up(start_service, fake_triton, channel_to):
+    triton = fake_triton("x" * 1000, pace=0.01, slots=1)
+    async with start_service(triton) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        first = stub.Generate(ask())
+        await first.read()
+        waiting = stub.Generate(ask())
+        waiting_read = asyncio.create_task(waiting.read())
+        async with asyncio.timeout(1):
+            while not service.slots.ledger.waiting_count:
+                await asyncio.sleep(0.005)
+            waiting.cancel()
+            while service.slots.ledger.waiting_count:
+                await asyncio.sleep(0.005)
+        await asyncio.gather(waiting_read, return_exceptions=True)
+        first.cancel()
+
+
+async def test_requests_that_wait_are_refused_at_once_when_the_engine_goes_away(start_service, fake_triton, channel_to):
+    triton = fake_triton("x" * 1000, pace=0.01, slots=1)
+    async with start_service(triton) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        first = stub.Generate(ask())
+        await first.read()
+        waiting = asyncio.create_task(collect(stub, ask()))
+        async with asyncio.timeout(1):
+            while not service.slots.ledger.waiting_count:
+                await asyncio.sleep(0.005)
+            triton.set_ready(False)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await waiting
+        assert reason_of(caught.value) == "REPLICA_UNAVAILABLE"
+        first.cancel()

@@ -230,7 +230,7 @@ async def test_durations_and_tokens_are_counted(stub: Any, registry: CollectorRe
 
 
 async def test_a_fault_of_our_own_is_an_internal_error_and_the_stream_goes_on(stub: Any, arena: Arena) -> None:
-    arena.write = lambda *_, **__: 1 / 0  # type: ignore[method-assign]
+    arena.write = lambda *_, **__: 1 / 0  # type: ignore[method-assign, assignment]
     answers = await exchange(stub, prepare_request({"messages": MESSAGES}), prepare_request(b"{", request_id="bad"))
     assert answers["r"].error.reason == "INTERNAL_ERROR"
     assert "zero" not in answers["r"].error.message

@@ -64,7 +64,7 @@ class FakeReplica(replica_pb2_grpc.ReplicaServicer):
     def hang_up(self) -> None:
         self._outgoing.put_nowait(None)
 
-    async def Credits(self, request_iterator, context):  # noqa: N802 - gRPC's name.
+    async def Credits(self, request_iterator, context):
         reader = asyncio.create_task(self._read(request_iterator))
         self.say_load()
         try:
@@ -102,24 +102,31 @@ class FakePreprocess(preprocess_pb2_grpc.PreprocessServicer):
         self.requests: list[preprocess_pb2.PrepareRequest] = []
         self.answer = prepared
         self.streams = 0
+        self._context = None
         self.break_off = asyncio.Event()
 
-    async def Prepare(self, request_iterator, context):  # noqa: N802 - gRPC's name.
+    async def Prepare(self, request_iterator, context):
         self.streams += 1
+        self._context = context
         self.break_off.clear()
-        breaking = asyncio.create_task(self._break(context, asyncio.current_task()))
-        try:
-            async for request in request_iterator:
-                self.requests.append(request)
-                response = self.answer(request)
-                if response is not None:
-                    await context.write(response)
-        finally:
-            breaking.cancel()
+        tasks = [
+            asyncio.create_task(self._serve(request_iterator, context)),
+            asyncio.create_task(self.break_off.wait()),
+        ]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
 
-    async def _break(self, context, task):
-        await self.break_off.wait()
-        task.cancel()
+    async def say(self, response: preprocess_pb2.PrepareResponse) -> None:
+        """Answers late."""
+        await self._context.write(response)
+
+    async def _serve(self, request_iterator, context):
+        async for request in request_iterator:
+            self.requests.append(request)
+            response = self.answer(request)
+            if response is not None:
+                await context.write(response)
 
 
 class FakeCache(cache_pb2_grpc.CacheServicer):
@@ -130,7 +137,7 @@ class FakeCache(cache_pb2_grpc.CacheServicer):
         self.lookups: list[cache_pb2.LookUpRequest] = []
         self.delay_seconds = 0.0
 
-    async def LookUp(self, request, context):  # noqa: N802 - gRPC's name.
+    async def LookUp(self, request, context):
         self.lookups.append(request)
         await asyncio.sleep(self.delay_seconds)
         return cache_pb2.LookUpResponse(hit=request.answer_key in self.known)
@@ -203,6 +210,7 @@ class World:
     cache: FakeCache
     processor: ext_proc_grpc.ExternalProcessorStub
     scheduler: scheduler_pb2_grpc.SchedulerStub
+    channel: grpc.aio.Channel
     exchanges: list[Exchange] = field(default_factory=list)
     decided = staticmethod(decided)
     refused = staticmethod(refused)
@@ -267,6 +275,7 @@ async def start_world(tmp_path):
                 cache,
                 ext_proc_grpc.ExternalProcessorStub(channel),
                 scheduler_pb2_grpc.SchedulerStub(channel),
+                channel,
             )
             stack.callback(lambda: [exchange.call.cancel() for exchange in world.exchanges])
             await world.until(lambda snapshot: snapshot.replicas[0].load.ready == replica.is_ready)
@@ -292,4 +301,6 @@ async def _serve(stack, *additions) -> int:
 
 def _endpoints(port: int):
     address = {"socket_address": {"address": "127.0.0.1", "port_value": port}}
-    return {"resources": [{"cluster_name": "model", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}]}]}
+    return {
+        "resources": [{"cluster_name": "model", "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}]}]
+    }

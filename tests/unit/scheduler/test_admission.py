@@ -76,9 +76,7 @@ def test_a_wait_beyond_the_deadline_is_refused_with_the_time_that_is_missing(adm
     fill(lanes, 90)
     refused = admission.refusal(request(deadline_in=60), conditions(drain_rate=1.0))
     assert refused.reason is Reason.SERVER_IS_OVERLOADED
-    assert refused.message == (
-        "90 requests wait before this one, for about 90.0 s, and its deadline is in 60.0 s"
-    )
+    assert refused.message == ("90 requests wait before this one, for about 90.0 s, and its deadline is in 60.0 s")
     assert refused.retry_after_seconds == 30
 
 

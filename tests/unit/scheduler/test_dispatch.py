@@ -31,7 +31,9 @@ def place(name, service_class=ServiceClass.STANDARD, now=0.0):
 
 
 def matched(dispatcher, now=0.0):
-    return [(waiting.request_id, placement.address, placement.credit_id) for waiting, placement in dispatcher.match(now)]
+    return [
+        (waiting.request_id, placement.address, placement.credit_id) for waiting, placement in dispatcher.match(now)
+    ]
 
 
 def test_what_waits_gets_the_credits_in_order_of_urgency(dispatcher):
@@ -104,13 +106,12 @@ def test_the_expected_wait_follows_the_measured_rate(dispatcher):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_runs_leave_no_credit_idle_while_something_waits(dispatcher, seed):
-    chance, now, number = random.Random(seed), 0.0, 0
+    chance, now = random.Random(seed), 0.0
     spent: set[str] = set()
     placed: set[str] = set()
-    for _ in range(800):
+    for number in range(800):
         now += chance.random() * 0.1
         replica = chance.choice(list(dispatcher.table))
-        number += 1
         match chance.randrange(6):
             case 0 | 1:
                 dispatcher.add(place(str(number), chance.choice(list(ServiceClass)), now))

@@ -44,7 +44,9 @@ def test_endpoints_that_are_away_are_left_out():
     assert parse_endpoints(document(entry("a", 1, health_status="UNHEALTHY"))) == []
 
 
-@pytest.mark.parametrize("bad", [{}, {"endpoint": None}, entry("", 1), entry("a", "x"), entry("a", 0), entry("a", 65536)])
+@pytest.mark.parametrize(
+    "bad", [{}, {"endpoint": None}, entry("", 1), entry("a", "x"), entry("a", 0), entry("a", 65536)]
+)
 def test_a_bad_endpoint_costs_the_others_nothing(bad):
     assert parse_endpoints(document(bad, entry("a", 1))) == ["a:1"]
     with pytest.raises(EndpointsError):

@@ -186,8 +186,30 @@ async def test_a_preprocess_that_does_not_answer_costs_its_time_and_no_more(worl
     assert 0.1 < asyncio.get_running_loop().time() - began < 1
 
 
+async def test_a_request_that_would_wait_anyway_waits_for_its_tokens(world):
+    released = []
+    world.preprocess.answer = released.append
+    exchange = world.exchange()
+    await exchange.begin()
+    await asyncio.sleep(0.4)
+    assert (await world.snapshot()).lanes[1].waiting_request_count == 0
+    await world.preprocess.say(world.prepared(released[0], tokens=tensor_pb2.Tensor(data_type=1)))
+    await world.replica.demand(1)
+    world.replica.grant("c")
+    assert headers.TENSOR in world.decided(await exchange.receive())
+
+
+async def test_patience_with_preprocess_ends(start_world):
+    world = await start_world(prepare_timeout_seconds=0.05, prepare_patience_seconds=0.2)
+    world.preprocess.answer = lambda request: None
+    began = asyncio.get_running_loop().time()
+    await world.exchange().begin()
+    await world.replica.demand(1)
+    assert 0.2 <= asyncio.get_running_loop().time() - began < 2
+
+
 async def test_all_who_wait_for_preprocess_go_on_when_its_stream_breaks_and_it_is_opened_again(start_world):
-    world = await start_world(prepare_timeout_seconds=30)
+    world = await start_world(prepare_timeout_seconds=30, prepare_patience_seconds=30)
     world.preprocess.answer = lambda request: None
     world.replica.grant("1", "2", "3")
     exchanges = [world.exchange() for _ in range(2)]

@@ -42,7 +42,7 @@ def test_harmless_contents_have_the_tokens_of_the_rendered_text(model: TextModel
     assert model.chat_template.encode(chat(*contents), model.tokenizer) == expected
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(contents=st.lists(ANY_CONTENT, min_size=1, max_size=4))
 def test_contents_never_make_special_tokens(model: TextModel, contents: list[str]) -> None:
     tokenizer = model.tokenizer
@@ -63,7 +63,7 @@ TRANSFORMING = {
 
 
 @pytest.mark.parametrize("source", TRANSFORMING.values(), ids=TRANSFORMING.keys())
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(contents=st.lists(ANY_CONTENT, min_size=1, max_size=4))
 def test_templates_may_transform_the_contents(model: TextModel, source: str, contents: list[str]) -> None:
     template = ChatTemplate(source, special_texts=model.tokenizer.special_tokens)

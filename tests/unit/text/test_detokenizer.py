@@ -80,7 +80,7 @@ def toy_chunks(draw: st.DrawFn) -> list[list[int]]:
 STOPS = st.lists(st.text("ab<end>é stop\n", min_size=1, max_size=5), max_size=4)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(chunks=toy_chunks())
 def test_pieces_put_together_are_the_whole_text(chunks: list[list[int]]) -> None:
     tokenizer = toy_tokenizer()
@@ -90,7 +90,7 @@ def test_pieces_put_together_are_the_whole_text(chunks: list[list[int]]) -> None
     assert used == len(whole)
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=300)
 @given(chunks=toy_chunks(), stop=STOPS)
 def test_with_stops_the_text_is_cut_before_the_first(chunks: list[list[int]], stop: list[str]) -> None:
     tokenizer = toy_tokenizer()
@@ -106,7 +106,7 @@ def test_with_stops_the_text_is_cut_before_the_first(chunks: list[list[int]], st
         assert used == len(whole)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=150)
 @given(chunks=toy_chunks(), stop=STOPS)
 def test_what_is_out_is_never_part_of_a_stop_and_no_more_is_held_than_needed(
     chunks: list[list[int]], stop: list[str]

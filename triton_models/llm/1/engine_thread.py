@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     def add(self, request: SequenceRequest) -> None: ...
     def cancel(self, request_id: str) -> bool: ...
-    def step(self) -> list[SequenceOutput]: ...
+    def step(self, is_unwanted: Callable[[str], bool]) -> list[SequenceOutput]: ...
     @property
     def has_work(self) -> bool: ...
     @property
@@ -73,16 +73,22 @@ class EngineThread:
 
     def submit(self, request: SequenceRequest, channel: Channel) -> None:
         """Hands a request over; RequestRefused where it cannot be taken. A later refusal comes as an output."""
+        self.require_available()
         with self._changed:
-            if self.broken or self._closing:
-                raise Unavailable(self.broken or "the engine is shutting down")
             if request.request_id in self._channels:
                 raise RequestRefused(DUPLICATE_ID, f"request_id {request.request_id!r} is in the engine already")
             if len(self._inbox) >= self._max_inbox_count:
                 raise RequestRefused(QUEUE_FULL, f"{self._max_inbox_count} requests wait for the engine's thread")
+            if self.broken:
+                raise Unavailable(self.broken)
             self._channels[request.request_id] = channel
             self._inbox.append(request)
             self._changed.notify()
+
+    def require_available(self) -> None:
+        """Raises Unavailable where the engine takes nothing more."""
+        if self.broken or self._closing:
+            raise Unavailable(self.broken or "the engine is shutting down")
 
     def cancel(self, request_id: str) -> bool:
         """Ends a sequence before the next step; False where there is none of this name."""
@@ -126,7 +132,7 @@ class EngineThread:
             try:
                 self._take_in()
                 self._step_started = time.monotonic()
-                outputs = self._engine.step() if self._engine.has_work else []
+                outputs = self._engine.step(self._cancelled.__contains__) if self._engine.has_work else []
                 self._step_started = None
                 self._failed_step_count = 0
                 self._post(outputs)

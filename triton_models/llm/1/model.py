@@ -114,6 +114,7 @@ class TritonPythonModel:
         sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _subscribe(self, request_id: str, sender: Any) -> None:
+        self._thread.require_available()
         if not request_id or request_id in self._subscriptions:
             raise RequestRefused("INVALID_VALUE", f"subscription {request_id!r} needs a request id of its own")
         if len(self._subscriptions) >= MAX_SUBSCRIPTION_COUNT:
@@ -127,8 +128,7 @@ class TritonPythonModel:
         sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _answer_load(self, sender: Any) -> None:
-        if self._thread.broken:
-            raise Unavailable(self._thread.broken)
+        self._thread.require_available()
         tensor = pb_utils.Tensor("engine_load", load_array(self._thread.load))
         sender.send(pb_utils.InferenceResponse([tensor]), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 

@@ -32,8 +32,9 @@ class EngineConfig:
     """The bound on all KV blocks together, in bytes, allocated at start."""
     block_token_count: int = 16
     """Tokens in a KV block: small wastes little at a sequence's end, large gathers quicker."""
-    step_token_budget: int = 512
-    """Tokens computed in one step; it bounds how long a prompt can stall the running decodes."""
+    step_token_budget: int = 128
+    """Tokens computed in one step; it bounds how long a prompt can stall the running decodes. The default suits a
+    CPU, where a step of 128 tokens takes a few tenths of a second; a GPU fills up at 2,048 and more."""
     thread_count: int = 1
     """Threads that torch uses in this process; it is set for the whole process."""
 

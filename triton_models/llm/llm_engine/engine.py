@@ -83,14 +83,24 @@ class Engine:
         self._step_seconds_last = 0.0
         self._step_token_count_last = 0
 
-    def step(self) -> list[SequenceOutput]:
-        """Compute one step; gives an output for every sequence that got a token or ended."""
+    def step(self, is_unwanted: Callable[[str], bool] = lambda request_id: False) -> list[SequenceOutput]:
+        """Compute one step; gives an output for every sequence that got a token or ended.
+
+        Args:
+            is_unwanted: asked for each prompt of the step between layers, from this thread. Where it says yes
+                the step is given up, with no output and nothing changed: a long prompt whose client has left
+                holds its slot no longer than one layer takes.
+        """
         if not self.has_work:
             return []
         started = self._clock()
         plan = self._batcher.plan()
         step = step_tensors(plan, self._layout)
-        logits = self._model.forward(step, self._kv_cache)
+        prompts = [work.sequence.request_id for work in plan.work if work.count > 1]
+        # Given up, a step has only written keys and values that the next one writes again.
+        logits = self._model.forward(step, self._kv_cache, give_up=lambda: any(map(is_unwanted, prompts)))
+        if logits is None:
+            return []
         sampled = sample(logits, [_sampling_row(sequence) for sequence in step.sampled])
         self._batcher.commit(plan)
         self._count(plan)

@@ -7,6 +7,7 @@ attention (Ainslie et al., 2023), SwiGLU.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +66,19 @@ class Model:
         self._cosines, self._sines = rotary_tables(architecture, context_token_count, dtype, device)
 
     @torch.inference_mode()
-    def forward(self, step: StepTensors, kv_cache: KvCache) -> torch.Tensor:
-        """Compute a step's rows; gives the logits of its sampled rows, [sampled_count, vocabulary] fp32."""
+    def forward(
+        self, step: StepTensors, kv_cache: KvCache, *, give_up: Callable[[], bool] = lambda: False
+    ) -> torch.Tensor | None:
+        """Compute a step's rows; gives the logits of its sampled rows, [sampled_count, vocabulary] fp32.
+
+        `give_up` is asked before each layer; None is the answer of a step that was given up.
+        """
         hidden = F.embedding(step.token_ids, self._embedding)
         cosines = self._cosines[step.positions].unsqueeze(1)
         sines = self._sines[step.positions].unsqueeze(1)
         for index, layer in enumerate(self._layers):
+            if give_up():
+                return None
             normed = self._norm(hidden, layer.attention_norm)
             attended = self._attention(index, layer.qkv(normed), cosines, sines, step, kv_cache)
             # In place: fresh memory for each of these costs a prefill more than the arithmetic.

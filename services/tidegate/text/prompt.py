@@ -227,7 +227,7 @@ def _prompt_field(request: inference_pb2.GenerateRequest) -> str:
 
 
 def _refuse_length(request: inference_pb2.GenerateRequest, token_count: int | str, limit: int) -> NoReturn:
-    fault = f"The prompt has {token_count} tokens; the model's context leaves room for {limit}."
+    fault = f"The prompt has {token_count} tokens; the model's context of {limit + 1} tokens leaves room for {limit}."
     raise TidegateError(Reason.CONTEXT_LENGTH_EXCEEDED, fault, field=_prompt_field(request))
 
 

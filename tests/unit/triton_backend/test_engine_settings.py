@@ -1,0 +1,47 @@
+"""The engine's settings from config.pbtxt and the environment."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from engine_settings import engine_config
+
+CONFIG = Path(__file__).resolve().parents[3] / "triton_models" / "llm" / "config.pbtxt"
+
+
+def test_the_environment_wins_over_the_parameters():
+    parameters = {"model_path": "a.gguf", "max_sequences": "4", "thread_count": "3"}
+    config = engine_config(parameters, {"TIDEGATE_ENGINE_MAX_SEQUENCES": "5", "HOME": "/"})
+    assert (config.model_path, config.max_sequences, config.thread_count) == ("a.gguf", 5, 3)
+
+
+def test_an_empty_parameter_is_the_engines_default():
+    plain = engine_config({"model_path": "a.gguf"}, {})
+    assert engine_config({"model_path": "a.gguf", "max_waiting": "", "dtype": " "}, {}) == plain
+
+
+def test_every_fault_is_named_at_once():
+    environment = {"TIDEGATE_ENGINE_MAX_SEQUENZES": "4", "TIDEGATE_ENGINE_KV_CACHE_BYTES": "1GB"}
+    with pytest.raises(ValueError) as caught:
+        engine_config({"colour": "blue"}, environment)
+    said = str(caught.value)
+    for words in (
+        "parameter colour: the engine has no such setting",
+        "TIDEGATE_ENGINE_MAX_SEQUENZES: the engine has no such setting",
+        "TIDEGATE_ENGINE_KV_CACHE_BYTES is '1GB', expected int",
+        "TIDEGATE_ENGINE_MODEL_PATH is not set",
+    ):
+        assert words in said
+
+
+def test_a_value_out_of_bounds_is_the_engines_to_refuse():
+    with pytest.raises(ValueError, match="max_sequences is 0"):
+        engine_config({"model_path": "a.gguf", "max_sequences": "0"}, {})
+
+
+def test_the_shipped_parameters_are_settings_that_the_engine_has():
+    names = re.findall(r'key: "(\w+)"', CONFIG.read_text())
+    assert "model_path" in names
+    engine_config({name: "" for name in names} | {"model_path": "a.gguf"}, {})

@@ -60,7 +60,7 @@ test-contract: setup-tests
 test-mesh: setup-tests
 	$(PYTEST) tests/mesh
 
-lint: setup-tests  ## Check style, types and protos
+lint: setup  ## Check style, types and protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

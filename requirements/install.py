@@ -76,7 +76,8 @@ ENVIRONMENTS = {
         ("triton-no-deps.txt",),
         proof="torch, numpy, gguf, safetensors.torch",
     ),
-    "reference": Environment("reference", ".venv-reference", ("reference.txt",), on_top_of="triton"),
+    # What the Triton environment has already is not installed again.
+    "reference": Environment("reference", ".venv-reference", (), ("reference.txt",), on_top_of="triton"),
 }
 
 

@@ -84,15 +84,18 @@ class AsyncClient:
         answer = _Answer(request)
         resumes = retries = 0
         while True:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            call = self._stub.Generate(answer.next_request(), timeout=remaining, metadata=self._metadata)
             try:
-                remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-                call = self._stub.Generate(answer.next_request(), timeout=remaining, metadata=self._metadata)
                 async for event in call:
                     if answer.take(event):
                         yield event
                 return
             except grpc.aio.AioRpcError as error:
                 failure = failure_of(error)
+            finally:
+                # A caller that leaves ends the work at once, not when the call happens to be collected.
+                call.cancel()
             if answer.tokens and not failure.reason and failure.status is grpc.StatusCode.UNAVAILABLE:
                 resumes += 1
                 if resumes > RESUME_LIMIT:

@@ -193,7 +193,7 @@ def validate(config_path: Path) -> None:
     Raises:
         EnvoyConfigError: with what Envoy says is wrong.
     """
-    argv = [envoy_path(), "--mode", "validate", "-c", str(config_path), "--log-level", "error", "--use-dynamic-base-id"]
+    argv = [envoy_path(), "--mode", "validate", "-c", str(config_path), "--log-level", "error", "--disable-hot-restart"]
     outcome = subprocess.run(argv, capture_output=True, text=True, timeout=VALIDATE_TIMEOUT_SECONDS, check=False)
     if outcome.returncode != 0:
         raise EnvoyConfigError(f"{config_path}: {outcome.stderr.strip() or outcome.stdout.strip()}")
@@ -219,13 +219,12 @@ def envoy_command(
     Args:
         log_path: where its own log goes; None is standard error. The access log goes to standard output.
         concurrency: worker threads; None is one a core.
-        drain_seconds: how long connections are asked to close before they are closed, at SIGTERM's drain.
+        drain_seconds: how long `POST /drain_listeners?graceful` of the admin page lets connections go on.
     """
     workers = os.cpu_count() or 1 if concurrency is None else concurrency
     argv = [envoy_path(), "-c", str(config_path), "--log-level", log_level, "--concurrency", str(workers)]
-    # A dynamic base id lets several meshes (and tests) share one host.
-    argv += ["--use-dynamic-base-id", "--disable-hot-restart"]
-    argv += ["--drain-time-s", str(drain_seconds), "--parent-shutdown-time-s", str(drain_seconds + 1)]
+    # Hot restart shares memory by a number of the host; without it several meshes run side by side.
+    argv += ["--disable-hot-restart", "--drain-time-s", str(drain_seconds)]
     argv += ["--file-flush-interval-msec", "1000"]  # The access log may lag by so much.
     if log_path is not None:
         argv += ["--log-path", str(log_path)]

@@ -47,7 +47,7 @@ def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -
     """Every reply that Envoy makes, in the order in which they are tried; the last matches all."""
     return (
         EnvoyReply("response.code == 401", Reason.INVALID_API_KEY, "The API key is missing or wrong."),
-        EnvoyReply("response.code == 403", Reason.PERMISSION_DENIED, "This API key may not do that."),
+        EnvoyReply("response.code == 403", Reason.PERMISSION_DENIED, "This is not permitted."),
         EnvoyReply("response.code == 404", Reason.UNKNOWN_URL, "There is no such URL here."),
         EnvoyReply("response.code == 405", Reason.METHOD_NOT_ALLOWED, "This URL does not take that HTTP method."),
         EnvoyReply(

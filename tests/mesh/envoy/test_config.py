@@ -135,7 +135,7 @@ def test_every_reply_of_envoy_ends_in_one_that_matches_the_rest():
 
 def test_the_command_keeps_instances_apart(tmp_path: Path):
     argv = envoy_config.envoy_command(tmp_path / "envoy.yaml", log_path=tmp_path / "envoy.log", concurrency=3)
-    assert "--use-dynamic-base-id" in argv
+    assert "--disable-hot-restart" in argv
     assert argv[argv.index("--concurrency") + 1] == "3"
     assert argv[argv.index("--log-path") + 1] == str(tmp_path / "envoy.log")
 

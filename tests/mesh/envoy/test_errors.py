@@ -131,6 +131,7 @@ async def test_wrong_methods_name_the_right_one(mesh, client):
         ("GET", CHAT, "POST"),
         ("PUT", "/v1/completions", "POST"),
         ("POST", "/v1/models", "GET"),
+        ("DELETE", "/v1/models/m", "GET"),
     ):
         response = await client.request(method, path)
         check_openai_error(response, Reason.METHOD_NOT_ALLOWED)

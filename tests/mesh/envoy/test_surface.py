@@ -73,6 +73,11 @@ async def test_server_sent_events_arrive_one_by_one(mesh, client):
     assert all(later - earlier > 0.05 for earlier, later in itertools.pairwise(arrivals))
 
 
+async def test_an_answer_may_be_larger_than_the_buffers_on_its_way(mesh, client):
+    response = await client.post(CHAT, json={"prompt": order(do="flood", count=1, bytes=2_000_000)})
+    assert (response.status_code, len(response.content)) == (200, len("data: \n\n") + 2_000_000)
+
+
 async def test_a_client_that_leaves_ends_the_stream_at_the_replica(mesh, client):
     prompt = order(do="stream", count=1000, interval_seconds=0.02)
     async with client.stream("POST", CHAT, json={"prompt": prompt}) as response:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -25,10 +25,11 @@ def stop_with_the_tests() -> None:
 
 
 class MeshProcess:
-    """One `tidegate up` and what it wrote down."""
+    """One `tidegate up` and what it wrote down; `settings` are environment variables for it."""
 
-    def __init__(self, home: Path, *flags: str) -> None:
+    def __init__(self, home: Path, *flags: str, settings: Mapping[str, str] | None = None) -> None:
         self.home = home
+        self.settings = dict(settings or {})
         self.output = home / "up.out"
         self.talk = home / "up.err"
         home.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ class MeshProcess:
     @property
     def environment(self) -> dict[str, str]:
         """What a `tidegate` command needs to find this mesh."""
-        return os.environ | {"TIDEGATE_HOME": str(self.home)}
+        return os.environ | self.settings | {"TIDEGATE_HOME": str(self.home)}
 
     def state(self) -> dict:
         """run/mesh.json, empty as long as there is none of this process."""
@@ -125,6 +126,20 @@ def mesh(tmp_path_factory) -> Iterator[MeshProcess]:
         yield process.wait_ready()
     finally:
         process.stop()
+
+
+@pytest.fixture(scope="module")
+def start_module_mesh(tmp_path_factory) -> Iterator[Callable[..., MeshProcess]]:
+    """Starts meshes for one file of tests, each in a state folder of its own, and waits until they are ready."""
+    started: list[MeshProcess] = []
+
+    def start(*flags: str, settings: Mapping[str, str] | None = None) -> MeshProcess:
+        started.append(MeshProcess(tmp_path_factory.mktemp("mesh") / "home", *flags, settings=settings))
+        return started[-1].wait_ready()
+
+    yield start
+    for each in started:
+        each.stop()
 
 
 @pytest.fixture

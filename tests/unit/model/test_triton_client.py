@@ -137,9 +137,7 @@ def texts(values) -> tuple[str, list[int], bytes]:
 
 def text_input(message, name: str) -> str:
     raws = iter(message.raw_input_contents)
-    inline = {
-        tensor.name: next(raws) for tensor in message.inputs if "shared_memory_region" not in tensor.parameters
-    }
+    inline = {tensor.name: next(raws) for tensor in message.inputs if "shared_memory_region" not in tensor.parameters}
     return inline[name][4:].decode() if name in inline else "generate" if name == "command" else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.sequences)
 
-    def step(self) -> list[SequenceOutput]:
+    def step(self, is_unwanted: Callable[[str], bool]) -> list[SequenceOutput]:
         self.step_gate.wait(5)
         self.step_count += 1
         if self.step_failures:
@@ -58,9 +59,7 @@ class FakeEngine:
             self.sequences[name] = count + 1
             if ended:
                 del self.sequences[name]
-            outputs.append(
-                SequenceOutput(request_id=name, token_ids=[count], finish_reason="length" if ended else "")
-            )
+            outputs.append(SequenceOutput(request_id=name, token_ids=[count], finish_reason="length" if ended else ""))
         return outputs
 
     @property

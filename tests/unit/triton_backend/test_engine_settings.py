@@ -44,4 +44,4 @@ def test_a_value_out_of_bounds_is_the_engines_to_refuse():
 def test_the_shipped_parameters_are_settings_that_the_engine_has():
     names = re.findall(r'key: "(\w+)"', CONFIG.read_text())
     assert "model_path" in names
-    engine_config({name: "" for name in names} | {"model_path": "a.gguf"}, {})
+    engine_config(dict.fromkeys(names, "") | {"model_path": "a.gguf"}, {})

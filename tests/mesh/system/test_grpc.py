@@ -29,6 +29,11 @@ BUF = Path(sys.executable).parent / "buf"
 GREEDY = pb.SamplingParameters(temperature=0)
 LONG = pb.GenerateRequest(text="Once upon a time", max_tokens=3000, ignore_eos=True)
 
+SLOW = pb.GenerateRequest(
+    tokens=pb.TokenIds(token_ids=[1000 + place % 997 for place in range(6000)]), max_tokens=2000, ignore_eos=True
+)
+"""The engine takes seconds to read its prompt."""
+
 
 def greedy(text: str, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(text=text, sampling=GREEDY, ignore_eos=True, **fields)
@@ -100,15 +105,20 @@ def test_an_answer_goes_on_after_the_tokens_that_came_before(stub: Any) -> None:
 
 
 def test_many_answers_interleave_and_a_bad_one_disturbs_none(stub: Any) -> None:
-    texts = {f"r{number}": f"The number {number} is" for number in range(6)}
-    alone = {name: text_of(list(stub.Generate(greedy(text, max_tokens=16)))) for name, text in texts.items()}
-    requests = [greedy(text, max_tokens=16, logprobs=0, request_id=name) for name, text in texts.items()]
+    prompts = {f"r{number}": pb.TokenIds(token_ids=range(1000, 1003 + number)) for number in range(6)}
+    requests = [
+        pb.GenerateRequest(tokens=prompt, max_tokens=16, ignore_eos=True, request_id=name)
+        for name, prompt in prompts.items()
+    ]
     requests.insert(2, pb.GenerateRequest(text="x", model="gpt-9", request_id="bad"))
     events = list(stub.GenerateMany(iter(requests), timeout=60))
-    of = {name: [each for each in events if each.request_id == name] for name in [*texts, "bad"]}
+    of = {name: [each for each in events if each.request_id == name] for name in [*prompts, "bad"]}
     assert sum(map(len, of.values())) == len(events)
-    assert {name: text_of(of[name]) for name in texts} == alone
-    assert all(of[name][-1].finished.reason == pb.FINISH_REASON_LENGTH for name in texts)
+    for name, prompt in prompts.items():
+        first, *_, last = of[name]
+        assert first.started.prompt_token_count == len(prompt.token_ids)
+        assert last.finished.reason == pb.FINISH_REASON_LENGTH
+        assert sum(len(each.delta.token_ids) for each in of[name]) == 16
     [bad] = of["bad"]
     info = error_details_pb2.ErrorInfo()
     assert bad.finished.reason == pb.FINISH_REASON_ERROR
@@ -117,21 +127,25 @@ def test_many_answers_interleave_and_a_bad_one_disturbs_none(stub: Any) -> None:
     assert switches > len(of), "the answers came one after the other"
 
 
-def test_a_deadline_that_passes_is_said_and_frees_the_slot(stub: Any, wait_idle: Any) -> None:
-    call = stub.Generate(LONG, timeout=2)
-    with pytest.raises(grpc.RpcError) as raised:
-        for _ in call:
-            pass
-    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+@pytest.mark.parametrize("when", ["before the first token", "after it"])
+def test_a_deadline_that_passes_is_said_and_frees_the_slot(stub: Any, wait_idle: Any, when: str) -> None:
+    events = []
+    try:
+        for event in stub.Generate(SLOW if when == "before the first token" else LONG, timeout=1.5):
+            events.append(event)
+        # After the first event the status is spent: the mesh says it in the last one.
+        assert events[-1].finished.reason == pb.FINISH_REASON_ERROR
+        code = events[-1].finished.error.code
+    except grpc.RpcError as error:
+        code = error.code().value[0]
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    assert bool(events) == (when == "after it")
     wait_idle()
 
 
 @pytest.mark.parametrize("when", ["before the first token", "after it"])
 def test_a_client_that_leaves_frees_the_slot(stub: Any, wait_idle: Any, when: str) -> None:
-    # The engine takes a while to read this one.
-    prompt = pb.TokenIds(token_ids=[1000 + place % 997 for place in range(6000)])
-    slow = pb.GenerateRequest(tokens=prompt, max_tokens=2000, ignore_eos=True)
-    call = stub.Generate(slow if when == "before the first token" else LONG, timeout=60)
+    call = stub.Generate(SLOW if when == "before the first token" else LONG, timeout=60)
     if when == "after it":
         assert next(call).HasField("started")
     deadline = time.monotonic() + 15

@@ -27,6 +27,9 @@ RESUME_LIMIT: Final = 3
 RETRY_LIMIT: Final = 5
 """How often one refused request is tried again."""
 
+BROKEN: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL})
+"""What gRPC calls a lost connection and a reset stream; without a reason of the mesh they are nobody's answer."""
+
 
 class RequestFailed(Exception):
     """The mesh did not answer as asked.
@@ -96,7 +99,7 @@ class AsyncClient:
             finally:
                 # A caller that leaves ends the work at once, not when the call happens to be collected.
                 call.cancel()
-            if answer.tokens and not failure.reason and failure.status is grpc.StatusCode.UNAVAILABLE:
+            if answer.tokens and not failure.reason and failure.status in BROKEN:
                 resumes += 1
                 if resumes > RESUME_LIMIT:
                     raise failure

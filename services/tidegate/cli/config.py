@@ -48,6 +48,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     thread_count: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     """Threads that each engine computes with; 0: the processors of the machine divided by the replicas."""
 
+    engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
+    """How far the engines step back for the services. An engine on a CPU takes all of it in long steps; a service needs
+    a little, at once, for each token and decision."""
+
     max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     """Answers that each engine generates at once; 0: the engine's default."""
 

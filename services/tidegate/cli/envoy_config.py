@@ -60,8 +60,10 @@ class EnvoySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What Envoy may hold before it resets streams and takes no more requests."""
     tenant_requests_per_second: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1_000
     tenant_burst_requests: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 5_000
-    scheduler_timeout_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=10)] = 0.2
-    """How long Envoy waits for the scheduler's first word on a request, before the request goes on without it."""
+    scheduler_timeout_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=60)] = 10.0
+    """How long Envoy waits for the scheduler's word on a request, before the request goes on without it. Long, because
+    what takes long is a scheduler that is busy, and a request that overtakes its queue makes that worse; one that is
+    dead or hung is found out by its connection."""
     api_keys_file: Path | None = None
     """YAML mapping of API key to tenant. None: no key is asked for, and every request is the default tenant's."""
     cors_origins: tuple[str, ...] = ()

@@ -127,6 +127,7 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: in
         environment={name: value for name, value in environment.items() if not name.startswith(_OF_UP)},
         is_ready=_health_probe(mesh, name),
         is_whole=lambda pid: bool(stub_process_ids(pid)),
+        niceness=settings.engine_niceness,
     )
 
 

@@ -55,6 +55,8 @@ class Program:
     """Asks the process itself; may raise anything while it is not there yet."""
     is_whole: Callable[[int], bool] | None = None
     """Of a process (pid) that was ready: whether what it needs beside itself still lives. It is ended if not."""
+    niceness: int = 0
+    """Above 0 it leaves the processors to the others first (0 to 19)."""
 
 
 class Listener(Protocol):
@@ -183,6 +185,7 @@ class Supervisor:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != supervisor:
                 os._exit(1)
+            os.nice(child.program.niceness)
 
         environment = {**child.program.environment, process_table.RUN_ID_VARIABLE: self._mesh.run_id}
         with self.log_path(child.program.name).open("ab") as log:

@@ -75,7 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prepare_timeout_seconds: Seconds = 0.15
     """The time that preprocess has before the request goes on with an estimate."""
 
-    prepare_patience_seconds: Seconds = 2.0
+    prepare_patience_seconds: Seconds = 10.0
     """The same for a request that no replica could take now: it loses nothing by waiting for its tokens."""
 
     prepare_in_flight_limit: Annotated[int, Meta(ge=1, le=1_024)] = 1_024

@@ -50,7 +50,9 @@ def refuse(error: TidegateError, request: Request) -> ext_proc.ProcessingRespons
     fields = [*retry_headers(error), (headers.REASON, error.reason.name)]
     if request.is_grpc:
         details = base64.b64encode(to_status(error).SerializeToString()).rstrip(b"=").decode()
-        fields.append(("grpc-status-details-bin", details))
+        # Envoy writes the status for gRPC, but takes gRPC-Web for plain HTTP.
+        status = str(error.surface.grpc_status.value[0])
+        fields += [("grpc-status", status), ("grpc-status-details-bin", details)]
     else:
         fields.append(("content-type", "application/json"))
     response = ext_proc.ImmediateResponse(

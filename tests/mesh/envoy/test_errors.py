@@ -84,14 +84,24 @@ async def test_an_error_of_a_service_keeps_its_details_over_grpc(mesh, stub, rea
     assert metadata["grpc-retry-pushback-ms"] == ("2500" if SURFACES[reason].retryable else "-1")
 
 
-async def test_an_error_of_a_service_over_grpc_web(mesh, client):
-    message = inference_pb2.GenerateRequest(text=refuse(Reason.MODEL_NOT_FOUND)).SerializeToString()
-    frame = struct.pack(">BI", 0, len(message)) + message
-    response = await client.post(GENERATE, content=frame, headers={"content-type": "application/grpc-web+proto"})
-    assert response.status_code == 200
-    assert response.headers["grpc-status"] == str(grpc.StatusCode.NOT_FOUND.value[0])
-    assert response.headers["x-tidegate-reason"] == "MODEL_NOT_FOUND"
+async def grpc_web(client, message) -> httpx.Response:
+    data = message.SerializeToString()
+    kind = {"content-type": "application/grpc-web+proto"}
+    return await client.post(GENERATE, content=struct.pack(">BI", 0, len(data)) + data, headers=kind)
+
+
+def check_grpc_web_error(response: httpx.Response, reason: Reason) -> None:
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-type"] == "application/grpc-web+proto"
+    assert response.headers["grpc-status"] == str(SURFACES[reason].grpc_status.value[0])
+    assert response.headers["x-tidegate-reason"] == reason.name
+    assert response.headers["grpc-status-details-bin"]
     assert "x-tidegate-error" not in response.headers
+
+
+async def test_an_error_of_a_service_over_grpc_web(mesh, client):
+    request = inference_pb2.GenerateRequest(text=refuse(Reason.MODEL_NOT_FOUND))
+    check_grpc_web_error(await grpc_web(client, request), Reason.MODEL_NOT_FOUND)
 
 
 async def test_retry_times_stand_in_all_forms(mesh, client):
@@ -118,6 +128,9 @@ async def test_a_refusal_of_the_scheduler_reaches_clients_as_it_was_meant(mesh, 
     caught = await grpc_error(stub.Generate(inference_pb2.GenerateRequest(text="hello")))
     metadata = check_grpc_error(caught, reason)
     assert metadata["grpc-retry-pushback-ms"] == ("2500" if retry else "-1")
+    web = await grpc_web(client, inference_pb2.GenerateRequest(text="hello"))
+    check_grpc_web_error(web, reason)
+    assert unquote(web.headers["grpc-message"]) == "Not now: größer."
     assert [replica.inference.seen for replica in mesh.replicas] == [[], []]
 
 

@@ -16,10 +16,10 @@ BODY = {"prompt": "hello"}
 
 
 def mesh_settings(directory: Path) -> dict:
-    return {"scheduler_timeout_seconds": 0.2}  # The default.
+    return {"scheduler_timeout_seconds": 0.2}
 
 
-async def test_a_scheduler_that_does_not_answer_costs_200_ms(mesh, client):
+async def test_a_scheduler_that_does_not_answer_costs_its_timeout(mesh, client):
     mesh.scheduler.silent = True
     start = time.monotonic()
     response = await client.post(CHAT, json=BODY)
@@ -67,7 +67,7 @@ async def test_requests_that_a_killed_scheduler_held_go_on_at_once(mesh, client,
     await use_own_scheduler(mesh)
 
 
-async def test_requests_that_a_hung_scheduler_holds_go_on_after_two_seconds(mesh, client, lone_service):
+async def test_requests_that_a_hung_scheduler_holds_go_on_after_three_seconds(mesh, client, lone_service):
     requests = await hold_requests(mesh, client, lone_service, 3)
     lone_service.signal(signal.SIGSTOP)
     start = time.monotonic()
@@ -75,7 +75,7 @@ async def test_requests_that_a_hung_scheduler_holds_go_on_after_two_seconds(mesh
     assert time.monotonic() - start < 0.6
     responses = await asyncio.gather(*requests)
     assert [response.status_code for response in responses] == [200, 200, 200]
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 3.5
     # Its health is known by now, so new requests do not wait for it at all.
     await mesh.wait_healthy("scheduler", 0)
     start = time.monotonic()

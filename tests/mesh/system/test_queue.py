@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,20 @@ class Queue:
                 answer.finished = event.finished
         return answer
 
+    async def send(self, classes: Sequence[pb.ServiceClass.ValueType]) -> list[asyncio.Task[Answer]]:
+        """All at once; when this returns, all of them wait."""
+        tasks = [asyncio.create_task(self.answer(number, each)) for number, each in enumerate(classes)]
+
+        await self.until(lambda: self.are_waiting_anywhere(len(tasks)), 30)
+        return tasks
+
+    async def are_waiting_anywhere(self, count: int) -> bool:
+        return sum((await self.waiting()).values()) + await self.past_the_scheduler() == count
+
+    async def past_the_scheduler(self) -> int:
+        """Those that Envoy did not leave with the scheduler, because it took longer than 200 ms to say a word."""
+        return sum(each.load.waiting_request_count for each in (await self.snapshot()).replicas)
+
     async def snapshot(self) -> scheduler_pb2.Snapshot:
         return await anext(aiter(self.scheduler.Watch(scheduler_pb2.WatchRequest(once=True), timeout=10)))
 
@@ -105,15 +119,18 @@ class Queue:
 
 async def test_sixty_at_once_are_all_answered_in_the_order_of_their_lanes(queue: Queue) -> None:
     # The most urgent come last.
-    classes = [*reversed(CLASSES)] * 20
-    tasks = [asyncio.ensure_future(queue.answer(number, each)) for number, each in enumerate(classes)]
-    await queue.until(lambda: queue.is_waiting(60), 30)
+    classes = [each for each in reversed(CLASSES) for _ in range(20)]
+    tasks = await queue.send(classes)
+    past = await queue.past_the_scheduler()
+    assert past <= 20, "on a machine this busy there is no queue to speak of"
     snapshot = await queue.snapshot()
-    assert {lane.service_class: lane.waiting_request_count for lane in snapshot.lanes} == dict.fromkeys(CLASSES, 20)
-    assert all(lane.waiting_token_count >= 20 * 6 and lane.oldest_wait.ToMicroseconds() > 0 for lane in snapshot.lanes)
+    lanes = {lane.service_class: lane.waiting_request_count for lane in snapshot.lanes}
+    assert sum(lanes.values()) == 60 - past and max(lanes.values()) <= 20
+    assert all(lane.waiting_token_count >= lane.waiting_request_count * 6 for lane in snapshot.lanes)
+    assert all(lane.oldest_wait.ToMicroseconds() > 0 for lane in snapshot.lanes)
     assert all(lane.waiting_bytes > 0 and lane.request_limit == LANE_LIMIT for lane in snapshot.lanes)
     [replica] = snapshot.replicas
-    assert replica.connected and replica.in_flight_count == SLOT_COUNT == replica.load.slot_count
+    assert replica.connected and replica.load.running_request_count == SLOT_COUNT == replica.load.slot_count
     await queue.leave()
     answers = await asyncio.gather(*tasks)
     assert all(each.finished.reason == pb.FINISH_REASON_LENGTH and len(each.token_ids) == 2 for each in answers)
@@ -121,7 +138,7 @@ async def test_sixty_at_once_are_all_answered_in_the_order_of_their_lanes(queue:
     for urgent, later in itertools.pairwise(CLASSES):
         overtaking = sum(first < starts[urgent][-1] for first in starts[later])
         # What ran at the same time as the last of the lane before may have been quicker.
-        assert overtaking <= SLOT_COUNT, (urgent, later, starts)
+        assert overtaking <= SLOT_COUNT + past, (urgent, later, starts)
     await queue.until(lambda: queue.is_waiting(0), 10)
 
 
@@ -153,8 +170,11 @@ async def test_a_waiting_request_is_told_its_place(queue: Queue) -> None:
 
 async def test_past_its_bound_a_lane_refuses_and_says_when_to_come_back(mesh: Any, queue: Queue) -> None:
     batch = pb.SERVICE_CLASS_BATCH
-    waiting = [asyncio.ensure_future(queue.answer(number, batch)) for number in range(LANE_LIMIT)]
-    await queue.until(lambda: queue.is_waiting(LANE_LIMIT), 30)
+    waiting = []
+    while (room := LANE_LIMIT - (await queue.waiting())[batch]) > 0:
+        before = len(waiting)
+        waiting += [asyncio.create_task(queue.answer(before + each, batch)) for each in range(min(room, 10))]
+        await queue.until(lambda count=len(waiting): queue.are_waiting_anywhere(count), 30)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await queue.answer(99, batch)
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -31,6 +31,7 @@ ANSWER_TOKENS: Final = 128
 PROMPT_TOKENS: Final = 32
 FLOOD_REQUESTS: Final = 1000
 KILL_STREAMS: Final = 16
+PARTS: Final = ("throughput", "ttft", "cost", "cancel", "queue", "kills")
 CALL_TIMEOUT_SECONDS: Final = 300.0
 """The bound on every single request of the benchmark."""
 
@@ -394,22 +395,30 @@ def _must_all_complete(answers: list[Answer]) -> None:
 
 
 async def measure(arguments: argparse.Namespace) -> int:
-    """Runs all rows, with one replica and then with two."""
+    """Runs the rows, with one replica and then with two."""
     table = Table("The mesh on one machine, with SmolLM2-135M-Instruct in bf16")
-    async with RunningMesh(replicas=1) as mesh:
-        load = Load(mesh.ingress)
-        await load.answers([request(each, 8) for each in range(PARALLEL_REQUESTS)])
-        await throughput(mesh, load, table, arguments.rounds)
-        await added_time_to_first_token(mesh, load, table, 60)
-        await cost_on_the_token_path(mesh, load, table)
-        await cancel(mesh, load, table)
-        await queue_of_a_thousand(mesh, table)
-        await load.close()
-    async with RunningMesh(replicas=2) as mesh:
-        load = Load(mesh.ingress)
-        await load.answers([request(each, 8) for each in range(PARALLEL_REQUESTS)])
-        await kills(mesh, load, table)
-        await load.close()
+    wanted = arguments.only or PARTS
+    if set(wanted) - {"kills"}:
+        async with RunningMesh(replicas=1) as mesh:
+            load = Load(mesh.ingress)
+            await load.answers([request(each, 8) for each in range(PARALLEL_REQUESTS)])
+            if "throughput" in wanted:
+                await throughput(mesh, load, table, arguments.rounds)
+            if "ttft" in wanted:
+                await added_time_to_first_token(mesh, load, table, 60)
+            if "cost" in wanted:
+                await cost_on_the_token_path(mesh, load, table)
+            if "cancel" in wanted:
+                await cancel(mesh, load, table)
+            if "queue" in wanted:
+                await queue_of_a_thousand(mesh, table)
+            await load.close()
+    if "kills" in wanted:
+        async with RunningMesh(replicas=2) as mesh:
+            load = Load(mesh.ingress)
+            await load.answers([request(each, 8) for each in range(PARALLEL_REQUESTS)])
+            await kills(mesh, load, table)
+            await load.close()
     return table.finish(arguments.json)
 
 
@@ -417,6 +426,7 @@ def main() -> None:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often engine and mesh take turns")
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part alone; may be repeated")
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     sys.exit(asyncio.run(measure(parser.parse_args())))
 

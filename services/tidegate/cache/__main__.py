@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 import structlog
-import uvloop
 
 from tidegate.cache.config import Settings
 from tidegate.cache.memory import MemoryStore
@@ -14,9 +12,8 @@ from tidegate.cache.metrics import CacheMetrics
 from tidegate.cache.replay import ReplayServicer
 from tidegate.cache.servicer import CacheServicer
 from tidegate.cache.tiers import MEMORY, MemoryTier, Tiers
-from tidegate.common import logs, metrics
+from tidegate.common import metrics, service_process
 from tidegate.common.grpc_server import Server
-from tidegate.common.settings import SettingsError, load
 from tidegate.v1 import cache_pb2, cache_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 log = structlog.get_logger()
@@ -24,22 +21,10 @@ log = structlog.get_logger()
 
 def main() -> int:
     """Runs until SIGTERM; 2 for bad settings, 1 when it cannot start."""
-    try:
-        settings = load(Settings, "cache")
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    logs.configure("cache", level=settings.log_level)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings))
-    except OSError as error:
-        print(f"tidegate.cache: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return service_process.run("cache", Settings, serve)
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> int:
     """Builds the service and serves; raises OSError when a port is taken."""
     cache_metrics = CacheMetrics()
     cache_metrics.capacity.labels(MEMORY).set(settings.memory_bytes)
@@ -56,6 +41,7 @@ async def serve(settings: Settings) -> None:
     await server.start()
     log.info("started", port=server.port, metrics_port=settings.metrics_port, memory_bytes=settings.memory_bytes)
     await server.run_until_signal()
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ from contextlib import suppress
 
 import grpc
 import structlog
-import uvloop
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from tidegate.common import logs
 from tidegate.common import metrics as metrics_page
+from tidegate.common import service_process
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
-from tidegate.common.settings import SettingsError
-from tidegate.common.settings import load as load_settings
 from tidegate.model import orca, servicer
 from tidegate.model.answers import Answers
 from tidegate.model.config import Settings
@@ -43,22 +40,10 @@ log = structlog.get_logger()
 
 def main() -> int:
     """Runs until SIGTERM; 2 for bad settings, 1 when it cannot start."""
-    try:
-        settings = load_settings(Settings, "model")
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    logs.configure("model", level=settings.log_level)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings))
-    except (OSError, ModelFileError) as error:
-        print(f"tidegate.model: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return service_process.run("model", Settings, serve, start_errors=(ModelFileError,))
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> int:
     """Builds the service and serves; raises when the model or a port cannot be had."""
     model = load_text_model(settings.model_path, settings.model_name, context_token_limit=settings.max_context_tokens)
     mesh = open_channel(settings.mesh_address)
@@ -77,6 +62,7 @@ async def serve(settings: Settings) -> None:
     await service.server.run_until_signal()
     await service.close()
     await mesh.close()
+    return 0
 
 
 class ModelService:

@@ -8,12 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
-import uvloop
 
-from tidegate.common import logs, metrics
+from tidegate.common import metrics, service_process
 from tidegate.common.arena import Arena, ArenaUnavailable
 from tidegate.common.grpc_server import Server
-from tidegate.common.settings import SettingsError, load
 from tidegate.preprocess.config import Settings
 from tidegate.preprocess.metrics import PreprocessMetrics
 from tidegate.preprocess.servicer import PreprocessServicer
@@ -25,22 +23,10 @@ log = structlog.get_logger()
 
 def main() -> int:
     """Runs until SIGTERM; 2 for bad settings, 1 when it cannot start."""
-    try:
-        settings = load(Settings, "preprocess")
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    logs.configure("preprocess", level=settings.log_level)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings))
-    except (OSError, ArenaUnavailable, ModelFileError) as error:
-        print(f"tidegate.preprocess: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return service_process.run("preprocess", Settings, serve, start_errors=(ArenaUnavailable, ModelFileError))
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings) -> int:
     """Builds the service and serves; raises when the model, the arena or a port cannot be had."""
     model = load_text_model(settings.model_path, settings.model_name, context_token_limit=settings.max_context_tokens)
     arena = Arena.open(settings.arena_region, settings.arena_bytes)
@@ -67,6 +53,7 @@ async def serve(settings: Settings) -> None:
     watching.cancel()
     threads.shutdown(cancel_futures=True)
     arena.close()
+    return 0
 
 
 async def _watch_arena(arena: Arena, preprocess_metrics: PreprocessMetrics, interval_seconds: float) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import sys
 
 import structlog
-import uvloop
 
-from tidegate.common import logs, metrics
-from tidegate.common.settings import SettingsError, load
+from tidegate.common import metrics, service_process
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.service import SchedulerService
 
@@ -19,27 +16,13 @@ log = structlog.get_logger()
 
 def main() -> int:
     """Runs until SIGTERM or SIGINT; 2 for settings that cannot be used, 1 for a taken port or a fault."""
-    try:
-        settings = load(Settings, "scheduler")
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    logs.configure("scheduler", level=settings.log_level)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(settings))
-    except OSError as error:
-        print(f"tidegate.scheduler: {error}", file=sys.stderr)
-        return 1
+    return service_process.run("scheduler", Settings, serve)
 
 
-async def _serve(settings: Settings) -> int:
+async def serve(settings: Settings) -> int:
+    """Builds the scheduler and serves; raises OSError when a port is taken."""
     if settings.metrics_port:
-        try:
-            metrics.serve(settings.host, settings.metrics_port)
-        except OSError as error:
-            address = f"{settings.host}:{settings.metrics_port}"
-            raise OSError(f"cannot listen on {address} for metrics: {error}") from error
+        metrics.serve(settings.host, settings.metrics_port)
     faults: list[BaseException] = []
 
     def stop(fault: BaseException) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import struct
+from urllib.parse import unquote
 
 import grpc
 import httpx
@@ -246,6 +247,8 @@ async def test_no_replica_at_all(mesh, client, stub):
         assert response.headers["retry-after"] == "1"
         error = await grpc_error(stub.Generate(inference_pb2.GenerateRequest(text="hello")))
         check_grpc_error(error, Reason.REPLICA_UNAVAILABLE)
+        web = await grpc_web(client, inference_pb2.GenerateRequest(text="hello"))
+        check_grpc_web_error(web, Reason.REPLICA_UNAVAILABLE)
         models = await client.get("/v1/models")
         check_openai_error(models, Reason.REPLICA_UNAVAILABLE)
     finally:

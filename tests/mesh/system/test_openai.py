@@ -175,7 +175,12 @@ def test_the_service_tier_is_that_which_served(client: openai.OpenAI, asked: str
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_errors_are_the_clients_own_exceptions(
-    client: openai.OpenAI, kind: type[openai.APIStatusError], fields: dict[str, Any], code: str, param: str, stream: bool
+    client: openai.OpenAI,
+    kind: type[openai.APIStatusError],
+    fields: dict[str, Any],
+    code: str,
+    param: str,
+    stream: bool,
 ) -> None:
     with pytest.raises(kind) as raised:
         client.chat.completions.create(**GREEDY | fields, stream=stream)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.common import headers
-from tidegate.common.errors import Reason, TidegateError, openai_json, trailing_metadata
+from tidegate.common.errors import Reason, TidegateError, grpc_message, openai_json, trailing_metadata
 
 SCHEDULER_REPLY: Final = "response.code_details.startsWith('tidegate_')"
 """The scheduler names its replies so, in the `details` of its ImmediateResponse."""
@@ -103,9 +103,10 @@ def local_reply_config(replies: tuple[EnvoyReply, ...]) -> dict[str, Any]:
 
 def _grpc_mapper(reply: EnvoyReply) -> dict[str, Any]:
     error = _error(reply)
-    fields = [("grpc-status", str(error.surface.grpc_status.value[0])), *_metadata(error)]
-    mapper = _mapper(f"({reply.condition}) && {IS_GRPC}", fields)
-    return mapper | {"body": {"inline_string": error.message}}
+    status = [("grpc-status", str(error.surface.grpc_status.value[0])), ("grpc-message", grpc_message(error))]
+    mapper = _mapper(f"({reply.condition}) && {IS_GRPC}", [*status, *_metadata(error)])
+    # gRPC-Web, which Envoy's own replies take for plain HTTP, must not get a body that is no message.
+    return mapper | {"body": {"inline_string": ""}}
 
 
 def _http_mapper(reply: EnvoyReply) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
+from urllib.parse import quote
 
 import grpc
 import msgspec
@@ -25,6 +26,8 @@ ERROR_DOMAIN: Final = "tidegate"
 
 LONGEST_OBEYED_RETRY_SECONDS: Final = 60
 """Older clients ignore longer waits and retry within seconds, so past this they are told not to."""
+
+_GRPC_MESSAGE_SAFE: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class Reason(enum.Enum):
@@ -164,6 +167,11 @@ def retry_headers(error: TidegateError) -> list[tuple[str, str]]:
     if seconds is not None:
         pairs += [("retry-after", str(max(1, math.ceil(seconds)))), ("retry-after-ms", str(math.ceil(seconds * 1000)))]
     return pairs
+
+
+def grpc_message(error: TidegateError) -> str:
+    """The message as the header grpc-message has it: printable ASCII, all else percent-encoded."""
+    return quote(error.message, safe=_GRPC_MESSAGE_SAFE)
 
 
 def to_status(error: TidegateError) -> status_pb2.Status:

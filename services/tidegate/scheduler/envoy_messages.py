@@ -10,7 +10,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 
 from tidegate.common import headers
-from tidegate.common.errors import TidegateError, openai_json, retry_headers, to_status
+from tidegate.common.errors import TidegateError, grpc_message, openai_json, retry_headers, to_status
 from tidegate.scheduler.pipeline import Decision
 from tidegate.scheduler.request import Request
 
@@ -49,15 +49,17 @@ def refuse(error: TidegateError, request: Request) -> ext_proc.ProcessingRespons
     """Answers the client instead of the mesh: an OpenAI error over HTTP, a status with details over gRPC."""
     fields = [*retry_headers(error), (headers.REASON, error.reason.name)]
     if request.is_grpc:
-        details = base64.b64encode(to_status(error).SerializeToString()).rstrip(b"=").decode()
-        # Envoy writes the status for gRPC, but takes gRPC-Web for plain HTTP.
-        status = str(error.surface.grpc_status.value[0])
-        fields += [("grpc-status", status), ("grpc-status-details-bin", details)]
+        # Envoy would write these by itself for gRPC, but takes gRPC-Web for plain HTTP.
+        fields += [
+            ("grpc-status", str(error.surface.grpc_status.value[0])),
+            ("grpc-message", grpc_message(error)),
+            ("grpc-status-details-bin", base64.b64encode(to_status(error).SerializeToString()).rstrip(b"=").decode()),
+        ]
     else:
         fields.append(("content-type", "application/json"))
     response = ext_proc.ImmediateResponse(
         headers=_mutation(fields),
-        body=(error.message if request.is_grpc else openai_json(error)).encode(),
+        body=b"" if request.is_grpc else openai_json(error).encode(),
         details=f"tidegate_{error.code}",
     )
     response.status.code = error.surface.http_status

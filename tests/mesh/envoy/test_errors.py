@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import struct
@@ -85,15 +86,17 @@ async def test_an_error_of_a_service_keeps_its_details_over_grpc(mesh, stub, rea
     assert metadata["grpc-retry-pushback-ms"] == ("2500" if SURFACES[reason].retryable else "-1")
 
 
-async def grpc_web(client, message) -> httpx.Response:
+async def grpc_web(client, message, *, is_text=False) -> httpx.Response:
     data = message.SerializeToString()
-    kind = {"content-type": "application/grpc-web+proto"}
-    return await client.post(GENERATE, content=struct.pack(">BI", 0, len(data)) + data, headers=kind)
+    frame = struct.pack(">BI", 0, len(data)) + data
+    kind = "application/grpc-web-text+proto" if is_text else "application/grpc-web+proto"
+    content = base64.b64encode(frame) if is_text else frame
+    return await client.post(GENERATE, content=content, headers={"content-type": kind, "accept": kind})
 
 
 def check_grpc_web_error(response: httpx.Response, reason: Reason) -> None:
     assert (response.status_code, response.content) == (200, b"")
-    assert response.headers["content-type"] == "application/grpc-web+proto"
+    assert response.headers["content-type"] == response.request.headers["content-type"]
     assert response.headers["grpc-status"] == str(SURFACES[reason].grpc_status.value[0])
     assert response.headers["x-tidegate-reason"] == reason.name
     assert response.headers["grpc-status-details-bin"]
@@ -129,9 +132,10 @@ async def test_a_refusal_of_the_scheduler_reaches_clients_as_it_was_meant(mesh, 
     caught = await grpc_error(stub.Generate(inference_pb2.GenerateRequest(text="hello")))
     metadata = check_grpc_error(caught, reason)
     assert metadata["grpc-retry-pushback-ms"] == ("2500" if retry else "-1")
-    web = await grpc_web(client, inference_pb2.GenerateRequest(text="hello"))
-    check_grpc_web_error(web, reason)
-    assert unquote(web.headers["grpc-message"]) == "Not now: größer."
+    for is_text in (False, True):
+        web = await grpc_web(client, inference_pb2.GenerateRequest(text="hello"), is_text=is_text)
+        check_grpc_web_error(web, reason)
+        assert unquote(web.headers["grpc-message"]) == "Not now: größer."
     assert [replica.inference.seen for replica in mesh.replicas] == [[], []]
 
 
@@ -247,8 +251,9 @@ async def test_no_replica_at_all(mesh, client, stub):
         assert response.headers["retry-after"] == "1"
         error = await grpc_error(stub.Generate(inference_pb2.GenerateRequest(text="hello")))
         check_grpc_error(error, Reason.REPLICA_UNAVAILABLE)
-        web = await grpc_web(client, inference_pb2.GenerateRequest(text="hello"))
-        check_grpc_web_error(web, Reason.REPLICA_UNAVAILABLE)
+        for is_text in (False, True):
+            web = await grpc_web(client, inference_pb2.GenerateRequest(text="hello"), is_text=is_text)
+            check_grpc_web_error(web, Reason.REPLICA_UNAVAILABLE)
         models = await client.get("/v1/models")
         check_openai_error(models, Reason.REPLICA_UNAVAILABLE)
     finally:

@@ -159,7 +159,8 @@ async def test_no_request_fails_when_a_service_is_killed(mesh: Any, stub: Any, n
     await Stream(stub.Generate(known, timeout=60)).done
 
     async def is_replayed() -> bool:
-        return [event async for event in stub.Generate(known, timeout=60)][0].started.cached
+        events = [event async for event in stub.Generate(known, timeout=60)]
+        return events[0].started.cached
 
     await until(is_replayed, 30)
 

@@ -129,10 +129,10 @@ def test_many_answers_interleave_and_a_bad_one_disturbs_none(stub: Any) -> None:
 
 @pytest.mark.parametrize("when", ["before the first token", "after it"])
 def test_a_deadline_that_passes_is_said_and_frees_the_slot(stub: Any, wait_idle: Any, when: str) -> None:
-    events = []
+    events: list[pb.GenerateEvent] = []
     try:
-        for event in stub.Generate(SLOW if when == "before the first token" else LONG, timeout=1.5):
-            events.append(event)
+        # What came before an error stays.
+        events.extend(stub.Generate(SLOW if when == "before the first token" else LONG, timeout=1.5))
         # After the first event the status is spent: the mesh says it in the last one.
         assert events[-1].finished.reason == pb.FINISH_REASON_ERROR
         code = events[-1].finished.error.code

@@ -111,7 +111,9 @@ async def test_a_refusal_over_grpc_carries_its_details(start_world):
     immediate = (await exchange.receive()).immediate_response
     fields = {item.header.key: item.header.raw_value.decode() for item in immediate.headers.set_headers}
     assert immediate.grpc_status.status == 14
-    assert immediate.body == b"The batch queue is full by requests; 1 requests wait in it"
+    assert immediate.body == b""
+    assert fields["grpc-status"] == "14"
+    assert fields["grpc-message"] == "The batch queue is full by requests; 1 requests wait in it"
     assert immediate.details == "tidegate_server_is_overloaded"
     assert int(fields["grpc-retry-pushback-ms"]) >= 5000
     assert "content-type" not in fields

@@ -99,10 +99,10 @@ class ReplicaLoad:
             load.free_kv_block_count = engine.free_blocks
             load.kv_block_count = engine.total_blocks
             load.kv_block_token_count = engine.block_token_count
-        if self._per_token.value is not None:
-            load.time_per_output_token.FromNanoseconds(int(self._per_token.value * 1e9))
-        if self._first_token.value is not None:
-            load.time_to_first_token.FromNanoseconds(int(self._first_token.value * 1e9))
+        if (per_token := self._per_token.value(now)) is not None:
+            load.time_per_output_token.FromNanoseconds(int(per_token * 1e9))
+        if (first_token := self._first_token.value(now)) is not None:
+            load.time_to_first_token.FromNanoseconds(int(first_token * 1e9))
         self.latest = load
         return load
 

@@ -21,10 +21,15 @@ class MovingAverage:
         self._weight = self._weight * fade + count
         self._at = now
 
-    @property
-    def value(self) -> float | None:
-        """The mean; None before the first value."""
-        return self._sum / self._weight if self._weight > 0 else None
+    def value(self, now: float) -> float | None:
+        """The mean; None before the first value.
+
+        It falls towards zero while nothing comes: a replica that was slow once and is idle since must look worth a
+        try again, or nothing would ever correct what is thought of it.
+        """
+        if self._weight <= 0:
+            return None
+        return self._sum / self._weight * 0.5 ** (max(0.0, now - self._at) / self._half_life_seconds)
 
 
 class MovingRate:

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import grpc
@@ -91,16 +90,8 @@ class Queue:
     async def send(self, classes: Sequence[pb.ServiceClass.ValueType]) -> list[asyncio.Task[Answer]]:
         """All at once; when this returns, all of them wait."""
         tasks = [asyncio.create_task(self.answer(number, each)) for number, each in enumerate(classes)]
-
-        await self.until(lambda: self.are_waiting_anywhere(len(tasks)), 30)
+        await self.until(lambda: self.is_waiting(len(tasks)), 30)
         return tasks
-
-    async def are_waiting_anywhere(self, count: int) -> bool:
-        return sum((await self.waiting()).values()) + await self.past_the_scheduler() == count
-
-    async def past_the_scheduler(self) -> int:
-        """Those that Envoy did not leave with the scheduler, because it took longer than 200 ms to say a word."""
-        return sum(each.load.waiting_request_count for each in (await self.snapshot()).replicas)
 
     async def snapshot(self) -> scheduler_pb2.Snapshot:
         return await anext(aiter(self.scheduler.Watch(scheduler_pb2.WatchRequest(once=True), timeout=10)))
@@ -122,11 +113,8 @@ async def test_sixty_at_once_are_all_answered_in_the_order_of_their_lanes(queue:
     # The most urgent come last.
     classes = [each for each in reversed(CLASSES) for _ in range(20)]
     tasks = await queue.send(classes)
-    past = await queue.past_the_scheduler()
-    assert past <= 20, "on a machine this busy there is no queue to speak of"
     snapshot = await queue.snapshot()
-    lanes = {lane.service_class: lane.waiting_request_count for lane in snapshot.lanes}
-    assert sum(lanes.values()) == 60 - past and max(lanes.values()) <= 20
+    assert [lane.waiting_request_count for lane in snapshot.lanes] == [20, 20, 20]
     assert all(lane.waiting_token_count >= lane.waiting_request_count * 6 for lane in snapshot.lanes)
     assert all(lane.oldest_wait.ToMicroseconds() > 0 for lane in snapshot.lanes)
     assert all(lane.waiting_bytes > 0 and lane.request_limit == LANE_LIMIT for lane in snapshot.lanes)
@@ -139,7 +127,7 @@ async def test_sixty_at_once_are_all_answered_in_the_order_of_their_lanes(queue:
     for urgent, later in itertools.pairwise(CLASSES):
         overtaking = sum(first < starts[urgent][-1] for first in starts[later])
         # What ran at the same time as the last of the lane before may have been quicker.
-        assert overtaking <= SLOT_COUNT + past, (urgent, later, starts)
+        assert overtaking <= SLOT_COUNT, (urgent, later, starts)
     await queue.until(lambda: queue.is_waiting(0), 10)
 
 
@@ -171,11 +159,7 @@ async def test_a_waiting_request_is_told_its_place(queue: Queue) -> None:
 
 async def test_past_its_bound_a_lane_refuses_and_says_when_to_come_back(mesh: Any, queue: Queue) -> None:
     batch = pb.SERVICE_CLASS_BATCH
-    waiting = []
-    while (room := LANE_LIMIT - (await queue.waiting())[batch]) > 0:
-        before = len(waiting)
-        waiting += [asyncio.create_task(queue.answer(before + each, batch)) for each in range(min(room, 10))]
-        await queue.until(partial(queue.are_waiting_anywhere, len(waiting)), 30)
+    waiting = await queue.send([batch] * LANE_LIMIT)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await queue.answer(99, batch)
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -203,4 +187,4 @@ async def test_past_its_bound_a_lane_refuses_and_says_when_to_come_back(mesh: An
         assert response.headers["x-request-id"]
     answers = await asyncio.gather(*waiting)
     assert all(each.finished.reason == pb.FINISH_REASON_LENGTH for each in answers)
-    assert (await queue.snapshot()).totals.refused["SERVER_IS_OVERLOADED"] >= 1
+    assert (await queue.snapshot()).totals.refused["SERVER_IS_OVERLOADED"] == 3

@@ -143,10 +143,16 @@ async def test_metrics_have_the_public_names(start_service, fake_triton, channel
 
 def test_an_average_forgets_with_its_half_life():
     average = MovingAverage(2.0)
-    assert average.value is None
+    assert average.value(0.0) is None
     average.add(10.0, 1, now=0.0)
     average.add(0.0, 1, now=2.0)
-    assert average.value == pytest.approx(10 / 3)
+    assert average.value(2.0) == pytest.approx(10 / 3)
+
+
+def test_an_average_falls_while_nothing_comes():
+    average = MovingAverage(2.0)
+    average.add(10.0, 1, now=0.0)
+    assert average.value(4.0) == pytest.approx(2.5)
 
 
 def test_a_rate_settles_at_the_events_a_second_and_falls_when_they_stop():

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, bench):
         command.add_argument("--model", required=True, help="GGUF file or Hugging Face folder")
         command.add_argument("--cache-dir")
-        command.add_argument("--dtype", default="bf16")
+        command.add_argument("--dtype", default="fp32")
         command.add_argument("--device", default="cpu")
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)

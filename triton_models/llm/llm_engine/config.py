@@ -19,8 +19,10 @@ class EngineConfig:
     """A GGUF file, or a Hugging Face folder (config.json and *.safetensors)."""
     cache_dir: str | None = None
     """Where the dequantised weights of a GGUF file are kept between starts; None keeps nothing."""
-    dtype: str = "bf16"
-    """The type the weights are held in. A CPU without bf16 products computes in fp32 from them."""
+    dtype: str = "fp32"
+    """The type the weights are held in. In fp32 an answer depends so little on what else is in the batch that a greedy
+    one goes on identically on another replica; bf16 halves the memory and is what a GPU wants. A CPU without bf16
+    products computes in fp32 from bf16 weights."""
     device: str = "cpu"
     max_sequences: int = 32
     """Sequences that run at once; each costs one token of every step's budget."""

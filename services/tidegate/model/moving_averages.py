@@ -29,7 +29,7 @@ class MovingAverage:
         """
         if self._weight <= 0:
             return None
-        return self._sum / self._weight * 0.5 ** (max(0.0, now - self._at) / self._half_life_seconds)
+        return float(self._sum / self._weight * 0.5 ** (max(0.0, now - self._at) / self._half_life_seconds))
 
 
 class MovingRate:

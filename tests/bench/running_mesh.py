@@ -155,18 +155,18 @@ async def engine_tokens_per_second(mesh: RunningMesh, sequences: int, tokens: in
 
 def process_cpu_seconds(pid: int) -> float:
     """CPU time of a process, its threads and its children, to the nanosecond (Linux, /proc/PID/task/*/schedstat)."""
-    process = psutil.Process(pid)
-    ids = [pid, *(child.pid for child in process.children(recursive=True))]
-    tasks = [task for each in ids for task in Path(f"/proc/{each}/task").iterdir()]
+    tasks = [task for each in _with_children(pid) for task in Path(f"/proc/{each}/task").iterdir()]
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process that is its own, in bytes (shared memory left out)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Resident memory of a process and its children that is their own, in bytes (shared memory left out)."""
+    status = [line for each in _with_children(pid) for line in Path(f"/proc/{each}/status").read_text().splitlines()]
+    return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+
+
+def _with_children(pid: int) -> list[int]:
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
 async def _serves(address: str) -> bool:

@@ -20,16 +20,16 @@ help:  ## Show this list
 
 setup:  ## Build the environments and the generated messages; nothing to do when they are there
 	@$(PYTHON) requirements/install.py mesh triton
-	@$(MAKE) --no-print-directory $(PROTOS_STAMP)
+	@$(MAKE) -s --no-print-directory $(PROTOS_STAMP)
 
 setup-tests:
 	@$(PYTHON) requirements/install.py mesh triton reference
-	@$(MAKE) --no-print-directory $(PROTOS_STAMP)
+	@$(MAKE) -s --no-print-directory $(PROTOS_STAMP)
 
 protos:  ## Generate messages, stubs and their types from protos/ anew
 	@$(PYTHON) requirements/install.py mesh
 	@rm -f $(PROTOS_STAMP)
-	@$(MAKE) --no-print-directory $(PROTOS_STAMP)
+	@$(MAKE) -s --no-print-directory $(PROTOS_STAMP)
 
 $(PROTOS_STAMP): $(PROTOS) requirements/mesh.txt requirements/dev.txt requirements/generate_protos.sh
 	@bash requirements/generate_protos.sh $(BIN)

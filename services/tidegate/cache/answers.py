@@ -49,7 +49,12 @@ def replay_events(
         elapsed_seconds: from the request's arrival to now, which is when its first token leaves.
     """
     usage = answer.finished.usage
-    started = inference_pb2.Started(model=answer.model, prompt_token_count=usage.prompt_token_count, cached=True)
+    started = inference_pb2.Started(
+        model=answer.model,
+        prompt_token_count=usage.prompt_token_count,
+        truncated_token_count=answer.truncated_token_count,
+        cached=True,
+    )
     yield inference_pb2.GenerateEvent(request_id=request_id, started=started)
     for delta in answer.deltas:
         yield inference_pb2.GenerateEvent(request_id=request_id, delta=delta)

@@ -18,7 +18,7 @@ import grpc
 from rich.text import Text
 
 from tidegate import client
-from tidegate.cli import config, state, talk
+from tidegate.cli import config, ports, state, talk
 from tidegate.v1 import inference_pb2 as pb
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:8080"
@@ -65,7 +65,7 @@ def default_address() -> str:
     mesh = state.Home(config.home()).read()
     if mesh is None or not mesh.is_running:
         return DEFAULT_ADDRESS
-    return mesh.addresses["ingress"].replace("0.0.0.0", "127.0.0.1")
+    return ports.reachable(mesh.addresses["ingress"])
 
 
 def run(options: Options, prompt: str | None) -> int:

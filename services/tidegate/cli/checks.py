@@ -21,6 +21,11 @@ BASE_MEMORY_BYTES: Final = GIBIBYTE
 REPLICA_MEMORY_BYTES: Final = 7 * GIBIBYTE // 4
 """A Triton with the default model, its KV blocks, and its model service."""
 
+OWN_MODEL_FACTOR: Final = 2.5
+OWN_MODEL_MEMORY_BYTES: Final = GIBIBYTE
+"""A replica with another model holds about so many times the model's files (the weights, and once more while they are
+loaded and packed), and this for its KV blocks and the processes."""
+
 REPLICA_SHARED_MEMORY_BYTES: Final = 64 * MEBIBYTE
 """What Triton's Python backend moves requests and answers through."""
 
@@ -52,16 +57,30 @@ def failed(group: str, name: str, reason: str, fix: str) -> Check:
     return Check(group=group, name=name, outcome="failed", reason=reason, fix=fix)
 
 
-def check_machine(machine: Machine, *, replica_count: int, arena_bytes: int) -> list[Check]:
-    """Whether the machine can carry a mesh of this size."""
+def check_machine(
+    machine: Machine, *, replica_count: int, arena_bytes: int, model_bytes: int | None = None
+) -> list[Check]:
+    """Whether the machine can carry a mesh of this size.
+
+    Args:
+        model_bytes: the size of the model's files; None is the default model.
+    """
     return [
         _check_platform(machine),
         _check_python(machine),
         _check_libpython(machine),
-        _check_memory(machine, replica_count),
+        _check_memory(machine, replica_count, model_bytes),
         _check_shared_memory(machine, replica_count, arena_bytes),
         _check_open_files(machine),
     ]
+
+
+def summary(checks: Sequence[Check]) -> str:
+    """The checks in one line."""
+    count = len(failures(checks))
+    if not count:
+        return "all checks hold"
+    return "1 check fails" if count == 1 else f"{count} checks fail"
 
 
 def failures(checks: Sequence[Check]) -> list[Check]:
@@ -90,8 +109,15 @@ def _check_libpython(machine: Machine) -> Check:
     return failed("machine", "libpython", reason, "install libpython3.11 (Debian: apt install libpython3.11)")
 
 
-def _check_memory(machine: Machine, replica_count: int) -> Check:
-    needed = BASE_MEMORY_BYTES + replica_count * REPLICA_MEMORY_BYTES
+def replica_memory_bytes(model_bytes: int | None) -> int:
+    """What one replica needs; None is the default model."""
+    if model_bytes is None:
+        return REPLICA_MEMORY_BYTES
+    return int(OWN_MODEL_FACTOR * model_bytes) + OWN_MODEL_MEMORY_BYTES
+
+
+def _check_memory(machine: Machine, replica_count: int, model_bytes: int | None) -> Check:
+    needed = BASE_MEMORY_BYTES + replica_count * replica_memory_bytes(model_bytes)
     found = f"{_size(machine.memory_available_bytes)} available, {_size(needed)} needed for {_replicas(replica_count)}"
     if machine.memory_available_bytes >= needed:
         return passed("machine", "memory", found)

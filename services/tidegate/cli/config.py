@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -45,6 +46,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     api_keys_file: str = ""
     """A file of API keys and their tenants; empty: no key is asked for."""
 
+    no_api_keys: bool = False
+    """The ingress is meant to be open to whoever reaches it. Without this or keys it listens on loopback alone."""
+
+    tenant_requests_per_second: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1_000
+    """What each tenant may ask for, over time; more is refused with 429."""
+
+    tenant_burst_requests: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 5_000
+    """What a tenant that was silent may ask for at once."""
+
+    body_limit_bytes: Annotated[int, msgspec.Meta(ge=1024, le=15 * 1024 * 1024)] = 4 * 1024 * 1024
+    """The largest request body; below the 16 MiB that services take as one message."""
+
+    cors_origins: tuple[str, ...] | str = ()
+    """Origins whose pages may call the ingress, exactly as browsers send them; with commas between them where it is
+    one text. Empty: none."""
+
+    tls_certificate_file: str = ""
+    """PEM chain for the ingress; empty: plain text. Goes with `tls_key_file`."""
+
+    tls_key_file: str = ""
+    """The certificate's private key, PEM."""
+
+    scheduler_timeout_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=60)] = 10.0
+    """How long Envoy waits for the scheduler's word on a request, before the request goes on without it. Long, because
+    what takes long is a busy scheduler; one that is dead or hung is found out by its connection."""
+
+    heap_limit_bytes: Annotated[int, msgspec.Meta(ge=64 * 1024 * 1024)] = 4 * 1024 * 1024 * 1024
+    """What Envoy may hold before it resets streams and takes no more requests."""
+
     thread_count: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     """Threads that each engine computes with; 0: the processors of the machine divided by the replicas."""
 
@@ -77,6 +107,56 @@ def load(**overrides: Any) -> Settings:
         return msgspec.convert({**msgspec.structs.asdict(loaded), **given}, Settings)
     except msgspec.ValidationError as error:
         raise settings.SettingsError(str(error)) from error
+
+
+def usage_faults(settings: Settings) -> list[str]:
+    """What of the settings cannot be meant, a line each; nothing was started or written for it."""
+    faults = []
+    if settings.model_path and not Path(settings.model_path).exists():
+        faults.append(f"--model {settings.model_path}: there is no such file or folder")
+    if settings.api_keys_file and settings.no_api_keys:
+        faults.append("--api-keys and --no-api-keys exclude each other")
+    elif not settings.api_keys_file and not settings.no_api_keys and not is_loopback(settings.host):
+        faults.append(
+            f"--host {settings.host} opens the ingress to other machines: give --api-keys FILE, or --no-api-keys to"
+            " let everybody in"
+        )
+    if bool(settings.tls_certificate_file) != bool(settings.tls_key_file):
+        faults.append("TLS needs both tls_certificate_file and tls_key_file")
+    return faults
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; a name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def origins(settings: Settings) -> tuple[str, ...]:
+    """The origins of `cors_origins`, each by itself."""
+    listed = settings.cors_origins
+    parts = listed.split(",") if isinstance(listed, str) else listed
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def is_default_model(settings: Settings) -> bool:
+    """Whether the model is the one that comes with Tidegate."""
+    default = default_model_path()
+    return not settings.model_path or (bool(default) and Path(settings.model_path).resolve() == Path(default).resolve())
+
+
+def own_model_bytes(settings: Settings) -> int | None:
+    """The size of the files of a model that is not the default one; None for that, whose need is known."""
+    if is_default_model(settings):
+        return None
+    path = Path(settings.model_path)
+    if path.is_file():
+        return path.stat().st_size
+    # A folder may hold the same weights in other forms too, which are not read.
+    files = list(path.glob("*.safetensors")) or [each for each in path.glob("*") if each.is_file()]
+    return sum(each.stat().st_size for each in files)
 
 
 def home() -> Path:

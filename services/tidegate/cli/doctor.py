@@ -35,7 +35,12 @@ def run(settings: Settings, output: str) -> int:
 def check_here(settings: Settings, running: state.Mesh | None) -> list[Check]:
     """The machine, the environments, the ports and the model. A mesh that runs has its memory and ports already."""
     facts = machine.look(Path(settings.triton_python))
-    found = checks.check_machine(facts, replica_count=settings.replicas, arena_bytes=settings.arena_bytes)
+    found = checks.check_machine(
+        facts,
+        replica_count=settings.replicas,
+        arena_bytes=settings.arena_bytes,
+        model_bytes=config.own_model_bytes(settings),
+    )
     if running is not None:
         found = [check for check in found if check.name not in {"memory", "shared memory"}]
     found += [_guarded("environments", name, check) for name, check in _environment_checks(settings)]
@@ -105,8 +110,7 @@ def show(found: Sequence[Check]) -> None:
             if check.fix:
                 console.print(Text(f"    {check.fix}", style="dim"))
         console.print()
-    bad = len(checks.failures(found))
-    console.print(Text("all checks hold", style="green") if not bad else Text(f"{bad} checks fail", style="red"))
+    console.print(Text(checks.summary(found), style="red" if checks.failures(found) else "green"))
 
 
 def _environment_checks(settings: Settings) -> list[tuple[str, Callable[[], Check]]]:

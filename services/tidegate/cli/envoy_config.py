@@ -220,10 +220,10 @@ def envoy_command(
 
     Args:
         log_path: where its own log goes; None is standard error. The access log goes to standard output.
-        concurrency: worker threads; None is one a core.
+        concurrency: worker threads; None is one for each processor that this process may use.
         drain_seconds: how long `POST /drain_listeners?graceful` of the admin page lets connections go on.
     """
-    workers = os.cpu_count() or 1 if concurrency is None else concurrency
+    workers = len(os.sched_getaffinity(0)) if concurrency is None else concurrency
     argv = [envoy_path(), "-c", str(config_path), "--log-level", log_level, "--concurrency", str(workers)]
     # Hot restart shares memory by a number of the host; without it several meshes run side by side.
     argv += ["--disable-hot-restart", "--drain-time-s", str(drain_seconds)]

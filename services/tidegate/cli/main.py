@@ -33,6 +33,7 @@ def cli() -> None:
 @click.option("--ports", "port_choice", type=click.Choice(["default", "auto"]), default="default",
               help="auto: free ports for everything that is not given; run/mesh.json says which.")  # fmt: skip
 @click.option("--api-keys", "api_keys_file", help="A YAML file of API keys and their tenants. [default: no keys]")
+@click.option("--no-api-keys", is_flag=True, default=None, help="With --host: lets everybody in who reaches it.")
 @click.option("--threads", "thread_count", type=int, help="Threads of each engine. [default: processors / replicas]")
 @click.option("--max-sequences", type=int, help="Answers that each engine generates at once.")
 @click.option(
@@ -55,6 +56,10 @@ def up(port_pairs: tuple[str, ...], port_choice: str, **flags: Any) -> None:
         given = ports.parse_given(port_pairs)
     except (SettingsError, ports.PortError) as error:
         talk.fail(str(error))
+        sys.exit(talk.EXIT_USAGE)
+    faults = config.usage_faults(settings)
+    if faults:
+        talk.fail("\n".join(faults))
         sys.exit(talk.EXIT_USAGE)
     sys.exit(command.run(settings, given_ports=given, auto_ports=port_choice == "auto"))
 

@@ -46,13 +46,13 @@ def names(replica_count: int) -> list[str]:
 
 
 def replica_defaults(index: int) -> dict[str, int]:
-    """The default ports of one replica: its model service, its Triton, and their metrics."""
+    """The default ports of one replica: its model service, its Triton, and their metrics. `assign` moves on past those
+    that another process has."""
     return {
         f"model-{index}": 50060 + index,
         f"model-{index}-metrics": 51060 + index,
         f"triton-{index}": 8001 + 10 * index,
         f"triton-{index}-metrics": 8002 + 10 * index,
-        f"triton-{index}-http": 8000 + 10 * index,
     }
 
 
@@ -66,9 +66,7 @@ def assign(replica_count: int, *, given: Mapping[str, int], auto: bool) -> dict[
     unknown = [name for name in given if name not in known]
     if unknown:
         raise PortError(f"--port-of: there is no port named {unknown[0]!r}; there are {', '.join(known)}")
-    defaults = dict(FIXED)
-    for index in range(replica_count):
-        defaults |= replica_defaults(index)
+    defaults = _defaults(replica_count, given)
     if auto:
         missing = [name for name in known if name not in given]
         defaults |= dict(zip(missing, free_ports(len(missing)), strict=True))
@@ -79,6 +77,30 @@ def assign(replica_count: int, *, given: Mapping[str, int], auto: bool) -> dict[
             raise PortError(f"port {port} is given to both {holders[port]} and {name}; {flag(name)} changes it")
         holders[port] = name
     return ports
+
+
+def _defaults(replica_count: int, given: Mapping[str, int]) -> dict[str, int]:
+    """A port for every name; those of replicas that another has already go on to the next one that nobody has."""
+    defaults = dict(FIXED)
+    used = {*FIXED.values(), *given.values()}
+    for index in range(replica_count):
+        for name, port in replica_defaults(index).items():
+            while name not in given and port in used:
+                port += 1
+            defaults[name] = port
+            used.add(port)
+    return defaults
+
+
+def address(host: str, port: int) -> str:
+    """host:port, with the brackets that an IPv6 host needs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def reachable(listening_address: str) -> str:
+    """Where to ask, from this machine, what listens there: on loopback where it listens on every interface."""
+    host, _, port = listening_address.rpartition(":")
+    return f"{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(host, host) }:{port}"
 
 
 def free_ports(count: int) -> list[int]:
@@ -117,7 +139,7 @@ def is_free(host: str, port: int) -> bool:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return False
-            raise PortError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            raise PortError(f"cannot listen on {address(host, port)}: {error.strerror}") from error
     return True
 
 

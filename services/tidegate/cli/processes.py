@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tidegate.cli import probes
-from tidegate.cli.config import REPOSITORY, Settings
+from tidegate.cli.config import REPOSITORY, Settings, origins
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
 from tidegate.cli.envoy_config import EnvoySettings, envoy_command, write_envoy_files
 from tidegate.cli.ports import LOOPBACK
@@ -28,6 +28,9 @@ from tidegate.cli.triton_runtime import (
 )
 
 CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache")
+
+DEFAULT_STEP_TOKEN_BUDGET: Final = 128
+"""The engine's own; it refuses to start when that is below the sequences that it runs at once."""
 
 _OF_UP: Final = ("TIDEGATE_UP_", "TIDEGATE_HOME", "GRPC_ENABLE_FORK_SUPPORT")
 
@@ -91,8 +94,21 @@ def _envoy_settings(home: Home, mesh: Mesh, settings: Settings) -> EnvoySettings
         mesh_host=LOOPBACK,
         mesh_port=_port(mesh, "mesh"),
         admin_port=_port(mesh, "admin"),
-        api_keys_file=Path(settings.api_keys_file).resolve() if settings.api_keys_file else None,
+        api_keys_file=_file(settings.api_keys_file),
+        tenant_requests_per_second=settings.tenant_requests_per_second,
+        tenant_burst_requests=settings.tenant_burst_requests,
+        body_limit_bytes=settings.body_limit_bytes,
+        cors_origins=origins(settings),
+        tls_certificate_file=_file(settings.tls_certificate_file),
+        tls_key_file=_file(settings.tls_key_file),
+        scheduler_timeout_seconds=settings.scheduler_timeout_seconds,
+        heap_limit_bytes=settings.heap_limit_bytes,
     )
+
+
+def _file(path: str) -> Path | None:
+    """Whole, because Envoy may run from another folder."""
+    return Path(path).resolve() if path else None
 
 
 def _envoy(home: Home, mesh: Mesh, settings: Settings) -> Program:
@@ -108,7 +124,7 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: in
         "CACHE_DIR": str(home.cache),
         "THREAD_COUNT": str(thread_count(settings)),
     }
-    engine |= {"MAX_SEQUENCES": str(settings.max_sequences)} if settings.max_sequences else {}
+    engine |= sequence_settings(settings.max_sequences, os.environ)
     server = TritonServer(
         triton_python=Path(settings.triton_python),
         backend_directory=backend,
@@ -129,6 +145,16 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: in
         is_whole=lambda pid: bool(stub_process_ids(pid)),
         niceness=settings.engine_niceness,
     )
+
+
+def sequence_settings(max_sequences: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """How many sequences the engine runs at once, in steps that have a token for each; 0 leaves both to the engine."""
+    if not max_sequences:
+        return {}
+    values = {"MAX_SEQUENCES": str(max_sequences)}
+    if "TIDEGATE_ENGINE_STEP_TOKEN_BUDGET" not in environment:
+        values["STEP_TOKEN_BUDGET"] = str(max(DEFAULT_STEP_TOKEN_BUDGET, max_sequences))
+    return values
 
 
 def _engine_environment() -> dict[str, str]:

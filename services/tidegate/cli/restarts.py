@@ -8,6 +8,9 @@ import msgspec
 
 FIRST_DELAY_SECONDS: Final = 0.2
 LONGEST_DELAY_SECONDS: Final = 15.0
+LARGEST_DELAY_EXPONENT: Final = 16
+"""The delay has long reached its bound then; without an end the power outgrows a float after some hundred crashes."""
+
 STEADY_AFTER_SECONDS: Final = 30.0
 """A process that ran for so long has recovered: its next crash is a first one again."""
 
@@ -51,7 +54,11 @@ class RestartPolicy:
             return GiveUp("its settings are wrong")
         if not was_ready and self._crash_count >= ATTEMPTS_BEFORE_READY:
             return GiveUp(f"it ended {self._crash_count} times before it was ready")
-        return Restart(min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 4 ** (self._crash_count - 1)))
+        return Restart(min(LONGEST_DELAY_SECONDS, _growing_delay_seconds(self._crash_count)))
+
+
+def _growing_delay_seconds(crash_count: int) -> float:
+    return float(FIRST_DELAY_SECONDS * 4 ** min(crash_count - 1, LARGEST_DELAY_EXPONENT))
 
 
 def describe_exit(exit_code: int) -> str:

@@ -64,6 +64,7 @@ class Mesh(msgspec.Struct, kw_only=True):
     addresses: dict[str, str]
     """By the names of the ports: ingress, mesh, admin, scheduler, model-0, triton-0, scheduler-metrics, ..."""
     replica_count: int
+    ingress_scheme: Literal["http", "https"] = "http"
     processes: list[ProcessRecord] = []
 
     @property

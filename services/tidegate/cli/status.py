@@ -17,6 +17,8 @@ def run(output: str) -> int:
     home = state.Home(config.home())
     mesh = home.read()
     if mesh is None or mesh.phase == "stopped":
+        if output == "json":
+            talk.out().print('{"running": false}')
         talk.fail(f"no mesh runs here ({home.directory}): start one with `tidegate up`, or set TIDEGATE_HOME")
         return talk.EXIT_FAILED
     view = asyncio.run(observe.look(mesh))

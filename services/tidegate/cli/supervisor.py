@@ -18,10 +18,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from tidegate.cli import process_table, state
 from tidegate.cli.process_table import ProcessId
@@ -71,6 +71,9 @@ class Listener(Protocol):
     def gave_up(self, name: str, how: str, reason: str, tail: list[str]) -> None:
         """The process ended and is not started again; `tail` is the end of its log."""
 
+    def broke(self, what: str, error: BaseException) -> None:
+        """The supervisor itself failed at something that goes on as long as the mesh: the mesh must stop."""
+
 
 @dataclass
 class _Child:
@@ -99,7 +102,7 @@ class Supervisor:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self.failed = asyncio.Event()
-        """Set when a process that the mesh cannot be without is given up."""
+        """Set when a process that the mesh cannot be without is given up, or is watched no more."""
 
     def start(self, programs: Sequence[Program]) -> None:
         """Starts all programs at once; they become ready in whatever order they do."""
@@ -109,8 +112,11 @@ class Supervisor:
             self._mesh.processes.append(record)
             begin_log(self.log_path(program.name))
         self._write()
-        self._tasks = [asyncio.create_task(self._keep_running(child)) for child in self._children.values()]
-        self._tasks.append(asyncio.create_task(self._bound_logs()))
+        self._tasks = [
+            self._watched(f"keeping {name} running", self._keep_running(child))
+            for name, child in self._children.items()
+        ]
+        self._tasks.append(self._watched("bounding the logs", self._bound_logs()))
 
     def not_ready(self) -> list[str]:
         """The processes that do not answer yet (or any more)."""
@@ -140,6 +146,18 @@ class Supervisor:
         for child in self._children.values():
             child.record.state = "stopped"
         self._write()
+
+    def _watched(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task whose failure is told and ends the mesh, because nobody awaits it before the stop."""
+        task = asyncio.create_task(work, name=what)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._stopping:
+            self.failed.set()
+            self._listener.broke(task.get_name(), error)
 
     async def _keep_running(self, child: _Child) -> None:
         """One program, for as long as the mesh runs."""
@@ -172,7 +190,7 @@ class Supervisor:
         child.record.pid, child.record.start_ticks = process_id.pid, process_id.start_ticks
         child.record.state = "starting"
         self._write()
-        probing = asyncio.create_task(self._probe_until_ready(child, started_at))
+        probing = self._watched(f"watching {child.program.name}", self._probe_until_ready(child, started_at))
         try:
             return await child.process.wait()
         finally:

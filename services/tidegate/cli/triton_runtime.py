@@ -10,6 +10,7 @@ one that was ready and whose `stub_process_ids` are empty.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import subprocess
@@ -210,7 +211,7 @@ def _copy_if_changed(source: Path, target: Path) -> None:
     """Copies by rename, so that a server that runs from the folder never sees half a file."""
     if not source.is_file():
         raise TritonRuntimeError(f"nvidia-pytriton is not complete: there is no {source}")
-    if target.exists() and target.stat().st_size == source.stat().st_size:
+    if target.exists() and filecmp.cmp(source, target, shallow=False):
         return
     part = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.copyfile(source, part)

@@ -11,7 +11,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,12 @@ from tidegate.cli.supervisor import Supervisor
 
 SAY_SOMETHING_SECONDS: Final = 2.0
 """While a start waits, nothing is silent for longer."""
+
+SAY_PROBLEM_SECONDS: Final = 3.0
+"""How often it is said that the first answer failed, and how."""
+
+ASK_AGAIN_SECONDS: Final = 0.5
+"""A failed first answer often fails at once; asked again without a pause it would load what is starting."""
 
 TICK_SECONDS: Final = 0.1
 
@@ -47,6 +53,9 @@ class _Told:
         log = next(record.log for record in self._mesh.processes if record.name == name)
         self._steps.failed(f"{name} ended ({how}) and is not started again: {reason}; its log is {log}")
         self._steps.detail(tail)
+
+    def broke(self, what: str, error: BaseException) -> None:
+        self._steps.failed(f"{what} failed, so the mesh stops: {type(error).__name__}: {error}")
 
 
 def run(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -> int:
@@ -93,8 +102,6 @@ def plan(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -
     model_path = settings.model_path or config.default_model_path()
     if not model_path:
         raise StartError("the model that comes with Tidegate is not installed: run `make setup`, or give --model PATH")
-    if not Path(model_path).exists():
-        raise StartError(f"--model {model_path}: there is no such file or folder")
     from tidegate.cli.processes import shared_memory_prefixes
 
     run_id = state.new_run_id()
@@ -106,17 +113,23 @@ def plan(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -
         shared_memory_prefixes=shared_memory_prefixes(run_id),
         arena_region=f"tidegate-{run_id}-tokens",
         addresses={
-            name: f"{settings.host if name == 'ingress' else ports.LOOPBACK}:{number}"
+            name: ports.address(settings.host if name == "ingress" else ports.LOOPBACK, number)
             for name, number in numbers.items()
         },
         replica_count=settings.replicas,
+        ingress_scheme="https" if settings.tls_certificate_file else "http",
     )
 
 
 def check(settings: Settings, mesh: state.Mesh) -> None:
     """Raises StartError or PortError when the machine cannot carry the mesh."""
     facts = machine.look(Path(settings.triton_python))
-    found = checks.check_machine(facts, replica_count=settings.replicas, arena_bytes=settings.arena_bytes)
+    found = checks.check_machine(
+        facts,
+        replica_count=settings.replicas,
+        arena_bytes=settings.arena_bytes,
+        model_bytes=config.own_model_bytes(settings),
+    )
     lines = [f"{each.name}: {each.reason}; {each.fix}" for each in checks.failures(found)]
     if not Path(settings.triton_python).exists():
         lines.append(f"there is no Triton environment ({settings.triton_python}): run `make setup`")
@@ -173,28 +186,19 @@ async def _start(
         return talk.EXIT_FAILED
     steps.done(f"configuration written; {len(mesh.processes)} processes started", steps.elapsed_seconds)
     deadline = steps.elapsed_seconds + settings.start_timeout_seconds
-    asking: asyncio.Task[tuple[str, str]] | None = None
-    problem = ""
-    while not stop.is_set() and not supervisor.failed.is_set() and steps.elapsed_seconds < deadline:
-        missing = supervisor.not_ready()
-        if missing:
-            steps.waiting(f"waiting for {', '.join(missing)}", every_seconds=SAY_SOMETHING_SECONDS)
-        elif asking is None:
-            asked_at = steps.elapsed_seconds
-            asking = asyncio.create_task(probes.real_answer(_url(mesh), mesh.model_name, _first_key(settings)))
-        elif not asking.done():
-            steps.waiting("waiting for the first answer", every_seconds=SAY_SOMETHING_SECONDS)
-        else:
-            (text, problem), asking = asking.result(), None
-            if text:
-                steps.pause()
-                steps.done(f"the model answered through the ingress: {_short(text)}", steps.elapsed_seconds - asked_at)
-                mesh.phase = "ready"
-                home.write(mesh)
-                _say_ready(mesh, steps)
-                return None
-        await asyncio.sleep(TICK_SECONDS)
+    url, key = _url(mesh), _first_key(settings)
+    text, problem = await wait_for_answer(
+        lambda: probes.real_answer(url, mesh.model_name, key),
+        not_ready=supervisor.not_ready,
+        is_over=lambda: stop.is_set() or supervisor.failed.is_set() or steps.elapsed_seconds >= deadline,
+        steps=steps,
+    )
     steps.pause()
+    if text:
+        mesh.phase = "ready"
+        home.write(mesh)
+        _say_ready(mesh, steps)
+        return None
     if stop.is_set():
         return talk.EXIT_INTERRUPTED
     if not supervisor.failed.is_set():
@@ -203,12 +207,59 @@ async def _start(
     return talk.EXIT_FAILED
 
 
+async def wait_for_answer(
+    ask: Callable[[], Awaitable[tuple[str, str]]],
+    *,
+    not_ready: Callable[[], list[str]],
+    is_over: Callable[[], bool],
+    steps: talk.Steps,
+) -> tuple[str, str]:
+    """Asks, once every process is ready, until the model answers; (text, "") or, when it is over, ("", last problem).
+
+    Args:
+        ask: answers (text, "") or ("", what is wrong).
+        not_ready: the processes that are waited for.
+    """
+    problem = ""
+    while not is_over():
+        missing = not_ready()
+        if missing:
+            steps.waiting(f"waiting for {', '.join(missing)}", every_seconds=SAY_SOMETHING_SECONDS)
+            await asyncio.sleep(TICK_SECONDS)
+            continue
+        asked_at = steps.elapsed_seconds
+        asking = asyncio.ensure_future(ask())
+        while not asking.done() and not is_over():
+            _say_asking(steps, problem)
+            await asyncio.wait([asking], timeout=TICK_SECONDS)
+        if not asking.done():
+            asking.cancel()
+            break
+        text, problem = asking.result()
+        if text:
+            steps.pause()
+            steps.done(f"the model answered through the ingress: {_short(text)}", steps.elapsed_seconds - asked_at)
+            return text, ""
+        _say_asking(steps, problem)
+        await asyncio.sleep(ASK_AGAIN_SECONDS)
+    return "", problem
+
+
+def _say_asking(steps: talk.Steps, problem: str) -> None:
+    if problem:
+        what = f"waiting for the first answer; the ingress says: {problem}"
+        steps.waiting(what, every_seconds=SAY_PROBLEM_SECONDS)
+    else:
+        steps.waiting("waiting for the first answer", every_seconds=SAY_SOMETHING_SECONDS)
+
+
 def _say_ready(mesh: state.Mesh, steps: talk.Steps) -> None:
     """The last line of a start, and commands to copy."""
     url, model = _url(mesh), mesh.model_name
     steps.done(f"ready after {steps.elapsed_seconds:.1f} s: {model} at {url}")
     commands = {name: _command(name) for name in ("tidegate", "python", "buf")}
-    text = READY_TEXT.format(url=url, model=model, address=url.removeprefix("http://"), **commands)
+    template = READY_TEXT if mesh.ingress_scheme == "http" else READY_TEXT_TLS
+    text = template.format(url=url, model=model, address=ports.reachable(mesh.addresses["ingress"]), **commands)
     talk.out().print(text, end="")
 
 
@@ -228,6 +279,16 @@ READY_TEXT: Final = """
 Ctrl-C stops everything.
 """
 
+READY_TEXT_TLS: Final = """
+  curl -k {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "What is a tide?"}}]}}'
+
+  grpcurl -insecure -d '{{"text": "A tide is", "max_tokens": 32}}' {address} tidegate.v1.Inference/Generate
+
+Ctrl-C stops everything.
+"""
+"""The certificate is not checked here: it is for the name that clients use, and these ask by address."""
+
 
 def _command(name: str) -> str:
     """How to call a program of this environment from here: by name where the shell finds it, else by its path."""
@@ -239,8 +300,7 @@ def _command(name: str) -> str:
 
 
 def _url(mesh: state.Mesh) -> str:
-    host, _, port = mesh.addresses["ingress"].rpartition(":")
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    return f"{mesh.ingress_scheme}://{ports.reachable(mesh.addresses['ingress'])}"
 
 
 def _first_key(settings: Settings) -> str:

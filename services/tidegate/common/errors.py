@@ -27,6 +27,15 @@ ERROR_DOMAIN: Final = "tidegate"
 LONGEST_OBEYED_RETRY_SECONDS: Final = 60
 """Older clients ignore longer waits and retry within seconds, so past this they are told not to."""
 
+LONGEST_MESSAGE_BYTES: Final = 700
+"""Of a message in UTF-8. Trailing metadata says it four times over, some of them escaped, and peers bound metadata
+(gRPC's default is 8 KiB): a longer one would end the call with a fault of the transport in the refusal's place."""
+
+LONGEST_FIELD_BYTES: Final = 200
+"""Of a field's name in UTF-8: an unknown one is as long as the client made it."""
+
+ELLIPSIS: Final = "…"
+
 _GRPC_MESSAGE_SAFE: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
@@ -100,18 +109,18 @@ class TidegateError(Exception):
 
     Args:
         reason: an entry of the table.
-        message: one sentence for a person, with the numbers.
-        field: the field at fault, as the client wrote it (`messages[0].role`); empty for none.
+        message: one sentence for a person, with the numbers; the end of a long one is left out.
+        field: the field at fault, as the client wrote it (`messages[0].role`); empty for none, and bounded too.
         retry_after_seconds: when to try again; None where the reason does not make sense to retry.
     """
 
     def __init__(
         self, reason: Reason, message: str, *, field: str = "", retry_after_seconds: float | None = None
     ) -> None:
-        super().__init__(message)
         self.reason = reason
-        self.message = message
-        self.field = field
+        self.message = _shortened(message, LONGEST_MESSAGE_BYTES)
+        self.field = _shortened(field, LONGEST_FIELD_BYTES)
+        super().__init__(self.message)
         self.retry_after_seconds = retry_after_seconds if SURFACES[reason].retryable else None
 
     @property
@@ -219,3 +228,12 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: TidegateErro
     """Ends a call with the error; the only place where a servicer does so."""
     await context.abort(error.surface.grpc_status, error.message, tuple(trailing_metadata(error)))
     raise AssertionError("abort does not return")
+
+
+def _shortened(text: str, byte_limit: int) -> str:
+    """The text, or its beginning with an ellipsis, in at most so many bytes of UTF-8."""
+    # A client's JSON can hold half a character, which no status could carry.
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= byte_limit:
+        return encoded.decode()
+    return encoded[: byte_limit - len(ELLIPSIS.encode())].decode(errors="ignore") + ELLIPSIS

@@ -30,7 +30,8 @@ ROUTE: Final = "x-tidegate-route"
 """`cache` sends the request to the cache service; absent, it goes to a replica."""
 
 TIMEOUT_MS: Final = "x-tidegate-timeout-ms"
-"""How long the request may still take when it is dispatched, in whole milliseconds."""
+"""How long the request may still take when it is dispatched, in whole milliseconds. Absent: the client gave no
+deadline, and the model service's own default holds."""
 
 QUEUE_MS: Final = "x-tidegate-queue-ms"
 """How long the request waited in the scheduler's queue, in milliseconds, for the log line of the model service."""

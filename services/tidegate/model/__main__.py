@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 
 import grpc
 import structlog
@@ -39,7 +40,7 @@ log = structlog.get_logger()
 
 
 def main() -> int:
-    """Runs until SIGTERM; 2 for bad settings, 1 when it cannot start."""
+    """Runs until SIGTERM; 2 for bad settings, 1 when it cannot start or for a fault."""
     return service_process.run("model", Settings, serve, start_errors=(ModelFileError,))
 
 
@@ -47,7 +48,15 @@ async def serve(settings: Settings) -> int:
     """Builds the service and serves; raises when the model or a port cannot be had."""
     model = load_text_model(settings.model_path, settings.model_name, context_token_limit=settings.max_context_tokens)
     mesh = open_channel(settings.mesh_address)
-    service = ModelService(settings, model, TritonClient(settings.triton_address, settings.triton_model_name), mesh)
+    faults: list[BaseException] = []
+
+    def stop(fault: BaseException) -> None:
+        # Envoy's health checks take the requests elsewhere, and whoever runs this process starts it anew.
+        faults.append(fault)
+        signal.raise_signal(signal.SIGTERM)
+
+    triton = TritonClient(settings.triton_address, settings.triton_model_name)
+    service = ModelService(settings, model, triton, mesh, on_fault=stop)
     if settings.metrics_port:
         metrics_page.serve(settings.host, settings.metrics_port)
     await service.start()
@@ -62,7 +71,7 @@ async def serve(settings: Settings) -> int:
     await service.server.run_until_signal()
     await service.close()
     await mesh.close()
-    return 0
+    return 1 if faults else 0
 
 
 class ModelService:
@@ -70,6 +79,7 @@ class ModelService:
 
     Args:
         mesh: a channel to the mesh listener.
+        on_fault: called when a part that should run for ever ends by a fault of ours; the replica is of no use then.
     """
 
     def __init__(
@@ -80,8 +90,11 @@ class ModelService:
         mesh: grpc.aio.Channel,
         *,
         registry: CollectorRegistry = REGISTRY,
+        on_fault: Callable[[BaseException], None] = lambda fault: None,
     ) -> None:
         self._triton = triton
+        self._on_fault = on_fault
+        triton.on_fault.append(self._tell_fault)
         self.registry = registry
         life = secrets.token_hex(6)
         self.load = ReplicaLoad(settings.address, settings.model_name, lambda: triton.latest_load)
@@ -137,8 +150,10 @@ class ModelService:
     def _add_services(self, settings: Settings, answers: Answers, mesh: grpc.aio.Channel) -> None:
         terms = servicer.Terms(
             default_timeout_seconds=settings.default_timeout_seconds,
+            longest_timeout_seconds=settings.longest_timeout_seconds,
             write_grace_seconds=settings.write_grace_seconds,
             many_limit=settings.many_limit,
+            many_write_seconds=settings.many_write_seconds,
         )
         inference = servicer.InferenceServicer(answers, self.load, mesh, settings.model_name, terms)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self.server.grpc)
@@ -156,15 +171,26 @@ class ModelService:
         self._watch.start()
         await self._triton.start()
         for work in (self._watch.run(), self.slots.run(), self._prompts.run(), self._recorder.run()):
-            self._tasks.append(asyncio.create_task(work))
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._note_end)
+            self._tasks.append(task)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        fault = task.exception()
+        assert fault is not None, "a task that should run for ever has returned"
+        self._tell_fault(fault)
+
+    def _tell_fault(self, fault: BaseException) -> None:
+        log.error("task_failed", exc_info=fault)
+        self._on_fault(fault)
 
     async def close(self) -> None:
         """Ends the background work."""
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._triton.close()
 
 

@@ -62,15 +62,22 @@ def read_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> CallHead
     )
 
 
-def time_allowed_seconds(call: CallHeaders, grpc_remaining_seconds: float | None, default_seconds: float) -> float:
-    """How long the call may take from now: the least of its gRPC deadline, its header and the default."""
-    bounds = [default_seconds]
+def time_allowed_seconds(
+    call: CallHeaders, grpc_remaining_seconds: float | None, *, default_seconds: float, longest_seconds: float
+) -> float:
+    """How long the call may take from now.
+
+    Args:
+        default_seconds: for a call that has neither a gRPC deadline nor the header.
+        longest_seconds: bounds every call.
+    """
+    bounds = []
     if call.timeout_seconds is not None:
         bounds.append(call.timeout_seconds)
     if grpc_remaining_seconds is not None:
         margin = min(LONGEST_DEADLINE_MARGIN_SECONDS, grpc_remaining_seconds * DEADLINE_MARGIN_SHARE)
         bounds.append(grpc_remaining_seconds - margin)
-    return max(0.0, min(bounds))
+    return max(0.0, min(longest_seconds, *(bounds or [default_seconds])))
 
 
 class Job(msgspec.Struct, kw_only=True, eq=False):

@@ -56,6 +56,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     default_timeout_seconds: Seconds = 600.0
     """The deadline of a request that has none."""
+    longest_timeout_seconds: Seconds = 7_200.0
+    """The longest that a request may take, whatever deadline it has: it bounds how long a slot can be held."""
     resume_wait_seconds: Seconds = 30.0
     """How long a broken stream looks for a replica to go on, its own Triton included."""
     resume_backoff_seconds: Annotated[float, Meta(gt=0, le=10)] = 0.25
@@ -66,6 +68,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long past its deadline a stream waits for a client that does not read."""
     many_limit: Annotated[int, Meta(ge=1, le=256)] = 256
     """Answers under way on one GenerateMany stream; the protocol says 256."""
+    many_write_seconds: Seconds = 60.0
+    """How long one event of a GenerateMany stream waits for a client that does not read; past it the stream ends."""
     record_queue_limit: Annotated[int, Meta(ge=0, le=100_000)] = 256
     """Finished answers that wait to be sent to the cache; more are dropped and counted."""
     record_timeout_seconds: Seconds = 2.0

@@ -135,9 +135,11 @@ class Generation:
         except asyncio.CancelledError:
             self._error = self._error or TidegateError(Reason.CANCELLED, "The client left.")
             raise
-        except Exception as error:
+        except Exception:
             log.exception("answer_failed", request_id=self._record.request_id)
-            self._error = TidegateError(Reason.INTERNAL_ERROR, f"The answer could not be finished: {error!r}")
+            self._error = TidegateError(
+                Reason.INTERNAL_ERROR, "The answer could not be finished because of a fault in the service."
+            )
         finally:
             self._wake_reader()
 

@@ -1,7 +1,7 @@
 """GenerateMany: each prompt of a stream is a Generate of its own through the mesh listener, so that it is scheduled.
 
 Bounds: at most `limit` answers under way on a stream (past it no request is read), one event of each waiting to be
-written. A client that goes away ends all of its answers.
+written, `write_seconds` for the client to take one. A client that goes away ends all of its answers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
+import structlog
 
 from tidegate.common.errors import Reason, TidegateError, to_status
 from tidegate.model.remote_errors import from_rpc_error
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
+
+log = structlog.get_logger()
 
 Write = Callable[[inference_pb2.GenerateEvent], Awaitable[None]]
 
@@ -24,8 +27,10 @@ class ManyAnswers:
 
     Args:
         write: writes one event to the client; called by one answer at a time.
+        limit: answers under way at once.
+        write_seconds: how long the client may leave one event unread.
         metadata: goes with each call.
-        timeout_seconds: what the client's own deadline leaves; None for none.
+        remaining_seconds: what the client's own deadline leaves; None for none.
     """
 
     def __init__(
@@ -34,12 +39,14 @@ class ManyAnswers:
         write: Write,
         *,
         limit: int,
+        write_seconds: float,
         metadata: Sequence[tuple[str, str]],
         remaining_seconds: Callable[[], float | None],
     ) -> None:
         self._stub = stub
         self._write = write
         self._limit = limit
+        self._write_seconds = write_seconds
         self._metadata = tuple(metadata)
         self._remaining_seconds = remaining_seconds
         self._places = asyncio.Semaphore(limit)
@@ -47,12 +54,26 @@ class ManyAnswers:
         self._under_way: set[str] = set()
 
     async def run(self, requests: AsyncIterator[inference_pb2.GenerateRequest]) -> None:
-        """Answers all requests; returns after the last answer."""
-        async with asyncio.TaskGroup() as answers:
-            await self._places.acquire()
-            async for request in requests:
-                answers.create_task(self._answer(request))
+        """Answers all requests; returns after the last answer, or when the client has left.
+
+        Raises:
+            TidegateError: the client does not read.
+        """
+        reads = True
+        try:
+            async with asyncio.TaskGroup() as answers:
                 await self._places.acquire()
+                async for request in requests:
+                    answers.create_task(self._answer(request))
+                    await self._places.acquire()
+        except* _Left:
+            log.debug("many_client_left")
+        except* _DoesNotRead:
+            reads = False
+        if not reads:
+            raise TidegateError(
+                Reason.DEADLINE_EXCEEDED, f"The client left an event unread for {self._write_seconds:g} s."
+            )
 
     async def _answer(self, request: inference_pb2.GenerateRequest) -> None:
         request_id = request.request_id
@@ -87,7 +108,21 @@ class ManyAnswers:
 
     async def _send(self, event: inference_pb2.GenerateEvent) -> None:
         async with self._writing:
-            await self._write(event)
+            try:
+                async with asyncio.timeout(self._write_seconds):
+                    await self._write(event)
+            except TimeoutError:
+                raise _DoesNotRead from None
+            except grpc.aio.BaseError as error:
+                raise _Left from error
+
+
+class _Left(Exception):
+    """The client is gone: what is left to say has no reader."""
+
+
+class _DoesNotRead(Exception):
+    """The client left an event unread for too long."""
 
 
 def _id_error(request_id: str) -> TidegateError:

@@ -279,10 +279,20 @@ class StateCollector(Collector):
         )
         preemptions.add_metric((self._model_name, ENGINE_LABEL), self._load.preemption_count)
         yield preemptions
-        info = InfoMetricFamily("vllm:cache_config", "The KV cache. (vLLM's name for it.)", labels=("engine",))
+        for name, text in (("queries", "Prompt tokens looked up"), ("hits", "Prompt tokens found")):
+            reuse = CounterMetricFamily(
+                f"vllm:prefix_cache_{name}",
+                f"{text} among computed prefixes; 0, as the engine reuses none yet. (vLLM's name for it.)",
+                labels=("model_name", "engine"),
+            )
+            reuse.add_metric((self._model_name, ENGINE_LABEL), 0)
+            yield reuse
+        info = InfoMetricFamily(
+            "vllm:cache_config", "The KV cache. (vLLM's name for it.)", labels=("model_name", "engine")
+        )
         config: dict[str, Any] = {
             "block_size": str(load.kv_block_token_count),
             "num_gpu_blocks": str(load.kv_block_count),
         }
-        info.add_metric((ENGINE_LABEL,), config)
+        info.add_metric((self._model_name, ENGINE_LABEL), config)
         yield info

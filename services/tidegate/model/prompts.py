@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tidegate.common.arena import Arena, ArenaError, HandleError, decode_tensor_header
 from tidegate.common.arena_region import region_path
 from tidegate.text.model_files import TextModel
-from tidegate.text.prompt import prepare_prompt
+from tidegate.text.prompt import Prompt, prepare_prompt
 from tidegate.v1 import inference_pb2, tensor_pb2
 
 log = structlog.get_logger()
@@ -80,14 +80,12 @@ class PromptSource:
         Raises:
             TidegateError: the prompt cannot be made, and why.
         """
-        held = self._from_arena(request, tensor_header) if tensor_header and self._may_use_tensor(request) else None
-        if held is not None:
-            return held
-        arguments = (request, self._model, tenant)
-        if request.ByteSize() > self._inline_bytes:
-            prompt = await asyncio.to_thread(prepare_prompt, *arguments, openai_names=openai_names)
-        else:
-            prompt = prepare_prompt(*arguments, openai_names=openai_names)
+        if tensor_header:
+            held = self._from_arena(request, tensor_header) if self._may_use_tensor(request) else None
+            if held is not None:
+                return held
+            self._give_up(tensor_header)
+        prompt = await self._prepare(request, tenant, openai_names=openai_names)
         return HeldPrompt(
             prompt_token_count=prompt.prompt_token_count,
             truncated_token_count=prompt.truncated_token_count,
@@ -106,6 +104,29 @@ class PromptSource:
             copy = self._arena.read(prompt.handle, self._clock())
             prompt.token_ids = np.frombuffer(copy, dtype=np.int32)
         return prompt.token_ids
+
+    def is_live(self, prompt: HeldPrompt) -> bool:
+        """Whether the bytes that the prompt's handle names are still the prompt's."""
+        if prompt.handle is None or self._arena is None:
+            return False
+        try:
+            self._arena.verify(prompt.handle, self._clock())
+        except HandleError:
+            return False
+        return True
+
+    async def prepare_again(
+        self, prompt: HeldPrompt, request: inference_pb2.GenerateRequest, tenant: str
+    ) -> NDArray[np.int32]:
+        """The tokens of a held prompt whose lease was lost, [prompt_token_count] int32, kept in the prompt from now."""
+        prompt.token_ids = (await self._prepare(request, tenant, openai_names=False)).token_ids
+        return prompt.token_ids
+
+    async def _prepare(self, request: inference_pb2.GenerateRequest, tenant: str, *, openai_names: bool) -> Prompt:
+        arguments = (request, self._model, tenant)
+        if request.ByteSize() > self._inline_bytes:
+            return await asyncio.to_thread(prepare_prompt, *arguments, openai_names=openai_names)
+        return prepare_prompt(*arguments, openai_names=openai_names)
 
     def release(self, prompt: HeldPrompt) -> None:
         """Ends the lease, where there is one."""
@@ -172,6 +193,16 @@ class PromptSource:
         if held is not None:
             self._held[handle.lease_id] = handle
         return held
+
+    def _give_up(self, header: str) -> None:
+        """Ends the lease of a handle that came and is not used, so that its bytes do not wait for its end."""
+        try:
+            tensor = decode_tensor_header(header)
+        except HandleError:
+            return
+        if tensor.WhichOneof("location") == "shared_memory" and self._attach():
+            assert self._arena is not None
+            self._arena.release(tensor.shared_memory)
 
     def _token_count(self, tensor: tensor_pb2.Tensor) -> int:
         """How many tokens a tensor holds; 0 when it is not a prompt."""

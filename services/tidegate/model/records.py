@@ -20,6 +20,7 @@ class AnswerCollector:
         self._answer_key = answer_key
         self._tenant = tenant
         self._model = ""
+        self._truncated_token_count = 0
         self._texts: list[str] = []
         self._delta = inference_pb2.Delta()
 
@@ -28,13 +29,19 @@ class AnswerCollector:
         kind = event.WhichOneof("event")
         if kind == "started":
             self._model = event.started.model
+            self._truncated_token_count = event.started.truncated_token_count
         elif kind == "delta":
             self._texts.append(event.delta.text)
             self._delta.token_ids.extend(event.delta.token_ids)
             self._delta.logprobs.extend(event.delta.logprobs)
         elif event.finished.reason != inference_pb2.FINISH_REASON_ERROR:
             self._delta.text = "".join(self._texts)
-            answer = cache_pb2.Answer(model=self._model, deltas=[self._delta], finished=event.finished)
+            answer = cache_pb2.Answer(
+                model=self._model,
+                deltas=[self._delta],
+                finished=event.finished,
+                truncated_token_count=self._truncated_token_count,
+            )
             return cache_pb2.RecordRequest(answer_key=self._answer_key, tenant=self._tenant, answer=answer)
         return None
 

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import grpc
 import msgspec
+import structlog
 from google.api import httpbody_pb2
 
 from tidegate.common import headers
@@ -29,6 +30,8 @@ from tidegate.openai.request import OpenAIRequest, parse_chat_completions, parse
 from tidegate.openai.response import models_json
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
+log = structlog.get_logger()
+
 GENERATE_OPERATION: Final = "generate_content"
 """OpenTelemetry's name for what is neither a chat nor a text completion of OpenAI's."""
 
@@ -39,8 +42,10 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """The servicer's bounds."""
 
     default_timeout_seconds: float
+    longest_timeout_seconds: float
     write_grace_seconds: float
     many_limit: int
+    many_write_seconds: float
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -93,10 +98,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             self._stub,
             context.write,
             limit=self._terms.many_limit,
+            write_seconds=self._terms.many_write_seconds,
             metadata=[(headers.TENANT, call.tenant)],
             remaining_seconds=context.time_remaining,
         )
-        await answers.run(request_iterator)
+        try:
+            await answers.run(request_iterator)
+        except Exception as error:
+            await abort(context, _told(error))
 
     async def ChatCompletions(self, request: httpbody_pb2.HttpBody, context: Context) -> None:  # type: ignore[override]
         """Answers a chat as OpenAI does."""
@@ -137,7 +146,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def _record(self, call: CallHeaders, operation: str, context: Context, request_id: str) -> Record:
         now = self._clock()
-        allowed = time_allowed_seconds(call, context.time_remaining(), self._terms.default_timeout_seconds)
+        allowed = time_allowed_seconds(
+            call,
+            context.time_remaining(),
+            default_seconds=self._terms.default_timeout_seconds,
+            longest_seconds=self._terms.longest_timeout_seconds,
+        )
         return Record(
             operation=operation,
             request_id=request_id or uuid4().hex,
@@ -148,7 +162,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
 
     def _http_headers(self, record: Record, stream: bool) -> tuple[tuple[str, str], ...]:
-        elapsed_ms = int((self._clock() - record.arrived_at) * 1000)
+        elapsed_ms = int((self._clock() - record.arrived_at + record.queue_seconds) * 1000)
         pairs = (("openai-processing-ms", str(elapsed_ms)),)
         return (*pairs, ("cache-control", "no-cache")) if stream else pairs
 
@@ -172,7 +186,16 @@ class _Ending:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:
             error = TidegateError(Reason.DEADLINE_EXCEEDED, "The deadline passed while the client did not read.")
-        if isinstance(error, TidegateError):
-            await abort(self._context, error)
+        # A call that was cancelled, or that gRPC could not write to, has nobody left to tell.
+        if isinstance(error, Exception) and not isinstance(error, grpc.aio.BaseError):
+            await abort(self._context, _told(error))
         if error is None:
             self._context.set_trailing_metadata((orca.trailer(self._load),))
+
+
+def _told(error: Exception) -> TidegateError:
+    """What the client is told of an error; a fault of ours is for the log alone."""
+    if isinstance(error, TidegateError):
+        return error
+    log.error("call_failed", exc_info=error)
+    return TidegateError(Reason.INTERNAL_ERROR, "The request failed because of a fault in the service.")

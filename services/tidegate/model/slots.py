@@ -108,7 +108,9 @@ class Slots:
         try:
             await future
         except asyncio.CancelledError:
-            self.release(holder)
+            # Whose wait was failed in the same turn of the event loop has given its place up already.
+            if future.cancelled() or future.exception() is None:
+                self.release(holder)
             raise
         finally:
             self._waiters.pop(holder, None)

@@ -103,7 +103,7 @@ class TokenSource:
                 yield chunk
 
     async def _from_elsewhere(self, job: Job, answer_token_ids: list[int]) -> AsyncGenerator[Chunk, None]:
-        prompt_token_ids = self._prompt_for_others(job)
+        prompt_token_ids = (await self._prompt_token_ids(job)).tolist()
         give_up_at = self._clock() + self._terms.wait_seconds
         while self._clock() < give_up_at:
             count_before = len(answer_token_ids)
@@ -152,12 +152,13 @@ class TokenSource:
             if len(answer_token_ids) > count_before:
                 return
 
-    def _prompt_for_others(self, job: Job) -> list[int]:
+    async def _prompt_token_ids(self, job: Job) -> NDArray[np.int32]:
+        """The prompt's tokens, [prompt_token_count] int32, made again from the request where their lease was lost."""
         try:
-            tokens: list[int] = self._prompts.tokens(job.prompt).tolist()
-            return tokens
+            return self._prompts.tokens(job.prompt)
         except HandleError as error:
-            raise TidegateError(Reason.INTERNAL_ERROR, f"The prompt's tokens were lost: {error}") from error
+            log.warning("prompt_prepared_again", request_id=job.record.request_id, error=str(error))
+            return await self._prompts.prepare_again(job.prompt, job.request, job.call.tenant)
 
     async def _from_triton(
         self, job: Job, answer_token_ids: list[int], credit_id: str, *, resumed: bool = False
@@ -171,7 +172,7 @@ class TokenSource:
         job.record.slot_at = self._clock()
         job.spent = job.spent or slot.spent
         try:
-            outputs = self._triton.generate(self._engine_request(job, answer_token_ids))
+            outputs = self._triton.generate(await self._engine_request(job, answer_token_ids))
             async with aclosing(outputs):
                 async for output in outputs:
                     if output.finish_reason:
@@ -185,12 +186,12 @@ class TokenSource:
         finally:
             slot.release()
 
-    def _engine_request(self, job: Job, answer_token_ids: list[int]) -> EngineRequest:
+    async def _engine_request(self, job: Job, answer_token_ids: list[int]) -> EngineRequest:
         request = job.request
         self._engine_id_count += 1
         return EngineRequest(
             request_id=f"{self._engine_id_prefix}-{self._engine_id_count}",
-            tokens=self._engine_tokens(job, answer_token_ids),
+            tokens=await self._engine_tokens(job, answer_token_ids),
             prior_output_count=len(answer_token_ids),
             max_tokens=job.max_tokens,
             sampling=request.sampling,
@@ -200,17 +201,21 @@ class TokenSource:
             priority=ENGINE_PRIORITIES[job.service_class],
         )
 
-    def _engine_tokens(self, job: Job, answer_token_ids: list[int]) -> ArenaSlice | NDArray[np.int32]:
+    async def _engine_tokens(self, job: Job, answer_token_ids: list[int]) -> ArenaSlice | NDArray[np.int32]:
         handle = job.prompt.handle
         if handle is not None and not answer_token_ids and self._may_map(job.prompt):
             return ArenaSlice(region=handle.region, byte_offset=handle.byte_offset, byte_count=handle.byte_count)
-        prompt_token_ids = self._prompts.tokens(job.prompt)
+        prompt_token_ids = await self._prompt_token_ids(job)
         return np.concatenate([prompt_token_ids, np.asarray(answer_token_ids, dtype=np.int32)])
 
     def _may_map(self, prompt: HeldPrompt) -> bool:
-        """Whether Triton has mapped the very memory that the prompt lies in."""
+        """Whether Triton has mapped the very memory that the prompt lies in, and the prompt still lies there."""
         assert prompt.handle is not None
-        return self._prompts.is_registered_memory() and self._triton.arena_is_registered(prompt.handle.region)
+        return (
+            self._prompts.is_live(prompt)
+            and self._prompts.is_registered_memory()
+            and self._triton.arena_is_registered(prompt.handle.region)
+        )
 
     def _chunk(self, output: EngineOutput, job: Job) -> Chunk:
         if output.finish_reason in ("error", "cancelled"):

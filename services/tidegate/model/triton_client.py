@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 import structlog
@@ -81,6 +81,8 @@ _DEAD_STUB: Final = "is not healthy"
 
 _log = structlog.get_logger()
 
+_Parsed = TypeVar("_Parsed")
+
 
 class TritonGone(Exception):
     """Triton, or the engine in it, cannot go on with this sequence; another replica can."""
@@ -122,6 +124,7 @@ class TritonClient:
         self.latest_load: EngineLoad | None = None
         self.on_load: list[Callable[[EngineLoad], None]] = []
         self.on_ready: list[Callable[[bool], None]] = []
+        self.on_fault: list[Callable[[BaseException], None]] = []
         self._heartbeat_seconds = heartbeat_seconds
         self._silence_seconds = silence_seconds
         self._became_ready = asyncio.Event()
@@ -144,13 +147,13 @@ class TritonClient:
         self._channel = open_channel(self.address)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._keeper = asyncio.create_task(self._keep_connected(), name=f"triton-{self.address}")
+        self._keeper.add_done_callback(self._tell_fault)
 
     async def close(self) -> None:
         """Ends the stream; sequences that are under way end with TritonGone."""
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.gather(self._keeper, return_exceptions=True)
         if self._channel is not None:
             await self._channel.close()
 
@@ -255,6 +258,12 @@ class TritonClient:
         finally:
             self._lose("the client is closed")
 
+    def _tell_fault(self, keeper: asyncio.Task[None]) -> None:
+        fault = None if keeper.cancelled() else keeper.exception()
+        if fault is not None:
+            for listener in self.on_fault:
+                listener(fault)
+
     async def _run_stream(self) -> None:
         """Connects, and carries messages until the connection is lost, which always raises _Lost."""
         await self._check_model()
@@ -263,6 +272,8 @@ class TritonClient:
         self._subscription = f"subscription#{self._name}.{next(self._numbers)}"
         self._unsent.put_nowait(subscribe_message(self.model_name, self._subscription))
         call = self._stub.ModelStreamInfer(_messages(self._unsent))
+        # Mapping takes its own time: it must not hold up the heart, which counts the server's silence.
+        mapping = asyncio.create_task(self._keep_registered())
         heart = asyncio.create_task(self._beat(call))
         try:
             async for message in call:
@@ -278,6 +289,7 @@ class TritonClient:
             raise _Lost(f"it has been silent for {self._silence_seconds:g} s") from None
         finally:
             heart.cancel()
+            mapping.cancel()
             call.cancel()
 
     async def _beat(self, call: Any) -> None:
@@ -292,8 +304,13 @@ class TritonClient:
             if silence_seconds >= self._heartbeat_seconds and self._unsent.empty():
                 message_id = f"load#{next(self._numbers)}"
                 self._unsent.put_nowait(command_message(self.model_name, "load", message_id))
-            await self._register_missing()
         call.cancel()
+
+    async def _keep_registered(self) -> None:
+        """Maps the regions that were not there before."""
+        while True:
+            await asyncio.sleep(self._heartbeat_seconds / 2)
+            await self._register_missing()
 
     def _take(self, message: Message) -> None:
         """Gives one message of the stream to whom it is for; one for nobody is a late word of a cancelled one."""
@@ -304,14 +321,14 @@ class TritonClient:
         elif message_id == self._subscription:
             self._take_bundle(response)
         elif (sequence := self._sequences.get(message_id)) is not None:
-            output = parse_output(response)
+            output = _parsed(parse_output, response)
             self._show_load(output.load)
             sequence.put(output)
         elif message_id.startswith("load#"):
             self._take_load(message_id, response)
 
     def _take_bundle(self, response: Message) -> None:
-        bundle = parse_bundle(response)
+        bundle = _parsed(parse_bundle, response)
         for sequence_id, output in bundle.outputs:
             sequence = self._sequences.get(sequence_id)
             if sequence is not None:
@@ -326,10 +343,10 @@ class TritonClient:
             self._set_ready(True)
 
     def _take_load(self, message_id: str, response: Message) -> None:
-        error = parse_output(response).error
+        error = _parsed(parse_output, response).error
         if error:
             raise _Lost(error)
-        load = parse_load(response)
+        load = _parsed(parse_load, response)
         self._show_load(load)
         waiter = self._load_waiters.get(message_id)
         if load is not None and waiter is not None and not waiter.done():
@@ -442,6 +459,15 @@ class _Lost(Exception):
 async def _messages(unsent: asyncio.Queue[Message]) -> AsyncIterator[Message]:
     while True:
         yield await unsent.get()
+
+
+def _parsed(parse: Callable[[Message], _Parsed], response: Message) -> _Parsed:
+    """A response as it is read; after one that makes no sense nothing on the stream can be trusted."""
+    try:
+        return parse(response)
+    except Exception as error:
+        _log.exception("triton_response_unreadable", response_id=response.id)
+        raise _Lost(f"a response cannot be read: {error!r}") from error
 
 
 def _raise_if_fatal(error: str, *, refused: bool) -> None:

@@ -1,6 +1,6 @@
 """tidegate.v1.Preprocess: messages to prompts and back.
 
-Invariants: every request read gets exactly one answer; a fault in one request touches neither the others nor the
+Invariants: every prompt read gets exactly one answer; a fault in one request touches neither the others nor the
 stream; the arena is used from the event loop's thread only.
 """
 
@@ -72,6 +72,10 @@ class PreprocessServicer(preprocess_pb2_grpc.PreprocessServicer):
         with self._metrics.streams.track_inprogress():
             async with asyncio.TaskGroup() as tasks:
                 async for request in request_iterator:
+                    for handle in request.releases:
+                        self._arena.release(handle)
+                    if request.releases and not request.request_id:
+                        continue
                     arrived_at = self._clock()
                     await window.enter(len(request.body))
                     if len(request.body) <= self._settings.inline_body_bytes:

@@ -64,7 +64,8 @@ class Admission:
     def refusal_of_headers(self, request: Request, conditions: Conditions) -> TidegateError | None:
         """Why a request can be refused before its body is read; None when it cannot.
 
-        The class is often known from the body only, so a full lane counts here only where the mesh named the class.
+        The class is often known from the body only, so a full lane counts here where the mesh named the class, or
+        where all lanes are full.
         """
         if conditions.held_request_count > self._held_request_limit:
             message = f"The scheduler is at its limit of {self._held_request_limit} requests"
@@ -73,6 +74,8 @@ class Admission:
             bound = self._lanes.lane(request.named_class).full_bound(0, 0)
             if bound:
                 return self._full(request.named_class, bound, conditions)
+        elif all(self._lanes.lane(service_class).full_bound(0, 0) for service_class in ServiceClass):
+            return self._overloaded(f"All queues are full; {len(self._lanes)} requests wait in them", conditions)
         return self._refusal_of_any(request, conditions)
 
     def refusal(self, request: Request, conditions: Conditions) -> TidegateError | None:

@@ -55,13 +55,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The most bytes of bodies that wait in Envoy for one lane: they are Envoy's memory."""
 
     realtime_deadline_seconds: Seconds = 120.0
-    """The deadline of a realtime request that brings none."""
+    """How long a realtime request without a deadline of its own may wait for a replica; its answer is not bounded
+    by it."""
 
     standard_deadline_seconds: Seconds = 600.0
     """The same for standard; 600 s is also what OpenAI's own clients wait."""
 
     batch_deadline_seconds: Seconds = 3_500.0
     """The same for batch."""
+
+    body_wait_seconds: Annotated[float, Meta(gt=0, le=3_600)] = 60.0
+    """How long a body may take after its headers. Envoy itself would wait for an hour, at the cost of a place here."""
 
     longest_hold_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 3_590.0
     """No request is held longer. Below Envoy's max_message_timeout (3600 s): Envoy ignores a longer override."""

@@ -36,17 +36,19 @@ class Gauges(Collector):
     def _lanes(self) -> Iterator[Metric]:
         requests = GaugeMetricFamily("tidegate_lane_waiting_requests", "Requests that wait.", labels=["class"])
         tokens = GaugeMetricFamily("tidegate_lane_waiting_tokens", "Tokens that wait.", labels=["class"])
+        byte_counts = GaugeMetricFamily("tidegate_lane_waiting_bytes", "Bytes of bodies that wait.", labels=["class"])
         for service_class in ServiceClass:
             lane = self._dispatcher.lanes.lane(service_class)
             requests.add_metric([service_class.label], len(lane))
             tokens.add_metric([service_class.label], lane.token_count)
+            byte_counts.add_metric([service_class.label], lane.byte_count)
         drain = GaugeMetricFamily("tidegate_drain_rate", "Requests per second while something waits; 0 when not known.")
         drain.add_metric([], self._dispatcher.drain.rate(self._clock()) or 0.0)
         size = GaugeMetricFamily(
             "inference_extension_flow_control_queue_size", "Alias: requests that wait in all lanes."
         )
         size.add_metric([], len(self._dispatcher.lanes))
-        yield from (requests, tokens, drain, size)
+        yield from (requests, tokens, byte_counts, drain, size)
 
     def _replicas(self) -> Iterator[Metric]:
         now = self._clock()

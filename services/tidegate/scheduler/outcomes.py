@@ -25,7 +25,9 @@ class Outcome(enum.Enum):
     ABANDONED = "abandoned"
 
 
-REQUESTS = Counter("tidegate_requests", "Requests, by outcome of the scheduling.", ["outcome", "class", "reason"])
+REQUESTS = Counter(
+    "tidegate_scheduled_requests", "Requests, by outcome of the scheduling.", ["outcome", "class", "reason"]
+)
 QUEUE_WAIT = Histogram(
     "tidegate_queue_wait_seconds", "From a request's place in a lane to its credit.", ["class"], buckets=REQUEST_BUCKETS
 )

@@ -19,7 +19,7 @@ from tidegate.scheduler.placement import Placement
 from tidegate.scheduler.preprocess_client import Prepared, PreprocessClient
 from tidegate.scheduler.queue import Queue
 from tidegate.scheduler.request import Request, ServiceClass
-from tidegate.v1 import preprocess_pb2
+from tidegate.v1 import preprocess_pb2, tensor_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ class Pipeline:
         self._cache = cache
         self._outcomes = outcomes
         self._clock = clock
-        self._default_deadline_seconds = {
+        self.body_wait_seconds = settings.body_wait_seconds
+        self._longest_wait_seconds = {
             ServiceClass.REALTIME: settings.realtime_deadline_seconds,
             ServiceClass.STANDARD: settings.standard_deadline_seconds,
             ServiceClass.BATCH: settings.batch_deadline_seconds,
@@ -82,14 +83,21 @@ class Pipeline:
             return longest
         return min(longest, max(0.0, request.deadline - self._clock()) + self._settings.tick_seconds + 1.0)
 
-    async def decide(self, request: Request, body: bytes) -> Decision:
-        """Takes a request with its body through all steps, however long it waits."""
+    async def prepare(self, request: Request, body: bytes) -> bool:
+        """Learns from the body all that the request's placement needs; False where Envoy is to balance it by itself.
+
+        Apart from `place`, so that a request that waits keeps no copy of its body here: Envoy has it.
+        """
         request.body_arrived_at = self._clock()
         kind, message = body_kind(request), message_of(request, body)
         if kind is None or message is None:
-            return PASS_THROUGH
+            return False
         await self._prepare(request, kind, message)
         self._set_deadline(request)
+        return True
+
+    async def place(self, request: Request) -> Decision:
+        """Decides about a prepared request, however long it waits."""
         if await self._cache.knows(request.answer_key, request.tenant):
             return self._replay(request)
         self._admit(request)
@@ -100,6 +108,11 @@ class Pipeline:
         """Takes back a decision that did not reach Envoy."""
         if decision.placement is not None:
             self._queue.put_back(decision.placement)
+
+    def release(self, request: Request) -> None:
+        """Gives the tokens of a request back that reaches no replica."""
+        if request.tokens is not None:
+            self._preprocess.release(request.tokens)
 
     def conditions(self) -> Conditions:
         """The moment, as admission sees it."""
@@ -116,7 +129,11 @@ class Pipeline:
     async def _prepare(self, request: Request, kind: preprocess_pb2.BodyKind.ValueType, message: bytes) -> None:
         request.body_byte_count = len(message)
         prepared = await self._preprocess.prepare(
-            kind, message, request.tenant, can_dispatch=lambda: self._queue.dispatcher.can_dispatch(self._clock())
+            kind,
+            message,
+            request.tenant,
+            deadline=request.deadline,
+            can_dispatch=lambda: self._queue.dispatcher.can_dispatch(self._clock()),
         )
         expected = self._settings.expected_answer_token_count
         if prepared is None:
@@ -128,12 +145,15 @@ class Pipeline:
         request.answer_token_count = min(prepared.max_tokens, expected)
         request.service_class = request.named_class or _service_class(prepared)
         request.answer_key = prepared.answer_key
-        request.tensor_header = encode_tensor_header(prepared.tokens) if prepared.HasField("tokens") else ""
+        if prepared.HasField("tokens"):
+            # A copy, for a part of a message keeps the whole of it, and the hashes of a long prompt are many.
+            request.tokens = tensor_pb2.Tensor()
+            request.tokens.CopyFrom(prepared.tokens)
 
     def _set_deadline(self, request: Request) -> None:
         last = request.arrived_at + self._settings.longest_hold_seconds
         if request.deadline is None:
-            request.deadline = request.arrived_at + self._default_deadline_seconds[request.service_class]
+            request.deadline = request.arrived_at + self._longest_wait_seconds[request.service_class]
         request.deadline = min(request.deadline, last)
 
     def _admit(self, request: Request) -> None:
@@ -151,20 +171,20 @@ class Pipeline:
             (headers.CREDIT, placement.credit_id),
             *self._common_fields(request),
         ]
+        if request.tokens is not None:
+            fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
         return Decision(tuple(fields), placement=placement)
 
     def _common_fields(self, request: Request) -> list[tuple[str, str]]:
-        assert request.deadline is not None
-        left_ms = max(1, round((request.deadline - self._clock()) * 1000))
         fields = [
             (headers.SERVICE_CLASS, request.service_class.label),
-            (headers.TIMEOUT_MS, str(left_ms)),
             (headers.QUEUE_MS, f"{request.queue_seconds * 1000:.1f}"),
         ]
+        if request.client_deadline is not None:
+            left_ms = max(1, round((request.client_deadline - self._clock()) * 1000))
+            fields.append((headers.TIMEOUT_MS, str(left_ms)))
         if request.answer_key:
             fields.append((headers.ANSWER_KEY, request.answer_key.hex()))
-        if request.tensor_header:
-            fields.append((headers.TENSOR, request.tensor_header))
         return fields
 
 

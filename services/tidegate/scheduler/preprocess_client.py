@@ -2,28 +2,41 @@
 
 A prompt that is not prepared in time, or that comes while the stream is down, is None: the request goes on with an
 estimate, and the model service prepares the prompt itself. A request that would only wait elsewhere waits here a
-little longer: under a burst the work is then done once, and not again by the model services. All who wait learn of
-a broken stream at once.
+little longer, but never past its deadline: under a burst the work is then done once, and not again by the model
+services. All who wait learn of a broken stream at once. What preprocess gets wrong by itself counts as no answer.
+
+Tokens that no replica will read are given back over the same stream, at the next chance: best effort, for their
+leases run out by themselves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 import grpc
 import structlog
 
-from tidegate.common.errors import from_refusal
+from tidegate.common.errors import Reason, TidegateError, from_refusal
 from tidegate.scheduler.circuit import Circuit
-from tidegate.v1 import preprocess_pb2, preprocess_pb2_grpc
+from tidegate.v1 import errors_pb2, preprocess_pb2, preprocess_pb2_grpc, tensor_pb2
 
 log = structlog.get_logger()
 
 FIRST_BACKOFF_SECONDS: Final = 0.1
 LONGEST_BACKOFF_SECONDS: Final = 1.0
+
+RELEASE_LIMIT: Final = 16_384
+"""The most tokens that wait to be given back; of more, the oldest are left to their leases."""
+
+RELEASES_PER_MESSAGE: Final = 1_024
+"""As preprocess.proto promises."""
+
+FIRST_FAULT_STATUS: Final = 500
+"""The HTTP statuses from here on are the fault of a service, those below of the client."""
 
 Prepared = preprocess_pb2.PreparedPrompt
 _Answer = preprocess_pb2.PrepareResponse
@@ -56,6 +69,7 @@ class PreprocessClient:
         self._clock = clock
         self._pending: dict[str, _Pending] = {}
         self._outgoing: asyncio.Queue[preprocess_pb2.PrepareRequest] = asyncio.Queue(in_flight_limit)
+        self._releases: deque[tensor_pb2.SharedMemoryHandle] = deque(maxlen=RELEASE_LIMIT)
         self._next_id = 0
         self.is_connected = False
 
@@ -70,21 +84,28 @@ class PreprocessClient:
         return self._circuit.last_error
 
     async def prepare(
-        self, kind: preprocess_pb2.BodyKind.ValueType, body: bytes, tenant: str, *, can_dispatch: Callable[[], bool]
+        self,
+        kind: preprocess_pb2.BodyKind.ValueType,
+        body: bytes,
+        tenant: str,
+        *,
+        deadline: float | None,
+        can_dispatch: Callable[[], bool],
     ) -> Prepared | None:
-        """The prepared prompt, or None when there is none in time.
+        """The prepared prompt, or None when there is none in time, or preprocess failed at it.
 
         Args:
+            deadline: when it is too late for any answer; None: never.
             can_dispatch: whether the request would be dispatched now if it went on; asked when time is up.
 
         Raises:
-            TidegateError: the input is bad, and what is wrong with it.
+            TidegateError: the input is bad, and what is wrong with it; or DEADLINE_EXCEEDED.
         """
         if not self.is_reachable or len(self._pending) >= self._in_flight_limit or self._outgoing.full():
             return None
         self._next_id += 1
         request_id = str(self._next_id)
-        pending = _Pending(can_dispatch, patient_until=self._clock() + self._patience_seconds)
+        pending = _Pending(can_dispatch, deadline, since=self._clock())
         self._pending[request_id] = pending
         self._outgoing.put_nowait(
             preprocess_pb2.PrepareRequest(request_id=request_id, body_kind=kind, body=body, tenant=tenant)
@@ -100,6 +121,12 @@ class PreprocessClient:
         if response.HasField("error"):
             raise from_refusal(response.error)
         return response.prepared
+
+    def release(self, tokens: tensor_pb2.Tensor) -> None:
+        """Gives tokens back that nobody will read."""
+        if tokens.HasField("shared_memory"):
+            self._releases.append(tokens.shared_memory)
+            self._wake_writer()
 
     async def run(self) -> None:
         """Keeps the stream up until cancelled."""
@@ -120,6 +147,7 @@ class PreprocessClient:
         # Until it breaks the stream counts as up: one that does not come up breaks within milliseconds, and all who
         # wait learn of it then.
         self.is_connected = True
+        self._wake_writer()
         try:
             async for response in call:
                 self._receive(response)
@@ -143,38 +171,66 @@ class PreprocessClient:
     async def _write(self, call: grpc.aio.StreamStreamCall[preprocess_pb2.PrepareRequest, _Answer]) -> None:
         try:
             while True:
-                await call.write(await self._outgoing.get())
+                request = await self._outgoing.get()
+                count = min(len(self._releases), RELEASES_PER_MESSAGE)
+                request.releases.extend(self._releases.popleft() for _ in range(count))
+                await call.write(request)
+                del request
+                self._wake_writer()
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             # The reader of the same stream says why it ended.
             return
 
+    def _wake_writer(self) -> None:
+        """Sees to it that releases go with the next prompt, or without one."""
+        if self._releases and self.is_connected and self._outgoing.empty():
+            self._outgoing.put_nowait(preprocess_pb2.PrepareRequest())
+
     def _receive(self, response: _Answer) -> None:
+        pending = self._pending.get(response.request_id)
+        if response.HasField("error") and _is_fault(response.error):
+            self._circuit.fail(response.error.message, self._clock())
+            if pending is not None:
+                pending.set(None)
+            return
         if self._circuit.last_error:
             log.info("preprocess_answers")
         self._circuit.succeed()
-        pending = self._pending.get(response.request_id)
-        if pending is not None:
+        if pending is not None and not pending.answer.done():
             pending.set(response)
+        elif response.HasField("prepared"):
+            self.release(response.prepared.tokens)
 
     def _set_timer(self, pending: _Pending) -> None:
-        pending.timer = asyncio.get_running_loop().call_later(self._timeout_seconds, self._time_out, pending)
+        seconds = self._timeout_seconds
+        if pending.deadline is not None:
+            seconds = min(seconds, max(0.0, pending.deadline - self._clock()))
+        pending.timer = asyncio.get_running_loop().call_later(seconds, self._time_out, pending)
 
     def _time_out(self, pending: _Pending) -> None:
         now = self._clock()
-        if now < pending.patient_until and not pending.can_dispatch():
+        waited_seconds = now - pending.since
+        is_late = pending.deadline is not None and now >= pending.deadline
+        if not is_late and waited_seconds < self._patience_seconds and not pending.can_dispatch():
             self._set_timer(pending)
             return
-        self._circuit.fail("no answer in time", now)
-        pending.set(None)
+        if waited_seconds >= self._timeout_seconds:
+            self._circuit.fail("no answer in time", now)
+        if is_late:
+            message = f"The deadline passed after {waited_seconds:.1f} s in the preparation of the prompt"
+            pending.fail(TidegateError(Reason.DEADLINE_EXCEEDED, message))
+        else:
+            pending.set(None)
 
 
 class _Pending:
     """A prompt that was sent and not answered."""
 
-    def __init__(self, can_dispatch: Callable[[], bool], *, patient_until: float) -> None:
+    def __init__(self, can_dispatch: Callable[[], bool], deadline: float | None, *, since: float) -> None:
         self.answer: asyncio.Future[_Answer | None] = asyncio.get_running_loop().create_future()
         self.can_dispatch = can_dispatch
-        self.patient_until = patient_until
+        self.deadline = deadline
+        self.since = since
         self.timer: asyncio.TimerHandle | None = None
 
     def set(self, value: _Answer | None) -> None:
@@ -182,7 +238,17 @@ class _Pending:
         if not self.answer.done():
             self.answer.set_result(value)
 
+    def fail(self, error: TidegateError) -> None:
+        """Refuses, if nobody has answered."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
     def end(self) -> None:
         """Stops the clock."""
         if self.timer is not None:
             self.timer.cancel()
+
+
+def _is_fault(refusal: errors_pb2.Refusal) -> bool:
+    """Whether a refusal says nothing about the request: the model service may well prepare the prompt."""
+    return from_refusal(refusal).surface.http_status >= FIRST_FAULT_STATUS

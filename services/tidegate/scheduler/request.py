@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tidegate.common import headers
+from tidegate.v1 import tensor_pb2
 
 
 class ServiceClass(enum.IntEnum):
@@ -38,8 +39,9 @@ _GRPC_TIMEOUT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u"
 class Request:
     """One request.
 
-    `deadline` is absent until the client or the class has given one. `named_class` is the class that the mesh
-    itself wrote into the headers; it wins over what the body asks for.
+    `client_deadline` is when the client gives up, absent where it did not say. `deadline` is when the scheduler
+    does: the client's, or a bound of the class on the wait alone, absent until that is known. `named_class` is the
+    class that the mesh itself wrote into the headers; it wins over what the body asks for.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class Request:
     is_encoded: bool
     tenant: str
     arrived_at: float
+    client_deadline: float | None = None
     deadline: float | None = None
     body_arrived_at: float | None = None
     named_class: ServiceClass | None = None
@@ -56,7 +59,7 @@ class Request:
     prompt_token_count: int = 0
     answer_token_count: int = 0
     answer_key: bytes = b""
-    tensor_header: str = ""
+    tokens: tensor_pb2.Tensor | None = None
     queue_seconds: float = 0.0
 
     @property
@@ -73,6 +76,7 @@ class Request:
 def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
     """The request that these headers announce (names in lower case)."""
     timeout_seconds = parse_grpc_timeout(fields.get("grpc-timeout", ""))
+    deadline = None if timeout_seconds is None else now + timeout_seconds - _margin_seconds(timeout_seconds)
     return Request(
         request_id=fields.get(headers.REQUEST_ID, ""),
         path=fields.get(":path", "").partition("?")[0],
@@ -80,7 +84,8 @@ def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
         is_encoded=fields.get("content-encoding", "identity") != "identity",
         tenant=fields.get(headers.TENANT, headers.DEFAULT_TENANT),
         arrived_at=now,
-        deadline=None if timeout_seconds is None else now + timeout_seconds - _margin_seconds(timeout_seconds),
+        client_deadline=deadline,
+        deadline=deadline,
         named_class=CLASSES_BY_LABEL.get(fields.get(headers.SERVICE_CLASS, "")),
     )
 

@@ -18,7 +18,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
 
 from tidegate.common import headers
-from tidegate.common.errors import TidegateError
+from tidegate.common.errors import Reason, TidegateError
 from tidegate.scheduler import envoy_messages
 from tidegate.scheduler.outcomes import Outcome, Outcomes
 from tidegate.scheduler.pipeline import PASS_THROUGH, Decision, Pipeline
@@ -72,13 +72,18 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
             outcome = Outcome.PASSED_THROUGH
         finally:
             self._outcomes.end(request, outcome, self._clock(), refusal)
+            if outcome is not Outcome.DISPATCHED:
+                self._pipeline.release(request)
 
     async def _answer(self, request: Request, exchange: _Exchange) -> Outcome:
         self._pipeline.admit_headers(request)
-        body = await exchange.body()
+        body = await exchange.body(self._pipeline.body_wait_seconds)
         await exchange.write(envoy_messages.hold(self._pipeline.hold_seconds(request)))
         with exchange.watched():
-            decision = await self._pipeline.decide(request, body)
+            is_ours = await self._pipeline.prepare(request, body)
+            # From here on Envoy alone keeps the body: thousands of them may wait.
+            del body
+            decision = await self._pipeline.place(request) if is_ours else PASS_THROUGH
         await self._tell(decision, exchange)
         return _outcome(decision)
 
@@ -103,12 +108,21 @@ class _Exchange:
         self._is_watched = False
         self._has_ended = False
 
-    async def body(self) -> bytes:
-        """The request's body, after its headers were let go on; empty where the headers are all there is."""
+    async def body(self, wait_seconds: float) -> bytes:
+        """The request's body, after its headers were let go on; empty where the headers are all there is.
+
+        Raises:
+            TidegateError: INVALID_HTTP, the body was not there in time.
+        """
         if self.in_headers:
             return b""
         await self.write(envoy_messages.CONTINUE_HEADERS)
-        message = await self._context.read()
+        try:
+            async with asyncio.timeout(wait_seconds):
+                message = await self._context.read()
+        except TimeoutError:
+            text = f"The body did not arrive within {wait_seconds:g} s"
+            raise TidegateError(Reason.INVALID_HTTP, text) from None
         if message is grpc.aio.EOF or not message.HasField("request_body"):
             raise _ClientLeft
         return bytes(message.request_body.body)

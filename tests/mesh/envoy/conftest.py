@@ -79,6 +79,8 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
                 await abort(context, self.refuse_with)
             match order["do"]:
                 case "report":
+                    load = orca_load_report_pb2.OrcaLoadReport(application_utilization=self.utilization)
+                    context.set_trailing_metadata((("endpoint-load-metrics-bin", load.SerializeToString()),))
                     yield json.dumps({"name": self.name, "headers": self.seen[-1], "bytes": len(text)})
                 case "refuse":
                     error = TidegateError(

@@ -23,6 +23,9 @@ from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 CHAT = "/v1/chat/completions"
 ORIGIN = "https://chat.example"
+STAINLESS = (
+    "lang", "package-version", "os", "arch", "runtime", "runtime-version", "retry-count", "timeout", "helper-method",
+)  # fmt: skip
 
 
 def make_certificate(directory: Path) -> tuple[Path, Path]:
@@ -156,6 +159,21 @@ async def test_tls_carries_http1_http2_and_grpc(mesh):
     async with grpc.aio.secure_channel(address, credentials) as channel:
         call = inference_pb2_grpc.InferenceStub(channel).Generate(inference_pb2.GenerateRequest(text="hi"))
         assert json.loads((await call.read()).delta.text)["bytes"] == 2
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_openais_client_may_send_its_headers_from_a_browser_and_read_ours(mesh):
+    asked = [f"x-stainless-{name}" for name in STAINLESS] + ["x-client-request-id", "authorization", "content-type"]
+    read = {"x-request-id", "retry-after", "retry-after-ms", "x-should-retry", "x-tidegate-reason", "x-tidegate-cache"}
+    context = ssl.create_default_context(cafile=mesh.settings.tls_certificate_file)
+    async with httpx.AsyncClient(base_url=mesh.url.replace("http:", "https:"), verify=context) as client:
+        asks = {"origin": ORIGIN, "access-control-request-method": "POST"}
+        asks["access-control-request-headers"] = ",".join(asked)
+        preflight = await client.options(CHAT, headers=asks)
+        response = await client.post(CHAT, json={"prompt": "hello"}, headers={"origin": ORIGIN})
+    assert set(asked) <= set(preflight.headers["access-control-allow-headers"].split(", "))
+    exposed = set(response.headers["access-control-expose-headers"].split(", "))
+    assert read | {"openai-processing-ms"} <= exposed
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -239,6 +239,15 @@ async def test_nothing_of_the_inside_shows_in_a_response(mesh, client):
     assert shown == {"x-request-id"}
 
 
+async def test_a_replicas_load_shows_in_no_response(mesh, client, stub):
+    call = stub.Generate(inference_pb2.GenerateRequest(text="hi"))
+    assert len(await texts(call)) == 1
+    assert "endpoint-load-metrics-bin" not in dict(await call.trailing_metadata())
+    web = grpc_web_frame(inference_pb2.GenerateRequest(text="hello").SerializeToString())
+    kind = {"content-type": "application/grpc-web+proto"}
+    assert b"endpoint-load-metrics" not in (await client.post(GENERATE, content=web, headers=kind)).content
+
+
 async def test_browsers_of_other_origins_are_told_nothing(mesh, client):
     asks = {"origin": "https://elsewhere.example", "access-control-request-method": "POST"}
     response = await client.options(CHAT, headers=asks)

@@ -12,6 +12,8 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tidegate.common.errors import Reason
+from tidegate.model.remote_errors import from_rpc_error
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -140,3 +142,33 @@ async def test_grpc_clients_over_their_rate_get_retry_info(mesh):
     assert status.details[1].Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() == 500
     assert metadata["grpc-retry-pushback-ms"] == "500"
+
+
+async def generate_in_mesh(stub, tenant: str, **more: str) -> None:
+    metadata = (("x-tidegate-tenant", tenant), *((f"x-tidegate-{name}", value) for name, value in more.items()))
+    await stub.Generate(inference_pb2.GenerateRequest(text="hi"), metadata=metadata, timeout=5).read()
+
+
+async def test_the_prompts_of_a_stream_have_their_tenants_rate_at_the_mesh_listener(mesh):
+    async with grpc.aio.insecure_channel(mesh.mesh) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        for _ in range(BURST):
+            await generate_in_mesh(stub, "hooli")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            for _ in range(BURST):
+                await generate_in_mesh(stub, "hooli")
+        # Another tenant is not disturbed, nor a stream of the same one that goes on at another replica.
+        await generate_in_mesh(stub, "pied-piper")
+        for _ in range(BURST + 3):
+            await generate_in_mesh(stub, "hooli", replica=mesh.replicas[0].address)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    error = from_rpc_error(caught.value)
+    assert (error.reason, error.retry_after_seconds) == (Reason.RATE_LIMIT_EXCEEDED, 0.5)
+    assert len(mesh.scheduler.seen) <= BURST + 3
+
+
+async def test_services_that_no_client_reaches_have_no_rate(mesh):
+    async with grpc.aio.insecure_channel(mesh.mesh) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        for _ in range(BURST * 3):
+            await stub.Models(inference_pb2.ModelsRequest(), metadata=(("x-tidegate-tenant", "hooli"),), timeout=5)

@@ -6,6 +6,7 @@ import pytest
 
 from tidegate.cache.answers import answer_id, replay_events, why_not_kept
 from tidegate.common.errors import Reason, TidegateError
+from tidegate.model.records import AnswerCollector
 from tidegate.v1 import cache_pb2, inference_pb2
 
 
@@ -56,6 +57,23 @@ def test_a_key_of_another_length_is_refused(size: int) -> None:
 
 def test_an_absent_tenant_is_the_default_one() -> None:
     assert answer_id(bytes(32), "") == answer_id(bytes(32), "default")
+
+
+def test_what_the_model_service_records_says_how_much_of_the_prompt_was_left_out() -> None:
+    collector = AnswerCollector(bytes(32), "a")
+    started = inference_pb2.Started(model="m", prompt_token_count=7, truncated_token_count=12)
+    finished = inference_pb2.Finished(reason=inference_pb2.FINISH_REASON_STOP)
+    assert collector.add(inference_pb2.GenerateEvent(started=started)) is None
+    record = collector.add(inference_pb2.GenerateEvent(finished=finished))
+    assert record is not None
+    assert record.answer.truncated_token_count == 12
+
+
+def test_a_replay_says_how_much_of_the_prompt_was_left_out() -> None:
+    answer = finished_answer()
+    answer.truncated_token_count = 12
+    started = next(replay_events(answer, "new", elapsed_seconds=0.0)).started
+    assert started.truncated_token_count == 12
 
 
 def test_a_replay_is_the_recorded_answer_under_the_new_id() -> None:

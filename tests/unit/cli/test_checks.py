@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tidegate.cli.checks import GIBIBYTE, MEBIBYTE, check_machine, failures
+from tidegate.cli.checks import GIBIBYTE, MEBIBYTE, check_machine, failures, summary
 from tidegate.cli.machine import Machine
 
 GOOD = Machine(
@@ -57,3 +57,17 @@ def test_few_open_files_are_a_warning_only():
     checks = judge(open_file_limit=1024)
     assert [check.name for check in checks if check.outcome == "warning"] == ["open files"]
     assert failures(checks) == []
+
+
+def test_memory_is_asked_for_by_the_size_of_another_model():
+    machine = msgspec.structs.replace(GOOD, memory_available_bytes=10 * GIBIBYTE)
+    arguments = {"replica_count": 1, "arena_bytes": MEBIBYTE}
+    assert failures(check_machine(machine, **arguments, model_bytes=3 * GIBIBYTE)) == []
+    (check,) = failures(check_machine(machine, **arguments, model_bytes=4 * GIBIBYTE))
+    assert check.reason == "10 GiB available, 12 GiB needed for 1 replica"
+
+
+def test_the_summary_counts_what_fails():
+    assert summary(judge()) == "all checks hold"
+    assert summary(judge(libpython="")) == "1 check fails"
+    assert summary(judge(libpython="", system="Darwin")) == "2 checks fail"

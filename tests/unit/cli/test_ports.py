@@ -60,3 +60,31 @@ def test_a_taken_port_is_told_in_one_line_with_its_flag(taken_port):
 def test_a_pair_that_makes_no_sense_is_refused(pair):
     with pytest.raises(ports.PortError, match="must be NAME=PORT"):
         ports.parse_given([pair])
+
+
+@pytest.mark.parametrize("count", [9, 32, 64])
+def test_many_replicas_move_on_past_ports_that_are_given_already(count):
+    numbers = ports.assign(count, given={}, auto=False)
+    assert len(set(numbers.values())) == len(numbers)
+    assert numbers == ports.assign(count, given={}, auto=False)
+    assert (numbers["triton-8"], numbers["triton-8-metrics"]) == (8082, 8083)
+
+
+def test_a_replica_moves_on_past_a_port_of_the_command_line():
+    numbers = ports.assign(1, given={"ingress": 8001}, auto=False)
+    assert (numbers["triton-0"], numbers["triton-0-metrics"]) == (8002, 8003)
+
+
+@pytest.mark.parametrize(
+    ("host", "listening", "asked"),
+    [
+        ("127.0.0.1", "127.0.0.1:80", "127.0.0.1:80"),
+        ("0.0.0.0", "0.0.0.0:80", "127.0.0.1:80"),
+        ("::1", "[::1]:80", "[::1]:80"),
+        ("::", "[::]:80", "[::1]:80"),
+        ("10.0.0.0", "10.0.0.0:80", "10.0.0.0:80"),
+    ],
+)
+def test_what_listens_everywhere_is_asked_on_loopback(host, listening, asked):
+    assert ports.address(host, 80) == listening
+    assert ports.reachable(listening) == asked

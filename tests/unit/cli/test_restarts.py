@@ -51,3 +51,7 @@ def test_one_that_was_ready_is_never_given_up():
 )
 def test_an_exit_is_told_in_words(exit_code, words):
     assert describe_exit(exit_code) == words
+
+
+def test_a_process_that_crashes_without_end_is_started_again_without_end():
+    assert delays(RestartPolicy(), 600)[-1] == LONGEST_DELAY_SECONDS

@@ -22,7 +22,7 @@ class Heard:
     """Keeps what the supervisor tells."""
 
     def __init__(self):
-        self.ready, self.exits, self.given_up = [], [], []
+        self.ready, self.exits, self.given_up, self.broken = [], [], [], []
 
     def became_ready(self, name, seconds, restart_count):
         self.ready.append((name, restart_count))
@@ -32,6 +32,9 @@ class Heard:
 
     def gave_up(self, name, how, reason, tail):
         self.given_up.append((name, how, reason, tail))
+
+    def broke(self, what, error):
+        self.broken.append((what, str(error)))
 
 
 def program(code, *, name="p", ready=True, is_whole=None):
@@ -146,6 +149,7 @@ class Silent:
     def became_ready(self, name, seconds, restart_count): print("ready", flush=True)
     def exited(self, *arguments): pass
     def gave_up(self, *arguments): pass
+    def broke(self, *arguments): pass
 
 async def ready(): return True
 
@@ -183,3 +187,26 @@ def test_a_log_that_is_too_long_begins_anew_and_keeps_what_was_written(tmp_path)
         writer.write(b"after")
     assert log.read_bytes() == b"after"
     assert (tmp_path / "p.log.1").read_bytes() == b"a" * 100
+
+
+async def test_a_failure_of_the_supervisor_itself_is_told_and_stops_the_mesh(run, monkeypatch):
+    def broken(path, longest_bytes):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(supervisor, "LOG_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor, "bound_log", broken)
+    watched, heard, _ = run(program(SLEEP))
+    await until(watched.failed.is_set)
+    assert heard.broken == [("bounding the logs", "no space left")]
+
+
+async def test_a_process_that_is_kept_running_no_more_is_told_and_stops_the_mesh(run, monkeypatch):
+    def broken(path, count):
+        raise ArithmeticError("too far")
+
+    monkeypatch.setattr(supervisor, "last_lines", broken)
+    watched, heard, mesh = run(program(SLEEP))
+    await until(lambda: heard.ready)
+    os.kill(mesh.processes[0].pid, signal.SIGKILL)
+    await until(watched.failed.is_set)
+    assert heard.broken == [("keeping p running", "too far")]

@@ -127,3 +127,12 @@ def test_only_live_stubs_among_a_servers_children_count(tmp_path):
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert triton_runtime.stub_process_ids(os.getpid()) == []
     child.wait()
+
+
+def test_a_file_of_the_backend_that_changed_and_kept_its_size_is_copied_again(tmp_path):
+    python = installation(tmp_path)
+    copied = prepare_backend(tmp_path / "backends", python) / "python" / "libtriton_python.so"
+    (source,) = tmp_path.glob("site-packages/pytriton/tritonserver/backends/python/libtriton_python.so")
+    source.write_text(source.read_text().swapcase())
+    prepare_backend(tmp_path / "backends", python)
+    assert copied.read_text() == source.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,12 +13,14 @@ from google.rpc import error_details_pb2, status_pb2
 
 from tidegate.common.errors import (
     ERROR_DOMAIN,
+    LONGEST_MESSAGE_BYTES,
     SURFACES,
     Reason,
     TidegateError,
     abort,
     from_refusal,
     from_status,
+    grpc_message,
     openai_body,
     openai_json,
     retry_headers,
@@ -81,6 +84,27 @@ def test_the_openai_json_fits_a_header_whatever_the_message_has() -> None:
     text = openai_json(TidegateError(Reason.INVALID_VALUE, "line\nbreak, \u00e9, \u2028, \U0001f600", field="x\r\ny"))
     assert text.isascii() and text.isprintable()
     assert json.loads(text)["error"]["param"] == "x\r\ny"
+
+
+@pytest.mark.parametrize("letter", ["x", "\u00e9", "\u20ac", "\U0001f600", "%", '"'])
+def test_a_huge_message_and_field_are_cut_so_that_the_metadata_stays_within_a_peers_bound(letter: str) -> None:
+    error = TidegateError(Reason.UNKNOWN_PARAMETER, letter * 100_000, field=letter * 100_000)
+    assert error.message.endswith("\u2026") and error.message.startswith(letter)
+    told = {to_status(error).message, to_refusal(error).message, json.loads(openai_json(error))["error"]["message"]}
+    assert told == {error.message}
+    assert len(error.message.encode()) <= LONGEST_MESSAGE_BYTES
+    metadata = [("grpc-message", grpc_message(error)), *trailing_metadata(error)]
+    texts = [base64.b64encode(value) if isinstance(value, bytes) else value for _, value in metadata]
+    assert sum(len(name) + len(text) + 32 for (name, _), text in zip(metadata, texts, strict=True)) < 8_192
+
+
+def test_a_message_at_the_bound_is_whole() -> None:
+    message = "x" * LONGEST_MESSAGE_BYTES
+    assert TidegateError(Reason.INVALID_VALUE, message).message == message
+
+
+def test_half_a_character_does_not_reach_a_status_that_cannot_carry_it() -> None:
+    assert TidegateError(Reason.INVALID_VALUE, "no: \ud83d").message == "no: ?"
 
 
 def test_what_cannot_help_says_do_not_retry() -> None:

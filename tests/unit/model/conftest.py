@@ -53,6 +53,7 @@ class FakeTriton:
         self.latest_load: EngineLoad | None = None
         self.on_load: list[Callable[[EngineLoad], None]] = []
         self.on_ready: list[Callable[[bool], None]] = []
+        self.on_fault: list[Callable[[BaseException], None]] = []
         self.requests: list[EngineRequest] = []
         self.live: set[str] = set()
         self.cancelled: list[str] = []
@@ -126,11 +127,18 @@ def fake_triton():
 
 @pytest.fixture
 def start_service(byte_model):
-    """Starts model services on free ports: `async with start_service(triton, **settings) as service`."""
+    """Starts model services on free ports: `async with start_service(triton, **settings) as service`.
+
+    `before_start` gets the service before it runs; `on_fault` is told of the faults of its parts.
+    """
 
     @asynccontextmanager
     async def start(
-        triton: FakeTriton, mesh_address: str = "127.0.0.1:1", **changes: object
+        triton: FakeTriton,
+        mesh_address: str = "127.0.0.1:1",
+        before_start: Callable[[ModelService], None] = lambda service: None,
+        on_fault: Callable[[BaseException], None] = lambda fault: None,
+        **changes: object,
     ) -> AsyncIterator[ModelService]:
         settings = Settings(
             **{
@@ -145,7 +153,8 @@ def start_service(byte_model):
             }
         )
         mesh = open_channel(mesh_address)
-        service = ModelService(settings, byte_model, triton, mesh, registry=CollectorRegistry())
+        service = ModelService(settings, byte_model, triton, mesh, registry=CollectorRegistry(), on_fault=on_fault)
+        before_start(service)
         await service.start()
         try:
             yield service

@@ -131,6 +131,8 @@ async def test_metrics_have_the_public_names(start_service, fake_triton, channel
         'vllm:generation_tokens_total{engine="0",model_name="bytes"} 4.0',
         'vllm:prompt_tokens_total{engine="0",model_name="bytes"} 5.0',
         'vllm:request_success_total{engine="0",finished_reason="stop",model_name="bytes"} 1.0',
+        'vllm:prefix_cache_queries_total{engine="0",model_name="bytes"} 0.0',
+        'vllm:prefix_cache_hits_total{engine="0",model_name="bytes"} 0.0',
         'vllm:inter_token_latency_seconds_count{engine="0",model_name="bytes"} 3.0',
         'vllm:time_to_first_token_seconds_count{engine="0",model_name="bytes"} 1.0',
         'tidegate_requests_total{outcome="completed",reason=""} 1.0',
@@ -138,7 +140,7 @@ async def test_metrics_have_the_public_names(start_service, fake_triton, channel
     ):
         assert line in page
     assert 'gen_ai_server_request_duration_seconds_count{error_type=""' in page
-    assert 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="128"} 1.0' in page
+    assert 'vllm:cache_config_info{block_size="16",engine="0",model_name="bytes",num_gpu_blocks="128"} 1.0' in page
 
 
 def test_an_average_forgets_with_its_half_life():
@@ -211,12 +213,26 @@ def test_headers_that_make_no_sense_are_as_if_absent():
     assert call == CallHeaders()
 
 
-def test_the_deadline_is_the_least_of_all_and_keeps_a_margin_of_grpcs():
-    assert time_allowed_seconds(CallHeaders(), None, 600.0) == 600.0
-    assert time_allowed_seconds(CallHeaders(timeout_seconds=2.0), 30.0, 600.0) == 2.0
-    assert time_allowed_seconds(CallHeaders(), 10.0, 600.0) == pytest.approx(9.98)
-    assert time_allowed_seconds(CallHeaders(), 0.1, 600.0) == pytest.approx(0.095)
-    assert time_allowed_seconds(CallHeaders(), -1.0, 600.0) == 0.0
+def allowed(call: CallHeaders, grpc_remaining_seconds: float | None) -> float:
+    return time_allowed_seconds(call, grpc_remaining_seconds, default_seconds=600.0, longest_seconds=7200.0)
+
+
+def test_the_deadline_is_the_least_of_those_given_and_keeps_a_margin_of_grpcs():
+    assert allowed(CallHeaders(timeout_seconds=2.0), 30.0) == 2.0
+    assert allowed(CallHeaders(), 10.0) == pytest.approx(9.98)
+    assert allowed(CallHeaders(), 0.1) == pytest.approx(0.095)
+    assert allowed(CallHeaders(), -1.0) == 0.0
+
+
+def test_the_default_deadline_is_for_a_call_that_has_none_and_bounds_no_other():
+    assert allowed(CallHeaders(), None) == 600.0
+    assert allowed(CallHeaders(timeout_seconds=1800.0), None) == 1800.0
+    assert allowed(CallHeaders(), 1800.0) == pytest.approx(1799.98)
+
+
+def test_no_deadline_is_above_the_longest():
+    assert allowed(CallHeaders(timeout_seconds=9000.0), None) == 7200.0
+    assert allowed(CallHeaders(), 9000.0) == 7200.0
 
 
 def test_peers_are_the_other_endpoints_of_the_file(tmp_path):

@@ -7,6 +7,8 @@ import asyncio
 import grpc
 import pytest
 
+from tidegate.common.errors import Reason, TidegateError
+from tidegate.model.many import ManyAnswers
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -111,3 +113,66 @@ async def test_a_client_that_leaves_ends_all_of_its_answers(start_pair, fake_tri
             while triton.live or pair.back.slots.ledger.running_count:
                 await asyncio.sleep(0.005)
     assert len(triton.cancelled) == len(triton.requests)
+
+
+class EventStub:
+    """Answers each Generate with some events."""
+
+    class Generate:
+        def __init__(self, request, metadata, timeout) -> None:
+            self.events = [inference_pb2.GenerateEvent(delta=inference_pb2.Delta(text="a")) for _ in range(3)]
+
+        async def __aiter__(self):
+            for event in self.events:
+                await asyncio.sleep(0)
+                yield event
+
+        def cancel(self) -> None:
+            self.events = []
+
+
+async def prompts():
+    for number in range(3):
+        yield prompt(f"r{number}")
+
+
+def many(write, write_seconds: float = 5.0) -> ManyAnswers:
+    return ManyAnswers(
+        EventStub, write, limit=2, write_seconds=write_seconds, metadata=(), remaining_seconds=lambda: None
+    )
+
+
+async def test_a_client_that_left_ends_the_stream_without_a_fault():
+    async def write(event) -> None:
+        raise grpc.aio.UsageError("RPC already finished.")
+
+    async with asyncio.timeout(2):
+        await many(write).run(prompts())
+
+
+async def test_a_client_that_stops_reading_is_ended_after_the_bound():
+    async def write(event) -> None:
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(2):
+        with pytest.raises(TidegateError) as caught:
+            await many(write, write_seconds=0.05).run(prompts())
+    assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+
+
+async def test_a_client_that_stops_reading_loses_its_answers(start_pair, fake_triton):
+    triton = fake_triton("0123456789" * 400, slots=8)
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+    async with (
+        start_pair(triton, fake_triton(""), many_write_seconds=0.2) as pair,
+        grpc.aio.insecure_channel(f"127.0.0.1:{pair.front.server.port}", options=options) as channel,
+    ):
+        call = inference_pb2_grpc.InferenceStub(channel).GenerateMany()
+        await call.write(prompt("r", logprobs=20))
+        await call.read()
+        await asyncio.sleep(1.0)
+        async with asyncio.timeout(5):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while (event := await call.read()) is not grpc.aio.EOF:
+                    assert not event.HasField("finished")
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

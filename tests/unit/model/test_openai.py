@@ -37,6 +37,15 @@ async def test_a_stream_is_server_sent_events_whose_first_message_has_the_type(s
     assert int(headers["openai-processing-ms"]) >= 0
 
 
+async def test_the_processing_time_has_the_schedulers_queue_in_it(start_service, fake_triton, channel_to):
+    async with start_service(fake_triton("a")) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        call = stub.ChatCompletions(body(), metadata=(("x-tidegate-queue-ms", "5000"),))
+        await collect(call)
+        headers = dict(await call.initial_metadata())
+    assert int(headers["openai-processing-ms"]) >= 5000
+
+
 async def test_without_stream_it_is_one_json_object(start_service, fake_triton, channel_to):
     async with start_service(fake_triton("Grüße")) as service:
         call = inference_pb2_grpc.InferenceStub(channel_to(service)).ChatCompletions(body())

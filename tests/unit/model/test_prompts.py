@@ -103,6 +103,26 @@ async def test_an_unknown_model_is_not_answered_from_a_handle(byte_model, arena)
     assert caught.value.reason is Reason.MODEL_NOT_FOUND
 
 
+@pytest.mark.parametrize(
+    ("token_count", "fields"),
+    [
+        (2, {"truncation": inference_pb2.TRUNCATION_POLICY_DROP_OLDEST}),
+        (2, {"resume": {"token_ids": [97]}}),
+        (4096, {}),
+    ],
+)
+async def test_a_handle_that_is_not_used_is_released_at_once(byte_model, arena, token_count, fields):
+    held = await hold(source(byte_model, arena.region), encode_tensor_header(write(arena, [1] * token_count)), **fields)
+    assert held.handle is None
+    assert arena.usage(time.monotonic()).lease_count == 0
+
+
+async def test_a_handle_whose_request_is_refused_is_released_too(byte_model, arena):
+    with pytest.raises(TidegateError):
+        await hold(source(byte_model, arena.region), encode_tensor_header(write(arena, [1])), model="other")
+    assert arena.usage(time.monotonic()).lease_count == 0
+
+
 async def test_memory_that_was_replaced_is_not_taken_for_what_triton_has(byte_model, arena):
     prompts = source(byte_model, arena.region)
     told: list[str] = []
@@ -159,3 +179,47 @@ async def test_a_broken_stream_takes_its_prompt_out_of_the_arena_to_go_on(
         text = "".join([event.delta.text async for event in call])
     assert text == "abc"
     assert triton.prompt_of(1) == [7, 8, *b"ab"]
+
+
+async def test_a_broken_stream_whose_lease_was_lost_prepares_its_prompt_again(
+    start_service, fake_triton, channel_to, arena
+):
+    triton = fake_triton("abc", break_after=2, pace=0.05)
+    async with start_service(triton, arena_region=arena.region, resume_backoff_seconds=0.02) as service:
+        async with asyncio.timeout(2):
+            while not triton.registered:
+                await asyncio.sleep(0.01)
+        tensor = write(arena, list(b"hello"))
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        metadata = (("x-tidegate-tensor", encode_tensor_header(tensor)),)
+        call = stub.Generate(inference_pb2.GenerateRequest(text="hello"), metadata=metadata)
+        events = []
+        async for event in call:
+            events.append(event)
+            arena.release(tensor.shared_memory)
+    assert "".join(event.delta.text for event in events) == "abc"
+    assert isinstance(triton.requests[0].tokens, ArenaSlice)
+    assert triton.prompt_of(1) == list(b"helloab")
+
+
+async def test_a_prompt_whose_lease_was_lost_before_its_turn_is_not_read_from_the_arena(
+    start_service, fake_triton, channel_to, arena
+):
+    triton = fake_triton("abc", pace=0.1, slots=1)
+    async with start_service(triton, arena_region=arena.region) as service:
+        async with asyncio.timeout(2):
+            while not triton.registered:
+                await asyncio.sleep(0.01)
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        first = stub.Generate(inference_pb2.GenerateRequest(text="first"))
+        await first.read()
+        tensor = write(arena, list(b"hello"))
+        metadata = (("x-tidegate-tensor", encode_tensor_header(tensor)),)
+        second = stub.Generate(inference_pb2.GenerateRequest(text="hello"), metadata=metadata)
+        async with asyncio.timeout(2):
+            while not service.slots.ledger.waiting_count:
+                await asyncio.sleep(0.005)
+        arena.release(tensor.shared_memory)
+        first.cancel()
+        assert "".join([event.delta.text async for event in second]) == "abc"
+    assert triton.prompt_of(1) == list(b"hello")

@@ -34,6 +34,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.port = 0
         self.model_ready = True
         self.answers_load = True
+        self.hangs = False
         self.regions: dict[str, int] = {}
         self.existing_regions = {"tokens"}
         self.messages: list[service_pb2.ModelInferRequest] = []
@@ -64,6 +65,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.SystemSharedMemoryRegisterResponse()
 
     async def SystemSharedMemoryUnregister(self, request, context):
+        while self.hangs:
+            await asyncio.sleep(0.01)
         self.regions.pop(request.name, None)
         return service_pb2.SystemSharedMemoryUnregisterResponse()
 
@@ -310,6 +313,56 @@ async def test_a_server_that_hangs_counts_as_gone(fake):
         fake.answers_load = False
         with pytest.raises(TritonGone, match="silent"):
             await asyncio.wait_for(reading, 2)
+
+
+async def test_a_hang_is_found_as_soon_while_an_arena_cannot_be_mapped(fake):
+    async with connected(fake, heartbeat_seconds=0.05, silence_seconds=0.3) as client:
+        assert await client.wait_ready(5)
+        with pytest.raises(ArenaUnavailable):
+            await client.register_arena("none", 64)
+        reading = starts(client)
+        await fake.wait_for("generate")
+        fake.answers_load, fake.hangs = False, True
+        try:
+            with pytest.raises(TritonGone, match="silent"):
+                await asyncio.wait_for(reading, 1.5)
+        finally:
+            fake.hangs = False
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"engine_load": ("INT32", [1], b"\x01")},
+        {"engine_load": integers((1, 2))},
+        {"request_ids": texts(["x"]), "token_counts": integers([1, 2])},
+        {"request_ids": ("BYTES", [1], b"\x01\x00\x00\x00\xff"), "token_counts": integers([1])},
+    ],
+)
+async def test_a_response_that_cannot_be_read_is_a_lost_stream_and_the_client_comes_back(fake, client, arrays):
+    reading = starts(client)
+    await fake.wait_for("generate")
+    fake.answer(fake._subscription, arrays)
+    with pytest.raises(TritonGone, match="cannot be read"):
+        await asyncio.wait_for(reading, 2)
+    assert not client.ready
+    assert await client.wait_ready(5)
+
+
+async def test_a_fault_of_the_clients_own_is_told(fake):
+    client, faults = TritonClient(f"127.0.0.1:{fake.port}"), []
+
+    def fail(load: object) -> None:
+        raise ZeroDivisionError("listener")
+
+    client.on_fault.append(faults.append)
+    client.on_load.append(fail)
+    await client.start()
+    async with asyncio.timeout(2):
+        while not faults:
+            await asyncio.sleep(0.005)
+    assert [str(fault) for fault in faults] == ["listener"]
+    await client.close()
 
 
 async def test_an_idle_stream_is_kept_alive_by_asking_for_the_load(fake):

@@ -241,3 +241,13 @@ async def test_the_stream_ends_when_the_client_half_closes(stub: Any) -> None:
     call = stub.Prepare(iter([prepare_request({"messages": MESSAGES})]), timeout=TIMEOUT_SECONDS)
     assert len([response async for response in call]) == 1
     assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_tokens_that_are_given_back_are_free_again(stub: Any, arena: Arena) -> None:
+    handles = [(await prepared(stub, {"messages": MESSAGES})).tokens.shared_memory for _ in range(3)]
+    carrier = preprocess_pb2.PrepareRequest(releases=handles[:1])
+    prompt = prepare_request(b"{")
+    prompt.releases.extend(handles[:2])
+    assert list(await exchange(stub, carrier, prompt)) == ["r"]
+    assert arena.reclaim(time.monotonic()) == 2
+    arena.verify(handles[2], time.monotonic())

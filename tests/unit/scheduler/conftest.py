@@ -100,6 +100,7 @@ class FakePreprocess(preprocess_pb2_grpc.PreprocessServicer):
 
     def __init__(self) -> None:
         self.requests: list[preprocess_pb2.PrepareRequest] = []
+        self.released_leases: list[int] = []
         self.answer = prepared
         self.streams = 0
         self._context = None
@@ -121,8 +122,18 @@ class FakePreprocess(preprocess_pb2_grpc.PreprocessServicer):
         """Answers late."""
         await self._context.write(response)
 
+    async def released(self, *lease_ids: int) -> None:
+        """Waits until exactly these leases have been given back."""
+        async with asyncio.timeout(5):
+            while len(self.released_leases) < len(lease_ids):
+                await asyncio.sleep(0.01)
+        assert sorted(self.released_leases) == sorted(lease_ids)
+
     async def _serve(self, request_iterator, context):
         async for request in request_iterator:
+            self.released_leases += [handle.lease_id for handle in request.releases]
+            if request.releases and not request.request_id:
+                continue
             self.requests.append(request)
             response = self.answer(request)
             if response is not None:

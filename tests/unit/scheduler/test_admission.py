@@ -142,3 +142,13 @@ def test_headers_are_refused_without_a_replica_and_after_the_deadline(admission)
     assert refused.reason is Reason.REPLICA_UNAVAILABLE
     refused = admission.refusal_of_headers(request(deadline_in=-1), conditions())
     assert refused.reason is Reason.DEADLINE_EXCEEDED
+
+
+def test_when_all_lanes_are_full_no_body_is_read(admission, lanes):
+    for service_class in (ServiceClass.REALTIME, ServiceClass.STANDARD):
+        fill(lanes, 100, service_class)
+    assert admission.refusal_of_headers(request(), conditions()) is None
+    fill(lanes, 100, ServiceClass.BATCH)
+    refused = admission.refusal_of_headers(request(), conditions())
+    assert refused.reason is Reason.SERVER_IS_OVERLOADED
+    assert refused.message == "All queues are full; 300 requests wait in them"

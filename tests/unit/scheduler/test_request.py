@@ -44,7 +44,7 @@ def test_a_request_is_what_its_headers_say():
     assert (request.request_id, request.tenant, request.path) == ("id", "acme", "/v1/chat/completions")
     assert request.named_class is ServiceClass.REALTIME
     assert request.content_type == "application/json"
-    assert request.deadline == pytest.approx(109.98)
+    assert request.deadline == request.client_deadline == pytest.approx(109.98)
 
 
 def test_a_request_that_says_little_has_the_defaults():

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import struct
+import uuid
 
 import pytest
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
+from google.api import httpbody_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from tidegate.common import headers
 from tidegate.common.arena import decode_tensor_header
-from tidegate.v1 import inference_pb2, preprocess_pb2, scheduler_pb2, tensor_pb2
+from tidegate.v1 import errors_pb2, inference_pb2, preprocess_pb2, scheduler_pb2, tensor_pb2
 
 GRPC = {":path": "/tidegate.v1.Inference/Generate", "content-type": "application/grpc"}
 
@@ -28,9 +32,62 @@ async def test_a_request_is_dispatched_with_everything_that_the_replica_needs(wo
     assert fields[headers.SERVICE_CLASS] == "batch"
     assert fields[headers.ANSWER_KEY] == (b"k" * 32).hex()
     assert decode_tensor_header(fields[headers.TENSOR]) == tokens
-    assert 3_400_000 < int(fields[headers.TIMEOUT_MS]) <= 3_500_000
+    assert headers.TIMEOUT_MS not in fields
     assert float(fields[headers.QUEUE_MS]) < 1000
     assert await exchange.receive() is None
+
+
+async def test_a_replica_is_told_of_a_deadline_that_the_client_gave(world):
+    world.replica.grant("credit-1")
+    fields = world.decided(await world.exchange().run({"grpc-timeout": "10S"}))
+    assert 9_000 < int(fields[headers.TIMEOUT_MS]) < 10_000
+
+
+async def test_a_class_bounds_the_wait_in_the_queue(start_world):
+    world = await start_world(standard_deadline_seconds=0.2)
+    status, _, body = world.refused(await world.exchange().run())
+    assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for_for_ever(start_world):
+    world = await start_world(body_wait_seconds=0.1)
+    exchange = world.exchange()
+    await exchange.send_headers()
+    assert (await exchange.receive()).WhichOneof("response") == "request_headers"
+    status, _, body = world.refused(await exchange.receive())
+    assert (status, body["error"]["code"]) == (400, "invalid_http")
+    assert body["error"]["message"] == "The body did not arrive within 0.1 s"
+    assert await exchange.receive() is None
+
+
+@pytest.mark.parametrize("is_grpc", [False, True])
+async def test_nothing_of_a_body_is_kept_here_while_its_request_waits(world, is_grpc):
+    marker = str(uuid.uuid4()).encode()
+    if is_grpc:
+        data = httpbody_pb2.HttpBody(data=marker * 50).SerializeToString()
+        fields = {**GRPC, ":path": "/tidegate.v1.Inference/ChatCompletions"}
+        await world.exchange().begin(fields, struct.pack(">BI", 0, len(data)) + data)
+        del data
+    else:
+        await world.exchange().begin(body=marker * 50)
+    await world.replica.demand(1)
+    # The stand-in for preprocess forgets it, too, when the next prompt comes.
+    world.preprocess.requests.clear()
+    await world.exchange().begin()
+    await world.replica.demand(2)
+    kept = [
+        type(owner)
+        for owner in gc.get_objects()
+        for value in gc.get_referents(owner)
+        if value is not marker and _holds(value, marker)
+    ]
+    assert kept == []
+
+
+def _holds(value, marker):
+    if isinstance(value, ext_proc.ProcessingRequest | preprocess_pb2.PrepareRequest | httpbody_pb2.HttpBody):
+        value = value.SerializeToString()
+    return isinstance(value, bytes) and marker in value
 
 
 async def test_preprocess_gets_the_body_and_the_tenant(world):
@@ -199,6 +256,105 @@ async def test_a_request_that_would_wait_anyway_waits_for_its_tokens(world):
     await world.replica.demand(1)
     world.replica.grant("c")
     assert headers.TENSOR in world.decided(await exchange.receive())
+
+
+async def test_patience_with_preprocess_ends_with_the_clients_deadline(world):
+    world.preprocess.answer = lambda request: None
+    exchange = world.exchange()
+    await exchange.begin({"grpc-timeout": "400m"})
+    async with asyncio.timeout(exchange.hold_seconds):
+        status, _, body = world.refused(await exchange.receive())
+    assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
+
+
+async def test_a_prompt_at_which_preprocess_fails_is_left_to_the_model_service(start_world):
+    world = await start_world(dependency_failure_limit=2, dependency_pause_seconds=60)
+
+    def fail(request):
+        error = errors_pb2.Refusal(reason="INTERNAL_ERROR", message="the prompt could not be prepared")
+        return preprocess_pb2.PrepareResponse(request_id=request.request_id, error=error)
+
+    world.preprocess.answer = fail
+    world.replica.grant("1", "2", "3")
+    for _ in range(3):
+        assert headers.CREDIT in world.decided(await world.exchange().run())
+    assert len(world.preprocess.requests) == 2
+    dependency = (await world.snapshot()).dependencies[0]
+    assert (dependency.name, dependency.reachable) == ("preprocess", False)
+
+
+def _with_lease(world, lease_id, **fields):
+    """A preprocess answer whose tokens lie under this lease."""
+    handle = tensor_pb2.SharedMemoryHandle(host_id="h", region="r", byte_offset=64, byte_count=28, lease_id=lease_id)
+    tokens = tensor_pb2.Tensor(data_type=tensor_pb2.DATA_TYPE_INT32, shape=[7], shared_memory=handle)
+    return lambda request: world.prepared(request, tokens=tokens, **fields)
+
+
+async def test_the_tokens_of_a_dispatched_request_are_not_given_back(world):
+    world.replica.grant("c")
+    world.preprocess.answer = _with_lease(world, 1)
+    await world.exchange().run()
+    world.preprocess.answer = _with_lease(world, 2)
+    await world.exchange().run({"grpc-timeout": "200m"})
+    await world.preprocess.released(2)
+
+
+async def test_tokens_of_requests_that_are_refused_are_given_back(start_world):
+    world = await start_world(standard_request_limit=1)
+    world.preprocess.answer = _with_lease(world, 1)
+    await world.exchange().begin()
+    await world.replica.demand(1)
+    world.preprocess.answer = _with_lease(world, 2)
+    assert world.refused(await world.exchange().run())[0] == 503
+    await world.preprocess.released(2)
+
+
+async def test_tokens_of_requests_that_leave_the_queue_are_given_back(world):
+    exchanges = []
+    for lease_id in range(1, 4):
+        world.preprocess.answer = _with_lease(world, lease_id)
+        exchanges.append(world.exchange())
+        await exchanges[-1].begin()
+        await world.replica.demand(lease_id)
+    for exchange in exchanges[1:]:
+        exchange.call.cancel()
+    await world.preprocess.released(2, 3)
+
+
+async def test_tokens_of_a_replayed_answer_are_given_back(world):
+    world.cache.known.add(b"k" * 32)
+    world.preprocess.answer = _with_lease(world, 1, answer_key=b"k" * 32)
+    fields = world.decided(await world.exchange().run())
+    assert (fields[headers.ROUTE], headers.TENSOR in fields) == ("cache", False)
+    await world.preprocess.released(1)
+
+
+async def test_tokens_of_a_decision_that_does_not_reach_envoy_are_given_back(world):
+    world.preprocess.answer = _with_lease(world, 1)
+    place = world.service.pipeline.place
+    exchange = world.exchange()
+
+    async def place_and_lose(request):
+        decision = await place(request)
+        exchange.call.cancel()
+        await asyncio.sleep(0.2)
+        return decision
+
+    world.service.pipeline.place = place_and_lose
+    await exchange.begin()
+    await world.replica.demand(1)
+    world.replica.grant("c")
+    await world.preprocess.released(1)
+
+
+async def test_tokens_that_come_too_late_are_given_back(world):
+    late = []
+    world.preprocess.answer = late.append
+    world.replica.grant("c")
+    await world.credits(1)
+    assert headers.TENSOR not in world.decided(await world.exchange().run())
+    await world.preprocess.say(_with_lease(world, 1)(late[0]))
+    await world.preprocess.released(1)
 
 
 async def test_patience_with_preprocess_ends(start_world):

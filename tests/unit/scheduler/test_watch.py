@@ -69,7 +69,8 @@ async def test_the_metrics_page_shows_lanes_and_credits(world):
     world.service.gauges.register(registry)
     page = generate_latest(registry).decode()
     assert f'tidegate_credits_in_hand{{replica="{world.replica.address}"}} 1.0' in page
-    assert 'tidegate_lane_waiting_requests{class="standard"} 0.0' in page
+    for quantity in ("requests", "tokens", "bytes"):
+        assert f'tidegate_lane_waiting_{quantity}{{class="standard"}} 0.0' in page
     assert "inference_pool_ready_pods 1.0" in page
 
 

@@ -62,8 +62,9 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
             try:
                 outcome = await self._answer(request, exchange)
             except TidegateError as error:
-                await exchange.write(envoy_messages.refuse(error, request))
+                # Said before it is sent: Envoy ends the stream with this message, at times before the write returns.
                 outcome, refusal = Outcome.REFUSED, error
+                await exchange.write(envoy_messages.refuse(error, request))
         except _ClientLeft:
             return
         except Exception:

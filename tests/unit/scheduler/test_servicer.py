@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from tidegate.common import headers
 from tidegate.common.arena import decode_tensor_header
+from tidegate.common.errors import Reason, TidegateError
 from tidegate.v1 import errors_pb2, inference_pb2, preprocess_pb2, scheduler_pb2, tensor_pb2
 
 GRPC = {":path": "/tidegate.v1.Inference/Generate", "content-type": "application/grpc"}
@@ -345,6 +346,19 @@ async def test_tokens_of_a_decision_that_does_not_reach_envoy_are_given_back(wor
     await world.replica.demand(1)
     world.replica.grant("c")
     await world.preprocess.released(1)
+
+
+async def test_a_refusal_counts_as_one_when_the_stream_ends_with_it(world):
+    exchange = world.exchange()
+
+    async def refuse_as_the_stream_ends(request):
+        exchange.call.cancel()
+        raise TidegateError(Reason.SERVER_IS_OVERLOADED, "The queue is full.")
+
+    world.service.pipeline.place = refuse_as_the_stream_ends
+    await exchange.begin()
+    await world.until(lambda snapshot: snapshot.totals.refused["SERVER_IS_OVERLOADED"] == 1)
+    assert (await world.snapshot()).totals.abandoned == 0
 
 
 async def test_tokens_that_come_too_late_are_given_back(world):

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from tidegate.cache.memory import MemoryStore
-
-PROVIDER: Final = "tidegate"
-
-# OpenTelemetry advises these; all services must agree, or their histograms cannot be added.
-OTEL_DURATION_BUCKETS: Final = tuple(0.01 * 2**power for power in range(14))
-OTEL_TOKEN_BUCKETS: Final = tuple(4**power for power in range(14))
-
-_OTEL_LABELS: Final = (
-    "gen_ai_operation_name",
-    "gen_ai_provider_name",
-    "gen_ai_request_model",
-    "gen_ai_response_model",
-)
+from tidegate.common.metrics import OtelRequestMetrics, otel_labels
 
 
 class CacheMetrics:
@@ -50,20 +36,7 @@ class CacheMetrics:
         self.replays = Counter(
             "tidegate_cache_replays_total", "Replays, by how they ended.", ["outcome"], registry=registry
         )
-        self._durations = Histogram(
-            "gen_ai_server_request_duration_seconds",
-            "From arrival, queue included, to the end.",
-            (*_OTEL_LABELS, "error_type"),
-            buckets=OTEL_DURATION_BUCKETS,
-            registry=registry,
-        )
-        self._tokens = Histogram(
-            "gen_ai_client_token_usage_token",
-            "Tokens of a request.",
-            (*_OTEL_LABELS, "gen_ai_token_type"),
-            buckets=OTEL_TOKEN_BUCKETS,
-            registry=registry,
-        )
+        self._requests = OtelRequestMetrics(registry)
         self._shown = {"evicted": 0, "expired": 0}
 
     def add_request(
@@ -82,11 +55,10 @@ class CacheMetrics:
             model: the one that gave the answer; empty when nothing was replayed, and then no tokens are counted.
             error_type: the reason in lower case; empty for none.
         """
-        labels = (operation, PROVIDER, model, model)
-        self._durations.labels(*labels, error_type).observe(duration_seconds)
+        labels = otel_labels(operation, model)
+        self._requests.add_duration(labels, error_type, duration_seconds)
         if model:
-            self._tokens.labels(*labels, "input").observe(prompt_token_count)
-            self._tokens.labels(*labels, "output").observe(completion_token_count)
+            self._requests.add_tokens(labels, prompt_token_count, completion_token_count)
 
     def show(self, store: MemoryStore) -> None:
         """Shows the state of the memory tier."""

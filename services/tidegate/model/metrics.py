@@ -21,20 +21,24 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tidegate.common.metrics import PER_TOKEN_BUCKETS, REQUEST_BUCKETS, TOKEN_COUNT_BUCKETS, TTFT_BUCKETS
+from tidegate.common.metrics import (
+    OTEL_LABELS,
+    PER_TOKEN_BUCKETS,
+    REQUEST_BUCKETS,
+    TOKEN_COUNT_BUCKETS,
+    TTFT_BUCKETS,
+    OtelRequestMetrics,
+    otel_labels,
+)
 from tidegate.model.call import Record
 from tidegate.model.load import ReplicaLoad
 from tidegate.model.slots import Slots
 from tidegate.v1 import replica_pb2
 
-PROVIDER: Final = "tidegate"
-
 OTEL_FIRST_TOKEN_BUCKETS: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
 )  # fmt: skip
 OTEL_PER_TOKEN_BUCKETS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-OTEL_DURATION_BUCKETS: Final = tuple(0.01 * 2**power for power in range(14))
-OTEL_TOKEN_BUCKETS: Final = tuple(4**power for power in range(14))
 
 OUTCOME_WORDS: Final = {
     replica_pb2.REQUEST_OUTCOME_COMPLETED: "completed",
@@ -189,42 +193,27 @@ class _OtelMetrics:
 
     def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
         self._model_name = model_name
-        labels = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model", "gen_ai_response_model")
+        self._requests = OtelRequestMetrics(registry)
         self._first_token = Histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "From arrival, queue included, to the first token.",
-            labels,
+            OTEL_LABELS,
             buckets=OTEL_FIRST_TOKEN_BUCKETS,
             registry=registry,
         )
         self._per_token = Histogram(
             "gen_ai_server_time_per_output_token_seconds",
             "A request's mean time per token after the first.",
-            labels,
+            OTEL_LABELS,
             buckets=OTEL_PER_TOKEN_BUCKETS,
-            registry=registry,
-        )
-        self._duration = Histogram(
-            "gen_ai_server_request_duration_seconds",
-            "From arrival, queue included, to the end.",
-            (*labels, "error_type"),
-            buckets=OTEL_DURATION_BUCKETS,
-            registry=registry,
-        )
-        self._tokens = Histogram(
-            "gen_ai_client_token_usage_token",
-            "Tokens of a request.",
-            (*labels, "gen_ai_token_type"),
-            buckets=OTEL_TOKEN_BUCKETS,
             registry=registry,
         )
 
     def add_request(self, record: Record) -> None:
-        labels = (record.operation, PROVIDER, self._model_name, self._model_name)
+        labels = otel_labels(record.operation, self._model_name)
         ended_at = record.ended_at if record.ended_at is not None else record.arrived_at
-        self._duration.labels(*labels, record.reason.lower()).observe(
-            ended_at - record.arrived_at + record.queue_seconds
-        )
+        duration_seconds = ended_at - record.arrived_at + record.queue_seconds
+        self._requests.add_duration(labels, record.reason.lower(), duration_seconds)
         if record.first_token_at is None or record.last_token_at is None:
             return
         self._first_token.labels(*labels).observe(record.first_token_at - record.arrived_at + record.queue_seconds)
@@ -232,8 +221,7 @@ class _OtelMetrics:
         if new_token_count > 1:
             mean = (record.last_token_at - record.first_token_at) / (new_token_count - 1)
             self._per_token.labels(*labels).observe(mean)
-        self._tokens.labels(*labels, "input").observe(record.prompt_token_count)
-        self._tokens.labels(*labels, "output").observe(new_token_count)
+        self._requests.add_tokens(labels, record.prompt_token_count, new_token_count)
 
 
 class StateCollector(Collector):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Final
 
 import grpc
@@ -26,8 +26,8 @@ from tidegate.scheduler.request import Request, request_from_headers
 
 log = structlog.get_logger()
 
-UNWATCHED_SECONDS: Final = 0.02
-"""A decision that comes sooner needs nobody to watch the stream's end."""
+UNWATCHED_SECONDS: Final = 0.05
+"""A decision that comes sooner needs nobody to watch the stream's end, and Envoy no word that it takes longer."""
 
 Context = grpc.aio.ServicerContext[ext_proc.ProcessingRequest, ext_proc.ProcessingResponse]
 
@@ -79,8 +79,7 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
     async def _answer(self, request: Request, exchange: _Exchange) -> Outcome:
         self._pipeline.admit_headers(request)
         body = await exchange.body(self._pipeline.body_wait_seconds)
-        await exchange.write(envoy_messages.hold(self._pipeline.hold_seconds(request)))
-        with exchange.watched():
+        with exchange.watched(lambda: envoy_messages.hold(self._pipeline.hold_seconds(request))):
             is_ours = await self._pipeline.prepare(request, body)
             # From here on Envoy alone keeps the body: thousands of them may wait.
             del body
@@ -108,6 +107,7 @@ class _Exchange:
         self._context = context
         self._is_watched = False
         self._has_ended = False
+        self._holding: asyncio.Task[None] | None = None
 
     async def body(self, wait_seconds: float) -> bytes:
         """The request's body, after its headers were let go on; empty where the headers are all there is.
@@ -131,17 +131,23 @@ class _Exchange:
     async def write(self, response: ext_proc.ProcessingResponse) -> None:
         """Sends one message to Envoy."""
         try:
+            if self._holding is not None:
+                await self._holding
             await self._context.write(response)
         except grpc.aio.BaseError as error:
             raise _ClientLeft from error
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within, the end of the stream cancels what runs, and becomes _ClientLeft."""
+    def watched(self, hold: Callable[[], ext_proc.ProcessingResponse]) -> Iterator[None]:
+        """Within, the end of the stream cancels what runs, and becomes _ClientLeft.
+
+        Args:
+            hold: makes the message that asks Envoy to wait; sent once, and only where it takes a while.
+        """
         task = asyncio.current_task()
         assert task is not None
         self._is_watched = True
-        timer = asyncio.get_running_loop().call_later(UNWATCHED_SECONDS, self._watch, task)
+        timer = asyncio.get_running_loop().call_later(UNWATCHED_SECONDS, self._watch, task, hold)
         try:
             yield
         except asyncio.CancelledError:
@@ -153,10 +159,15 @@ class _Exchange:
             self._is_watched = False
             timer.cancel()
 
-    def _watch(self, task: asyncio.Task[None]) -> None:
+    def _watch(self, task: asyncio.Task[None], hold: Callable[[], ext_proc.ProcessingResponse]) -> None:
+        self._holding = _spawn(self._ask_to_wait(hold()))
         # Nobody waits for the reader: it ends when the stream does, at the latest after the last answer.
-        _readers.add(reader := asyncio.create_task(self._read_to_end(task)))
-        reader.add_done_callback(_readers.discard)
+        _spawn(self._read_to_end(task))
+
+    async def _ask_to_wait(self, message: ext_proc.ProcessingResponse) -> None:
+        # A stream that has ended says so to its reader.
+        with contextlib.suppress(grpc.aio.BaseError):
+            await self._context.write(message)
 
     async def _read_to_end(self, task: asyncio.Task[None]) -> None:
         with contextlib.suppress(grpc.aio.BaseError):
@@ -166,8 +177,14 @@ class _Exchange:
             task.cancel()
 
 
-_readers: Final[set[asyncio.Task[None]]] = set()
-"""The tasks that read held streams; the loop itself keeps no strong reference to a task."""
+_tasks: Final[set[asyncio.Task[None]]] = set()
+"""The tasks of held streams; the loop itself keeps no strong reference to a task."""
+
+
+def _spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    _tasks.add(task := asyncio.create_task(work))
+    task.add_done_callback(_tasks.discard)
+    return task
 
 
 def _outcome(decision: Decision) -> Outcome:

@@ -166,6 +166,8 @@ class Exchange:
 
     def __init__(self, stub: ext_proc_grpc.ExternalProcessorStub) -> None:
         self.call = stub.Process()
+        self.hold_seconds = 0.0
+        """What Envoy was last asked to wait; 0 while it was not."""
 
     async def send_headers(self, fields: dict[str, str] | None = None, *, end_of_stream: bool = False) -> None:
         values = [
@@ -180,7 +182,21 @@ class Exchange:
         await self.call.write(ext_proc.ProcessingRequest(request_body=message))
 
     async def receive(self) -> ext_proc.ProcessingResponse | None:
-        """The next message; None at the end of the stream."""
+        """The next answer; None at the end of the stream. A wish to wait before it is noted."""
+        message = await self._read()
+        if message is not None and message.HasField("override_message_timeout"):
+            assert self.hold_seconds == 0, "Envoy takes one such wish a phase"
+            self.hold_seconds = message.override_message_timeout.ToMilliseconds() / 1000
+            message = await self._read()
+        return message
+
+    async def is_asked_to_wait(self) -> float:
+        """The wish to wait that comes next, in seconds."""
+        message = await self._read()
+        assert message.HasField("override_message_timeout")
+        return message.override_message_timeout.ToMilliseconds() / 1000
+
+    async def _read(self) -> ext_proc.ProcessingResponse | None:
         async with asyncio.timeout(5):
             message = await self.call.read()
         return None if message is grpc.aio.EOF else message
@@ -190,7 +206,6 @@ class Exchange:
         await self.send_headers(fields)
         assert (await self.receive()).WhichOneof("response") == "request_headers"
         await self.send_body(body)
-        self.hold_seconds = (await self.receive()).override_message_timeout.ToMilliseconds() / 1000
 
     async def run(self, fields: dict[str, str] | None = None, body: bytes = BODY) -> ext_proc.ProcessingResponse:
         """All of it; returns the decision."""

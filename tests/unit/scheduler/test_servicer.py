@@ -100,13 +100,32 @@ async def test_preprocess_gets_the_body_and_the_tenant(world):
     assert request.body.startswith(b'{"model"')
 
 
-async def test_envoy_is_told_to_wait_before_anything_else_happens(world):
+async def test_envoy_is_asked_to_wait_as_long_as_the_deadline_where_a_decision_takes_a_while(world):
     exchange = world.exchange()
     await exchange.begin({"grpc-timeout": "10S"})
-    assert 10 < exchange.hold_seconds < 12
+    assert 10 < await exchange.is_asked_to_wait() < 12
     exchange = world.exchange()
     await exchange.begin()
-    assert exchange.hold_seconds == 3590
+    assert 600 < await exchange.is_asked_to_wait() < 602
+
+
+async def test_envoy_is_not_asked_to_wait_for_a_decision_that_comes_at_once(world):
+    world.replica.grant("c")
+    await world.credits(1)
+    exchange = world.exchange()
+    await exchange.send_headers()
+    assert (await exchange.receive()).HasField("request_headers")
+    await exchange.send_body()
+    assert headers.CREDIT in world.decided(await exchange.receive())
+    assert exchange.hold_seconds == 0
+
+
+async def test_a_decision_comes_after_the_wish_to_wait_for_it(world):
+    exchange = world.exchange()
+    await exchange.begin()
+    await exchange.is_asked_to_wait()
+    world.replica.grant("c")
+    assert headers.CREDIT in world.decided(await exchange.receive())
 
 
 async def test_a_request_waits_for_a_credit_and_its_status_can_be_asked(world):
@@ -263,7 +282,7 @@ async def test_patience_with_preprocess_ends_with_the_clients_deadline(world):
     world.preprocess.answer = lambda request: None
     exchange = world.exchange()
     await exchange.begin({"grpc-timeout": "400m"})
-    async with asyncio.timeout(exchange.hold_seconds):
+    async with asyncio.timeout(await exchange.is_asked_to_wait()):
         status, _, body = world.refused(await exchange.receive())
     assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
 
@@ -426,7 +445,6 @@ async def test_a_request_without_a_body_is_decided_in_its_headers(world):
     world.replica.grant("c")
     exchange = world.exchange()
     await exchange.send_headers(end_of_stream=True)
-    assert (await exchange.receive()).HasField("override_message_timeout")
     response = await exchange.receive()
     assert response.WhichOneof("response") == "request_headers"
     assert world.decided(response)[headers.CREDIT] == "c"

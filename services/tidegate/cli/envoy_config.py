@@ -19,6 +19,7 @@ from google.protobuf.descriptor import FileDescriptor
 from tidegate.cli.endpoints import CLUSTERS, endpoints_path, write_endpoints
 from tidegate.cli.local_replies import envoy_replies, local_reply_config
 from tidegate.common.errors import Reason, TidegateError, openai_json
+from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.v1 import inference_pb2
 
 TEMPLATE_PATH: Final = Path(__file__).parents[3] / "mesh" / "envoy.yaml"
@@ -78,6 +79,11 @@ class EnvoySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.run_directory / "endpoints"
 
     @property
+    def shed_path(self) -> Path:
+        """The watched file in which the scheduler says what Envoy refuses for it."""
+        return self.run_directory / "shed.yaml"
+
+    @property
     def config_path(self) -> Path:
         """The rendered configuration."""
         return self.run_directory / "envoy.yaml"
@@ -100,6 +106,8 @@ def write_envoy_files(settings: EnvoySettings, template_path: Path = TEMPLATE_PA
     text = render(template_path.read_text(encoding="utf-8"), placeholders(settings))
     settings.endpoints_directory.mkdir(parents=True, exist_ok=True)
     settings.descriptor_set_path.write_bytes(descriptor_set())
+    # Whatever an earlier life of the mesh refused, this one begins with nothing.
+    write_shares(settings.shed_path, NOTHING_REFUSED)
     for cluster in CLUSTERS:
         path = endpoints_path(settings.endpoints_directory, cluster)
         if not path.exists():
@@ -138,6 +146,7 @@ def placeholders(settings: EnvoySettings) -> dict[str, str]:
         "CORS_ORIGINS": json.dumps([{"exact": origin} for origin in settings.cors_origins]),
         "CORS_ORIGIN_PATTERN": json.dumps("|".join(map(re.escape, settings.cors_origins)) or MATCHES_NOTHING),
         "DESCRIPTOR_SET": str(settings.descriptor_set_path.absolute()),
+        "SHED_FILE": str(settings.shed_path.absolute()),
         "ENDPOINTS_DIRECTORY": str(settings.endpoints_directory.absolute()),
     }
 

@@ -25,6 +25,9 @@ IS_GRPC: Final = "request.headers['content-type'].startsWith('application/grpc')
 ONLY_GRPC: Final = frozenset({headers.ERROR_BODY, headers.HTTP_STATUS})
 """What the ingress needs to turn a gRPC reply into HTTP: a JSON request that got as far as the router is gRPC then."""
 
+SHED_RETRY_SECONDS: Final = (1.0, 2.0, 3.0, 4.0)
+"""Envoy cannot draw a time by lot, but it can draw one of several replies: those refused together come back apart."""
+
 UNAVAILABLE_RETRY_SECONDS: Final = 1.0
 """A replica that died is replaced or ejected in about this time."""
 
@@ -41,6 +44,8 @@ class EnvoyReply(msgspec.Struct, frozen=True):
     retry_after_seconds: float | None = None
     keeps_status: bool = False
     """True where the HTTP status says more than the reason's usual one."""
+    share_percent: int = 100
+    """So many of a hundred, at random, get this reply; the others go on down the list."""
 
 
 def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -> tuple[EnvoyReply, ...]:
@@ -77,6 +82,7 @@ def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -
             Reason.DEADLINE_EXCEEDED,
             "The request took too long.",
         ),
+        *_shed_replies(),
         EnvoyReply(
             "response.code == 502 || response.code == 503",
             Reason.REPLICA_UNAVAILABLE,
@@ -92,13 +98,41 @@ def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -
     )
 
 
+def _shed_replies() -> list[EnvoyReply]:
+    """What is refused for the scheduler when it cannot decide about all that comes."""
+    count = len(SHED_RETRY_SECONDS)
+    return [
+        EnvoyReply(
+            "response.code_details == 'fault_filter_abort'",
+            Reason.SERVER_IS_OVERLOADED,
+            "More requests come than can be looked at now.",
+            retry_after_seconds=seconds,
+            share_percent=100 // (count - place),
+        )
+        for place, seconds in enumerate(SHED_RETRY_SECONDS)
+    ]
+
+
 def local_reply_config(replies: tuple[EnvoyReply, ...]) -> dict[str, Any]:
     """Envoy's LocalReplyConfig for these replies."""
     mappers = [_mapper(SCHEDULER_REPLY, [])]
-    for reply in replies:
-        mappers.append(_grpc_mapper(reply))
-        mappers.append(_http_mapper(reply))
+    # Those for gRPC first: the conditions of the others hold for gRPC, too.
+    mappers += [_drawn(reply, _grpc_mapper(reply)) for reply in replies]
+    mappers += [_drawn(reply, _http_mapper(reply)) for reply in replies]
     return {"mappers": mappers}
+
+
+def _drawn(reply: EnvoyReply, mapper: dict[str, Any]) -> dict[str, Any]:
+    """The mapper, for its share of the replies alone."""
+    if reply.share_percent >= 100:
+        return mapper
+    lot = {
+        # The key only names the lot; nobody sets it.
+        "runtime_key": f"tidegate.reply.{reply.reason.name.lower()}.{reply.retry_after_seconds:g}",
+        "percent_sampled": {"numerator": reply.share_percent, "denominator": "HUNDRED"},
+        "use_independent_randomness": True,
+    }
+    return mapper | {"filter": {"and_filter": {"filters": [mapper["filter"], {"runtime_filter": lot}]}}}
 
 
 def _grpc_mapper(reply: EnvoyReply) -> dict[str, Any]:

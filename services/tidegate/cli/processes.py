@@ -179,7 +179,11 @@ def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str
 
 def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> dict[str, str]:
     if name == "scheduler":
-        return {"ENDPOINTS_FILE": str(_model_endpoints(home, mesh, settings))}
+        envoy = _envoy_settings(home, mesh, settings)
+        return {
+            "ENDPOINTS_FILE": str(_model_endpoints(home, mesh, settings)),
+            "SHED_FILE": str(envoy.shed_path.absolute()),
+        }
     if name == "preprocess":
         return {
             "MODEL_PATH": mesh.model_path,

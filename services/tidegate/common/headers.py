@@ -14,6 +14,12 @@ TENANT: Final = "x-tidegate-tenant"
 SERVICE_CLASS: Final = "x-tidegate-class"
 """realtime, standard or batch."""
 
+ARRIVED: Final = "x-tidegate-arrived"
+"""When the request reached the ingress, in Unix seconds with a fraction, by Envoy's clock."""
+
+ASKED_CLASS: Final = "x-service-class"
+"""What a client may send to say the class where Envoy can see it; the ingress makes SERVICE_CLASS of it."""
+
 REPLICA: Final = "x-tidegate-replica"
 """ip:port of the replica to go to, then the next best ones, with commas between."""
 

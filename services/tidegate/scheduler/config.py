@@ -39,6 +39,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     held_request_limit: Count = 20_000
     """The most requests at once in any stage, those in preparation included; past it, headers are refused."""
 
+    shed_file: str = ""
+    """The file from which Envoy learns what to refuse before it asks here. Empty: nothing is refused so."""
+
+    shed_late_seconds: Annotated[float, Meta(gt=0, le=5)] = 0.5
+    """What comes so late, all through an interval, is more than can be decided. A burst may be late for a moment; at
+    ten times of what can be decided, those who come when this is noticed wait ten times as long."""
+
+    shed_drain_seconds: Seconds = 2.0
+    """In this time what has piled up is to be decided."""
+
+    shed_interval_seconds: Annotated[float, Meta(ge=0.02, le=1)] = 0.1
+    """How often the shares are thought over."""
+
+    latest_look_seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    """What is looked at later than this is refused, cheaply, from its headers: well before Envoy stops waiting
+    (10 s) and lets it pass all queues."""
+
     realtime_request_limit: Count = 10_000
     """The most requests that wait in the lane of this class."""
 

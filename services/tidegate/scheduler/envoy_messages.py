@@ -13,6 +13,7 @@ from tidegate.common import headers
 from tidegate.common.errors import TidegateError, grpc_message, openai_json, retry_headers, to_status
 from tidegate.scheduler.pipeline import Decision
 from tidegate.scheduler.request import Request
+from tidegate.scheduler.shedding import LONGEST_DELAY_SECONDS
 
 _OVERWRITE: Final = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -26,6 +27,15 @@ def header_fields(message: ext_proc.HttpHeaders) -> Mapping[str, str]:
         header.key: header.raw_value.decode("latin-1") if header.raw_value else header.value
         for header in message.headers.headers
     }
+
+
+def delay_seconds(fields: Mapping[str, str], unix_now: float) -> float:
+    """How long ago the request reached the ingress; 0 where that is not known, or where the clocks differ by more."""
+    try:
+        delay = unix_now - float(fields.get(headers.ARRIVED, ""))
+    except ValueError:
+        return 0.0
+    return delay if 0 <= delay <= LONGEST_DELAY_SECONDS else 0.0
 
 
 def hold(seconds: float) -> ext_proc.ProcessingResponse:

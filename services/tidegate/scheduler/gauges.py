@@ -11,14 +11,18 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.request import ServiceClass
+from tidegate.scheduler.shedding import Shedder
 
 
 class Gauges(Collector):
     """Reads the scheduler's state from the thread of the metrics page; single numbers, so no lock is needed."""
 
-    def __init__(self, dispatcher: Dispatcher, outcomes: Outcomes, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, outcomes: Outcomes, shedder: Shedder, clock: Callable[[], float]
+    ) -> None:
         self._dispatcher = dispatcher
         self._outcomes = outcomes
+        self._shedder = shedder
         self._clock = clock
 
     def register(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -32,6 +36,12 @@ class Gauges(Collector):
         held = GaugeMetricFamily("tidegate_held_requests", "Requests in any stage with this scheduler.")
         held.add_metric([], self._outcomes.held_request_count)
         yield held
+        shed = GaugeMetricFamily(
+            "tidegate_shed_share", "What Envoy refuses before it asks here, of what comes.", labels=["class"]
+        )
+        for service_class, share in self._shedder.shares.items():
+            shed.add_metric([service_class.label], 1 - share)
+        yield shed
 
     def _lanes(self) -> Iterator[Metric]:
         requests = GaugeMetricFamily("tidegate_lane_waiting_requests", "Requests that wait.", labels=["class"])

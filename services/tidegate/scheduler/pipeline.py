@@ -9,6 +9,7 @@ from typing import Final
 
 from tidegate.common import headers
 from tidegate.common.arena import encode_tensor_header
+from tidegate.common.errors import Reason, TidegateError
 from tidegate.scheduler.admission import Admission, Conditions
 from tidegate.scheduler.bodies import body_kind, message_of
 from tidegate.scheduler.cache_client import CacheClient
@@ -18,7 +19,8 @@ from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.placement import Placement
 from tidegate.scheduler.preprocess_client import Prepared, PreprocessClient
 from tidegate.scheduler.queue import Queue
-from tidegate.scheduler.request import Request, ServiceClass
+from tidegate.scheduler.request import CLASSES_BY_LABEL, Request, ServiceClass
+from tidegate.scheduler.shedding import Shedder
 from tidegate.v1 import preprocess_pb2, tensor_pb2
 
 
@@ -50,9 +52,11 @@ class Pipeline:
         preprocess: PreprocessClient,
         cache: CacheClient,
         outcomes: Outcomes,
+        shedder: Shedder,
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
+        self._shedder = shedder
         self._admission = admission
         self._queue = queue
         self._preprocess = preprocess
@@ -72,6 +76,18 @@ class Pipeline:
 
     def admit_headers(self, request: Request) -> None:
         """Refuses from the headers alone what can be refused."""
+        now = self._clock()
+        self._shedder.see(request.named_class or ServiceClass.STANDARD, request.arrived_at, now)
+        if now - request.arrived_at > self._settings.latest_look_seconds:
+            raise TidegateError(
+                Reason.SERVER_IS_OVERLOADED,
+                f"The request was not looked at for {now - request.arrived_at:.1f} s",
+                retry_after_seconds=self._settings.default_retry_seconds * (0.5 + random.random()),
+            )
+        if request.asked_class and request.named_class is None:
+            classes = ", ".join(CLASSES_BY_LABEL)
+            message = f"{headers.ASKED_CLASS} is {request.asked_class!r}, expected one of {classes}"
+            raise TidegateError(Reason.INVALID_VALUE, message, field=headers.ASKED_CLASS)
         refusal = self._admission.refusal_of_headers(request, self.conditions())
         if refusal is not None:
             raise refusal

@@ -41,7 +41,7 @@ class Request:
 
     `client_deadline` is when the client gives up, absent where it did not say. `deadline` is when the scheduler
     does: the client's, or a bound of the class on the wait alone, absent until that is known. `named_class` is the
-    class that the mesh itself wrote into the headers; it wins over what the body asks for.
+    class that stands in the headers; it wins over what the body asks for. `asked_class` is that header as it came.
     """
 
     request_id: str
@@ -53,6 +53,7 @@ class Request:
     client_deadline: float | None = None
     deadline: float | None = None
     body_arrived_at: float | None = None
+    asked_class: str = ""
     named_class: ServiceClass | None = None
     service_class: ServiceClass = ServiceClass.STANDARD
     body_byte_count: int = 0
@@ -86,6 +87,7 @@ def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
         arrived_at=now,
         client_deadline=deadline,
         deadline=deadline,
+        asked_class=fields.get(headers.SERVICE_CLASS, ""),
         named_class=CLASSES_BY_LABEL.get(fields.get(headers.SERVICE_CLASS, "")),
     )
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2
 
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
+from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.scheduler.admission import Admission
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.circuit import Circuit
@@ -32,6 +34,7 @@ from tidegate.scheduler.replica_table import Replica, ReplicaTable
 from tidegate.scheduler.replicas import CreditStream, CreditStreams
 from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.servicer import ExternalProcessor
+from tidegate.scheduler.shedding import Shedder
 from tidegate.scheduler.watch import Scheduler, Snapshots
 from tidegate.v1 import scheduler_pb2_grpc
 
@@ -97,6 +100,9 @@ class SchedulerService:
             held_request_limit=settings.held_request_limit,
             default_retry_seconds=settings.default_retry_seconds,
         )
+        self.shedder = Shedder(
+            late_seconds=settings.shed_late_seconds, drain_seconds=settings.shed_drain_seconds, now=clock()
+        )
         self.pipeline = Pipeline(
             settings,
             admission=self._admission,
@@ -104,6 +110,7 @@ class SchedulerService:
             preprocess=self.preprocess,
             cache=self.cache,
             outcomes=self.outcomes,
+            shedder=self.shedder,
             clock=clock,
         )
         self.snapshots = Snapshots(
@@ -122,7 +129,7 @@ class SchedulerService:
         )
         self.server = Server(settings.host, settings.port)
         self._tasks: list[asyncio.Task[None]] = []
-        self.gauges = Gauges(self.dispatcher, self.outcomes, clock)
+        self.gauges = Gauges(self.dispatcher, self.outcomes, self.shedder, clock)
 
     async def start(self) -> None:
         """Connects to the rest of the mesh and listens; raises OSError when the port is taken."""
@@ -139,6 +146,8 @@ class SchedulerService:
             self._spawn(self.preprocess.run()),
             self._spawn(self._tick()),
         ]
+        if self._settings.shed_file:
+            self._tasks.append(self._spawn(self._shed(Path(self._settings.shed_file))))
 
     async def close(self) -> None:
         """Ends what `start` began, but for the server, which whoever runs it stops first."""
@@ -160,6 +169,21 @@ class SchedulerService:
             if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
             self.queue.match()
+
+    async def _shed(self, file: Path) -> None:
+        """Tells Envoy what to refuse before it asks here; nothing, at the start and at the end."""
+        write_shares(file, NOTHING_REFUSED)
+        try:
+            while True:
+                await asyncio.sleep(self._settings.shed_interval_seconds)
+                was_shedding = self.shedder.is_shedding
+                if self.shedder.end_interval(self._clock()):
+                    shares = {one.label: share for one, share in self.shedder.shares.items()}
+                    write_shares(file, shares)
+                    if self.shedder.is_shedding != was_shedding:
+                        log.warning("shedding_begins" if not was_shedding else "shedding_ends", shares=shares)
+        finally:
+            write_shares(file, NOTHING_REFUSED)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

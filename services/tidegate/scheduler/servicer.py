@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Final
 
@@ -35,10 +36,17 @@ Context = grpc.aio.ServicerContext[ext_proc.ProcessingRequest, ext_proc.Processi
 class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
     """Serves Envoy's ext_proc filter, request phases only."""
 
-    def __init__(self, pipeline: Pipeline, outcomes: Outcomes, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        outcomes: Outcomes,
+        clock: Callable[[], float],
+        unix_seconds: Callable[[], float] = time.time,
+    ) -> None:
         self._pipeline = pipeline
         self._outcomes = outcomes
         self._clock = clock
+        self._unix_seconds = unix_seconds
 
     async def Process(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
         """Takes one request from its headers to its decision."""
@@ -46,7 +54,8 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
         if first is grpc.aio.EOF or not first.HasField("request_headers"):
             return
         fields = envoy_messages.header_fields(first.request_headers)
-        request = request_from_headers(fields, self._clock())
+        delay_seconds = envoy_messages.delay_seconds(fields, self._unix_seconds())
+        request = request_from_headers(fields, self._clock() - delay_seconds)
         if headers.REPLICA in fields or not self._pipeline.takes(request):
             # Somebody in the mesh has decided already, or it is not ours: the end of the stream lets it go on.
             await context.write(envoy_messages.CONTINUE_HEADERS)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import json
 import struct
+import time
 import uuid
 
 import pytest
@@ -484,3 +486,58 @@ async def test_every_request_ends_in_one_outcome(world):
     totals = (await world.snapshot()).totals
     assert (totals.received, totals.dispatched, dict(totals.refused)) == (2, 1, {"DEADLINE_EXCEEDED": 1})
     assert world.service.outcomes.held_request_count == 0
+
+
+def _arrived(seconds_ago):
+    return {headers.ARRIVED: f"{time.time() - seconds_ago:.6f}"}
+
+
+async def test_a_deadline_counts_from_the_arrival_at_the_ingress(world):
+    exchange = world.exchange()
+    await exchange.begin({"grpc-timeout": "10S", **_arrived(3)})
+    assert 7 < await exchange.is_asked_to_wait() < 9
+
+
+async def test_what_is_looked_at_too_late_is_refused_from_its_headers(world):
+    exchange = world.exchange()
+    await exchange.send_headers(_arrived(6))
+    status, fields, body = world.refused(await exchange.receive())
+    assert (status, body["error"]["code"]) == (503, "server_is_overloaded")
+    assert 2 <= int(fields["retry-after"]) <= 8
+    assert (await world.snapshot()).totals.refused["SERVER_IS_OVERLOADED"] == 1
+
+
+@pytest.mark.parametrize("arrived", ["", "soon", "1.5", "99999999999", "nan"])
+async def test_a_time_of_arrival_that_makes_no_sense_is_left_aside(world, arrived):
+    world.replica.grant("c")
+    assert headers.CREDIT in world.decided(await world.exchange().run({headers.ARRIVED: arrived}))
+
+
+async def test_a_class_that_does_not_exist_is_refused_by_name(world):
+    exchange = world.exchange()
+    await exchange.send_headers({headers.SERVICE_CLASS: "urgent"})
+    status, _, body = world.refused(await exchange.receive())
+    assert (status, body["error"]["param"]) == (400, "x-service-class")
+    assert "'urgent', expected one of realtime, standard, batch" in body["error"]["message"]
+
+
+async def test_envoy_is_told_what_to_refuse_when_all_come_late_and_that_it_is_over(start_world, tmp_path):
+    file = tmp_path / "shed.yaml"
+    world = await start_world(shed_file=str(file), shed_interval_seconds=0.05, shed_late_seconds=0.1)
+    assert _refused_of(file, "standard") == 0
+    world.replica.grant(*map(str, range(1000)))
+
+    async def until_refused(is_so, arrived_ago, pause):
+        async with asyncio.timeout(10):
+            while not is_so(_refused_of(file, "standard")):
+                await world.exchange().run(_arrived(arrived_ago))
+                await asyncio.sleep(pause)
+
+    await until_refused(lambda parts: parts > 0, 0.5, 0)
+    # Few, and at once: a load that has ended.
+    await until_refused(lambda parts: parts == 0, 0, 0.05)
+
+
+def _refused_of(file, service_class):
+    layer = json.loads(file.read_text())["resources"][0]["layer"]
+    return layer["tidegate"]["shed"][service_class]["numerator"]

@@ -1,0 +1,124 @@
+"""What is let through when more comes than can be decided."""
+
+import random
+from collections import deque
+
+import pytest
+
+from tidegate.scheduler.request import ServiceClass
+from tidegate.scheduler.shedding import SMALLEST_SHARE, Shedder
+
+INTERVAL = 0.1
+STEP = 0.01
+REALTIME, STANDARD, BATCH = ServiceClass
+
+
+class Mesh:
+    """Envoy with its shares, a scheduler that decides so many a second, and the requests between them."""
+
+    def __init__(self, decidable_rate: float, seed: int = 1) -> None:
+        self.now = 0.0
+        self.shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+        self.decidable_rate = decidable_rate
+        self.waiting: deque[tuple[ServiceClass, float]] = deque()
+        self.decided = dict.fromkeys(ServiceClass, 0)
+        self.refused = dict.fromkeys(ServiceClass, 0)
+        self.longest_delay = 0.0
+        self._dice = random.Random(seed)
+        self._budget = 0.0
+        self._next_interval = INTERVAL
+
+    def run(self, seconds: float, rates: dict[ServiceClass, float]) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            for service_class, rate in rates.items():
+                for _ in range(self._count(rate * STEP)):
+                    self.arrive(service_class)
+            self._decide()
+            self.now += STEP
+            if self.now >= self._next_interval:
+                self._next_interval += INTERVAL
+                self.shedder.end_interval(self.now)
+
+    def arrive(self, service_class: ServiceClass) -> None:
+        if self._dice.random() < self.shedder.shares[service_class]:
+            self.waiting.append((service_class, self.now))
+        else:
+            self.refused[service_class] += 1
+
+    def _decide(self) -> None:
+        self._budget = min(self._budget + self.decidable_rate * STEP, 10.0 + len(self.waiting))
+        while self.waiting and self._budget >= 1:
+            self._budget -= 1
+            service_class, arrived_at = self.waiting.popleft()
+            self.shedder.see(service_class, arrived_at, self.now)
+            self.decided[service_class] += 1
+            self.longest_delay = max(self.longest_delay, self.now - arrived_at)
+
+    def _count(self, expected: float) -> int:
+        whole = int(expected)
+        return whole + (self._dice.random() < expected - whole)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.8])
+def test_nothing_is_refused_while_all_can_be_decided(load):
+    mesh = Mesh(1000)
+    mesh.run(20, {STANDARD: 1000 * load})
+    assert sum(mesh.refused.values()) == 0
+
+
+@pytest.mark.parametrize("load", [2, 5, 10])
+def test_what_can_be_decided_is_decided_and_soon_however_much_comes(load):
+    mesh = Mesh(400)
+    mesh.run(5, {STANDARD: 400 * load})
+    assert mesh.longest_delay < 7
+    mesh.decided[STANDARD], mesh.longest_delay = 0, 0.0
+    mesh.run(30, {STANDARD: 400 * load})
+    assert mesh.decided[STANDARD] > 0.85 * 400 * 30
+    mesh.longest_delay = 0.0
+    mesh.run(20, {STANDARD: 400 * load})
+    assert mesh.longest_delay < 2
+
+
+def test_the_most_urgent_class_loses_nothing_that_the_others_can_lose():
+    mesh = Mesh(400)
+    mesh.run(10, {REALTIME: 100, STANDARD: 200, BATCH: 2000})
+    mesh.refused = dict.fromkeys(ServiceClass, 0)
+    mesh.run(20, {REALTIME: 100, STANDARD: 200, BATCH: 2000})
+    assert mesh.refused[REALTIME] < 0.01 * 100 * 20
+    assert mesh.refused[BATCH] > 0.9 * 2000 * 20
+    assert mesh.refused[STANDARD] < 0.2 * 200 * 20
+
+
+def test_a_class_is_never_shut_out_entirely():
+    mesh = Mesh(100)
+    mesh.run(30, {REALTIME: 1000, BATCH: 1000})
+    assert mesh.shedder.shares[BATCH] >= SMALLEST_SHARE
+    assert mesh.decided[BATCH] > 0
+
+
+def test_after_the_load_has_ended_everything_is_let_through_again_soon():
+    mesh = Mesh(400)
+    mesh.run(20, {STANDARD: 4000})
+    mesh.run(3, {})
+    mesh.run(2, {STANDARD: 50})
+    mesh.refused[STANDARD] = 0
+    mesh.run(10, {STANDARD: 50})
+    assert not mesh.shedder.is_shedding
+    assert mesh.refused[STANDARD] == 0
+
+
+def test_a_burst_that_is_decided_within_half_a_second_sheds_nothing():
+    mesh = Mesh(1000)
+    for _ in range(450):
+        mesh.arrive(STANDARD)
+    mesh.run(3, {STANDARD: 100})
+    assert mesh.refused[STANDARD] == 0
+
+
+def test_clocks_that_differ_do_not_count_as_lateness():
+    shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+    for arrived_at in (-3600.0, 5.0):
+        shedder.see(STANDARD, arrived_at, 0.05)
+    assert not shedder.end_interval(0.1)
+    assert not shedder.is_shedding

@@ -18,6 +18,7 @@ from tidegate.cli.envoy_config import descriptor_set, envoy_command
 
 READY_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 10.0
+_MANAGER: Final = "envoy.extensions.filters.network.http_connection_manager"
 _HTTP: Final = "envoy.extensions.filters.http"
 
 
@@ -93,7 +94,7 @@ def _listener(name: str, address: str, descriptors: Path) -> dict[str, Any]:
         "headers": [{"name": ":path", "string_match": {"exact": "/health"}}],
     }
     manager = {
-        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "@type": f"type.googleapis.com/{_MANAGER}.v3.HttpConnectionManager",
         "stat_prefix": name,
         "codec_type": "AUTO",
         "stream_idle_timeout": "3600s",

@@ -35,6 +35,15 @@ ANSWER_KEY: Final = "x-tidegate-answer-key"
 ROUTE: Final = "x-tidegate-route"
 """`cache` sends the request to the cache service; absent, it goes to a replica."""
 
+ASKED_TIMEOUT_MS: Final = "x-request-timeout-ms"
+"""What a client without gRPC may send to say for how long it wants the whole answer, in milliseconds."""
+
+MAX_TOKENS: Final = "x-tidegate-max-tokens"
+"""The bound on the answer's tokens that the scheduler sets in a brownout; the request's own holds where it is less."""
+
+BROWNOUT: Final = "x-tidegate-brownout"
+"""On a request and on what answers it: the step of the brownout that touched it. Absent: none did."""
+
 TIMEOUT_MS: Final = "x-tidegate-timeout-ms"
 """How long the request may still take when it is dispatched, in whole milliseconds. Absent: the client gave no
 deadline, and the model service's own default holds."""

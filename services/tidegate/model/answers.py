@@ -121,6 +121,8 @@ class Answers:
         prompt = await self._prompts.hold(
             request, tensor_header=ask.call.tensor, tenant=ask.call.tenant, openai_names=ask.openai_names
         )
+        if ask.call.max_tokens is not None and not request.resume.token_ids:
+            prompt.max_tokens = max(1, min(prompt.max_tokens, ask.call.max_tokens))
         make_concrete(request, prompt, self._model.name, self._dice)
         record.prepared_at = self._clock()
         record.prompt_token_count = prompt.prompt_token_count
@@ -136,7 +138,8 @@ class Answers:
         )
 
     def _collector(self, ask: Ask) -> AnswerCollector | None:
-        if not ask.call.answer_key or ask.request.resume.token_ids:
+        # An answer that a brownout may have cut short is not the whole one that its key stands for.
+        if not ask.call.answer_key or ask.request.resume.token_ids or ask.call.max_tokens is not None:
             return None
         return AnswerCollector(ask.call.answer_key, ask.call.tenant)
 

@@ -41,6 +41,10 @@ class CallHeaders(msgspec.Struct, frozen=True, kw_only=True):
     answer_key: bytes = b""
     timeout_seconds: float | None = None
     queue_seconds: float = 0.0
+    max_tokens: int | None = None
+    """A bound that the scheduler sets in a brownout; None for none."""
+    brownout: str = ""
+    """The step of the brownout that touched the request."""
     resumed: bool = False
     """Another replica hands the request over."""
 
@@ -58,6 +62,8 @@ def read_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> CallHead
         answer_key=_answer_key(found.get(headers.ANSWER_KEY, "")),
         timeout_seconds=None if timeout_ms is None else timeout_ms / 1000,
         queue_seconds=_milliseconds(found.get(headers.QUEUE_MS, "")) / 1000,
+        max_tokens=_whole(found.get(headers.MAX_TOKENS)),
+        brownout=found.get(headers.BROWNOUT, ""),
         resumed=headers.RESUME in found,
     )
 

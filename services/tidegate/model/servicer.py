@@ -86,7 +86,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         record = self._record(call, GENERATE_OPERATION, context, call.request_id or request.request_id)
         ask = Ask(request=request, call=call, record=record, openai_names=False)
         async with self._ending(context, record), aclosing(self._answers.events(ask)) as events:
+            first = True
             async for event in events:
+                if first and call.brownout:
+                    await context.send_initial_metadata(((headers.BROWNOUT, call.brownout),))
+                first = False
                 await context.write(event)
 
     async def GenerateMany(  # type: ignore[override]
@@ -141,7 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 async for part in bodies:
                     if first:
                         first = False
-                        await context.send_initial_metadata(self._http_headers(record, request.stream))
+                        await context.send_initial_metadata(self._http_headers(record, call, request.stream))
                     await context.write(part)
 
     def _record(self, call: CallHeaders, operation: str, context: Context, request_id: str) -> Record:
@@ -161,9 +165,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             queue_seconds=call.queue_seconds,
         )
 
-    def _http_headers(self, record: Record, stream: bool) -> tuple[tuple[str, str], ...]:
+    def _http_headers(self, record: Record, call: CallHeaders, stream: bool) -> tuple[tuple[str, str], ...]:
         elapsed_ms = int((self._clock() - record.arrived_at + record.queue_seconds) * 1000)
-        pairs = (("openai-processing-ms", str(elapsed_ms)),)
+        pairs: tuple[tuple[str, str], ...] = (("openai-processing-ms", str(elapsed_ms)),)
+        if call.brownout:
+            pairs = (*pairs, (headers.BROWNOUT, call.brownout))
         return (*pairs, ("cache-control", "no-cache")) if stream else pairs
 
     def _ending(self, context: Context, record: Record) -> _Ending:

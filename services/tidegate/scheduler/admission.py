@@ -1,25 +1,51 @@
 """Whether a request may wait, and when a refused one should come back. Pure: time and randomness come in.
 
-A request is refused, in this order: its deadline has passed; no replica has been there for a while; its lane is
-full; the measured drain rate says that its turn would come after its deadline. With no measured rate nothing is
-refused for its deadline: an honest "not known" is no reason.
+A request is refused, in this order: its deadline has passed; no replica has been there for a while; the mesh is in a
+brownout that leaves its class out; its lane is full; it could not be finished by its deadline, given what waits before
+it and how long answers take. With nothing measured nothing is refused for its deadline: an honest "not known" is no
+reason.
+
+How long a request may wait follows from its slack, the time that its deadline leaves beside the answer itself. While no
+more arrives than leaves, all of the slack may be used: a queue is what makes use of a lull. When more arrives than
+leaves, a long queue makes all that pass it late and serves nobody more (CoDel, Nichols and Jacobson, ACM Queue 2012),
+so the allowed wait shrinks, from all of the slack at the capacity to a small share of the answer's own time at four
+times of it. Requests without a deadline of their client's are patient: theirs is a place in the queue.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tidegate.common.errors import Reason, TidegateError
+from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.forecast import expected_wait
-from tidegate.scheduler.lanes import Lanes
+from tidegate.scheduler.lanes import LaneLimits, Lanes
+from tidegate.scheduler.outlook import Outlook
 from tidegate.scheduler.request import Request, ServiceClass
+from tidegate.scheduler.tenant_habits import TenantHabits
 
 SHORTEST_RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 3600.0
 
 RETRY_JITTER: Final = 0.5
 """A retry time is stretched by up to this share, so that those refused together do not come back together."""
+
+FULL_PRESSURE: Final = 4.0
+"""At so many times of what can be served the allowed wait is the shortest."""
+
+SHORTEST_WAIT_SECONDS: Final = 0.05
+SHORTEST_WAIT_SHARE: Final = 0.15
+"""The shortest allowed wait: this, and this share of the answer's own time. Enough that no slot is idle."""
+
+SMALL_SHARE: Final = 0.5
+"""A request that is judged by its headers is taken for so much of what its tenant's usually are."""
+
+LATE_SERVICE_SHARE: Final = 0.8
+"""A request that has less than this share of its answer's time left is not sent to a replica any more."""
+
+UNBOUNDED: Final = LaneLimits(sys.maxsize, sys.maxsize, sys.maxsize)
 
 RETRY_ROOM_SHARE: Final = 0.1
 """Those refused by a full lane are told the time in which this share of it drains."""
@@ -35,6 +61,7 @@ class Conditions:
         absence_seconds: for how long there has been no ready replica; 0 while there is one.
         held_request_count: requests in any stage with this scheduler, the one that is asked about included.
         random_share: uniform in [0, 1), for the jitter.
+        outlook: what is to be expected for one more request; None: the drain rate is all that is known.
     """
 
     now: float
@@ -42,6 +69,7 @@ class Conditions:
     absence_seconds: float
     held_request_count: int
     random_share: float
+    outlook: Outlook | None = None
 
 
 class Admission:
@@ -51,12 +79,26 @@ class Admission:
         replica_grace_seconds: after so long without a replica, requests are refused.
         held_request_limit: past so many requests in all stages, headers are refused.
         default_retry_seconds: when to come back, as long as no drain rate is known.
+        total_limits: on what waits in all lanes together.
+        habits: of tenants, to judge by headers alone.
+        brownout: whose step may leave a class out; None: never.
     """
 
     def __init__(
-        self, lanes: Lanes, *, replica_grace_seconds: float, held_request_limit: int, default_retry_seconds: float
+        self,
+        lanes: Lanes,
+        *,
+        replica_grace_seconds: float,
+        held_request_limit: int,
+        default_retry_seconds: float,
+        total_limits: LaneLimits = UNBOUNDED,
+        habits: TenantHabits | None = None,
+        brownout: Brownout | None = None,
     ) -> None:
         self._lanes = lanes
+        self._total_limits = total_limits
+        self._habits = habits or TenantHabits()
+        self._brownout = brownout
         self._replica_grace_seconds = replica_grace_seconds
         self._held_request_limit = held_request_limit
         self._default_retry_seconds = default_retry_seconds
@@ -76,7 +118,10 @@ class Admission:
                 return self._full(request.named_class, bound, conditions)
         elif all(self._lanes.lane(service_class).full_bound(0, 0) for service_class in ServiceClass):
             return self._overloaded(f"All queues are full; {len(self._lanes)} requests wait in them", conditions)
-        return self._refusal_of_any(request, conditions)
+        refused = self._refusal_of_any(request, conditions)
+        if refused is None and request.named_class is not None:
+            refused = self._left_out(request.named_class, conditions)
+        return refused or self._refusal_by_habit(request, conditions)
 
     def refusal(self, request: Request, conditions: Conditions) -> TidegateError | None:
         """Why a prepared request may not wait; None when it may. Its deadline is set by now."""
@@ -84,20 +129,86 @@ class Admission:
         refused = self._refusal_of_any(request, conditions)
         if refused is not None:
             return refused
+        refused = self._left_out(request.service_class, conditions)
+        if refused is not None:
+            return refused
         lane = self._lanes.lane(request.service_class)
-        bound = lane.full_bound(request.token_count, request.body_byte_count)
+        bound = lane.full_bound(request.token_count, request.body_byte_count, request.tenant)
         if bound:
             return self._full(request.service_class, bound, conditions)
-        before = self._lanes.count_before(request.service_class)
-        wait = expected_wait(before, conditions.drain_rate)
+        bound = self._total_bound(request)
+        if bound:
+            return self._overloaded(f"The queues are full by {bound}; {len(self._lanes)} requests wait", conditions)
+        return self._late(request, conditions)
+
+    def _late(self, request: Request, conditions: Conditions) -> TidegateError | None:
+        """Why a request could not be finished by its deadline; None when it could, or when that is not known."""
+        assert request.deadline is not None
+        wait = self._wait_seconds(request, conditions)
         left = request.deadline - conditions.now
-        if wait is None or wait <= left:
+        allowed = self._allowed_wait(request, left, conditions)
+        if wait is None or wait <= allowed:
             return None
+        if allowed < 0:
+            return TidegateError(
+                Reason.SERVER_IS_OVERLOADED,
+                f"The answer would take about {request.expected_seconds:.1f} s, and its deadline is in {left:.1f} s;"
+                " what has no deadline can go to /v1/batches",
+                retry_after_seconds=_retry_seconds(self._default_retry_seconds, conditions),
+            )
+        before = self._lanes.count_before(request.service_class)
         return TidegateError(
             Reason.SERVER_IS_OVERLOADED,
             f"{before} requests wait before this one, for about {_seconds(wait)}, and its deadline is in {left:.1f} s",
-            retry_after_seconds=_retry_seconds(wait - left, conditions),
+            retry_after_seconds=_retry_seconds(wait - allowed, conditions),
         )
+
+    def _wait_seconds(self, request: Request, conditions: Conditions) -> float | None:
+        if conditions.outlook is None:
+            return expected_wait(self._lanes.count_before(request.service_class), conditions.drain_rate)
+        return conditions.outlook.wait_seconds(request.service_class, request.tenant, request.cost, conditions.now)
+
+    def _allowed_wait(self, request: Request, left: float, conditions: Conditions) -> float:
+        """How long the request may wait, in seconds; below 0 where it would be late without waiting."""
+        if request.client_deadline is None or conditions.outlook is None:
+            return left
+        slack = left - request.expected_seconds
+        if slack <= 0:
+            return slack
+        shortest = min(slack, SHORTEST_WAIT_SECONDS + SHORTEST_WAIT_SHARE * request.expected_seconds)
+        pressed = min(1.0, max(0.0, (conditions.outlook.pressure(conditions.now) - 1) / (FULL_PRESSURE - 1)))
+        return float(slack ** (1 - pressed) * shortest**pressed)
+
+    def _refusal_by_habit(self, request: Request, conditions: Conditions) -> TidegateError | None:
+        """Refuses a request whose like would be refused, without reading it, where its tenant's are all alike."""
+        habit = self._habits.get(request.tenant)
+        outlook = conditions.outlook
+        if habit is None or outlook is None or request.client_deadline is None or not habit.is_steady:
+            return None
+        if request.named_class not in (None, habit.service_class):
+            return None
+        small = replace(
+            request,
+            service_class=habit.service_class,
+            cost=SMALL_SHARE * habit.cost,
+            expected_seconds=outlook.service_seconds(int(SMALL_SHARE * habit.answer_token_count), conditions.now),
+        )
+        return self._late(small, conditions)
+
+    def _left_out(self, service_class: ServiceClass, conditions: Conditions) -> TidegateError | None:
+        if self._brownout is None or not self._brownout.refuses(service_class):
+            return None
+        message = f"No {service_class.label} requests are taken while more urgent ones wait too long"
+        return self._overloaded(f"{message} (brownout step {self._brownout.step})", conditions)
+
+    def _total_bound(self, request: Request) -> str:
+        lanes = [self._lanes.lane(one) for one in ServiceClass]
+        if len(self._lanes) >= self._total_limits.request_limit:
+            return "requests"
+        if self._lanes.token_count + request.token_count > self._total_limits.token_limit:
+            return "tokens"
+        waiting_byte_count = sum(lane.byte_count for lane in lanes)
+        return "bytes" if waiting_byte_count + request.body_byte_count > self._total_limits.byte_limit else ""
 
     def _refusal_of_any(self, request: Request, conditions: Conditions) -> TidegateError | None:
         if request.deadline is not None and request.deadline <= conditions.now:
@@ -128,6 +239,14 @@ class Admission:
             message,
             retry_after_seconds=_retry_seconds(self._default_retry_seconds if seconds is None else seconds, conditions),
         )
+
+
+def latest_start(request: Request, now: float) -> float:
+    """When a request must go to a replica at the latest: with a client's deadline, while it can still be answered."""
+    assert request.deadline is not None
+    if request.client_deadline is None:
+        return request.deadline
+    return max(now, request.deadline - LATE_SERVICE_SHARE * request.expected_seconds)
 
 
 def deadline_passed(request: Request, now: float) -> TidegateError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -10,6 +10,7 @@ from msgspec import Meta
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +71,50 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     lane_byte_limit: Count = 1024 * 1024 * 1024
     """The most bytes of bodies that wait in Envoy for one lane: they are Envoy's memory."""
+
+    waiting_request_limit: Count = 20_000
+    """The most requests that wait in all lanes together."""
+
+    waiting_token_limit: Count = 100_000_000
+    """The same in prompt and expected answer tokens."""
+
+    waiting_byte_limit: Count = 2 * 1024 * 1024 * 1024
+    """The same in bytes of bodies."""
+
+    tenant_share: Share = 0.5
+    """What one tenant may use of a lane's bounds, so that it does not keep the others out; where there are no API
+    keys, everybody is the one tenant `default`, which may use all."""
+
+    standard_floor: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
+    """What standard gets at least of all that is dispatched while it waits, in cost."""
+
+    batch_floor: Annotated[float, Meta(ge=0, le=0.5)] = 0.02
+    """The same for batch."""
+
+    order: Literal["fcfs", "wfq", "edf", "srpt"] = "fcfs"
+    """In what order the requests of one tenant leave; see ordering.py."""
+
+    tenant_weights: dict[str, Annotated[float, Meta(gt=0, le=1_000)]] = {}
+    """Of tenants by name; one with twice the weight is served twice as much when there is not enough. Others: 1."""
+
+    answer_quantile: Share = 0.8
+    """An answer is expected to have so many tokens as this share of the tenant's answers had at most."""
+
+    brownout_queue_delay_seconds: Seconds = 2.0
+    """A class whose oldest request has waited longer fares badly; see brownout.py."""
+
+    brownout_first_token_seconds: Seconds = 0.5
+    """So does one whose 95th percentile of the time to first token is above this, and above what the engine does
+    without any queue."""
+
+    brownout_up_seconds: Seconds = 2.0
+    """After so long a time the next step is taken."""
+
+    brownout_down_seconds: Seconds = 2.0
+    """After so long a time without it, a step is taken back."""
+
+    brownout_max_tokens: Count = 256
+    """What answers are cut to by the steps that shorten them."""
 
     realtime_deadline_seconds: Seconds = 120.0
     """How long a realtime request without a deadline of its own may wait for a replica; its answer is not bounded
@@ -135,7 +180,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     replica_absence_limit_seconds: Annotated[float, Meta(ge=0)] = 60.0
     """With no replica for this long, those that wait are refused too."""
 
-    drain_half_life_seconds: Seconds = 10.0
+    drain_half_life_seconds: Seconds = 5.0
     """How fast the measured drain rate forgets."""
 
     default_retry_seconds: Seconds = 5.0

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tidegate.scheduler.forecast import DrainRate, expected_wait
+from tidegate.scheduler.forecast import DrainRate, WorkRates, expected_wait
 from tidegate.scheduler.lanes import Lanes, Waiting
 from tidegate.scheduler.placement import Placement, Weights, choose, order
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
+from tidegate.scheduler.request import ServiceClass
 
 
 class Dispatcher:
@@ -19,14 +20,23 @@ class Dispatcher:
     Args:
         weights: of the placement score.
         alternative_count: how many next best replicas a placement names.
+        work: counts what leaves the lanes in cost, as `drain` does in requests.
     """
 
     def __init__(
-        self, lanes: Lanes, table: ReplicaTable, drain: DrainRate, *, weights: Weights, alternative_count: int
+        self,
+        lanes: Lanes,
+        table: ReplicaTable,
+        drain: DrainRate,
+        *,
+        weights: Weights,
+        alternative_count: int,
+        work: WorkRates | None = None,
     ) -> None:
         self.lanes = lanes
         self.table = table
         self.drain = drain
+        self._work = work
         self._weights = weights
         self._alternative_count = alternative_count
         self._dispatch_count = 0
@@ -46,16 +56,18 @@ class Dispatcher:
             placement = self._place(waiting, now)
             if placement is None:
                 break
-            self.lanes.remove(waiting)
+            self.lanes.take(waiting)
             self.drain.count_dispatch(now)
+            if self._work is not None:
+                self._work.count_dispatch(waiting.service_class, waiting.cost, now)
             matched.append((waiting, placement))
-        self.drain.set_backlog(self.lanes.next is not None, now)
+        self._note_backlog(now)
         return matched
 
     def leave(self, waiting: Waiting, now: float) -> None:
         """Takes a request out that will not be dispatched: its client left, or its deadline passed."""
         self.lanes.remove(waiting)
-        self.drain.set_backlog(self.lanes.next is not None, now)
+        self._note_backlog(now)
 
     def put_back(self, placement: Placement) -> None:
         """Takes back the credit of a request that was placed and not sent; the caller then calls `match`."""
@@ -66,6 +78,11 @@ class Dispatcher:
     def expected_wait(self, waiting: Waiting, now: float) -> float | None:
         """Seconds until a waiting request leaves, by the measured rate; None when that is not known."""
         return expected_wait(self.lanes.position(waiting), self.drain.rate(now))
+
+    def _note_backlog(self, now: float) -> None:
+        self.drain.set_backlog(len(self.lanes) > 0, now)
+        if self._work is not None:
+            self._work.set_backlog((one for one in ServiceClass if len(self.lanes.lane(one))), now)
 
     def _place(self, waiting: Waiting, now: float) -> Placement | None:
         ready = self.table.ready(now)

@@ -8,6 +8,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.request import ServiceClass
@@ -18,11 +19,17 @@ class Gauges(Collector):
     """Reads the scheduler's state from the thread of the metrics page; single numbers, so no lock is needed."""
 
     def __init__(
-        self, dispatcher: Dispatcher, outcomes: Outcomes, shedder: Shedder, clock: Callable[[], float]
+        self,
+        dispatcher: Dispatcher,
+        outcomes: Outcomes,
+        shedder: Shedder,
+        brownout: Brownout,
+        clock: Callable[[], float],
     ) -> None:
         self._dispatcher = dispatcher
         self._outcomes = outcomes
         self._shedder = shedder
+        self._brownout = brownout
         self._clock = clock
 
     def register(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -42,6 +49,9 @@ class Gauges(Collector):
         for service_class, share in self._shedder.shares.items():
             shed.add_metric([service_class.label], 1 - share)
         yield shed
+        step = GaugeMetricFamily("tidegate_brownout_step", "How much less is done for the less urgent; 0 is nothing.")
+        step.add_metric([], self._brownout.step)
+        yield step
 
     def _lanes(self) -> Iterator[Metric]:
         requests = GaugeMetricFamily("tidegate_lane_waiting_requests", "Requests that wait.", labels=["class"])

@@ -1,4 +1,9 @@
-"""The lanes in which requests wait: one a class, strict order between them, first come first served inside.
+"""The lanes in which requests wait: one a class, the most urgent first, with a floor for each of the others.
+
+A lane that waits is owed its floor's share of the cost of all that is dispatched meanwhile, and goes first as soon as
+its next request is covered by what it is owed: no class can be starved. A lane in which nothing waits is owed
+nothing. Inside a lane tenants are served fairly by cost (`fair_queue`), and inside a tenant an ordering policy
+decides (`ordering`).
 
 Invariants, after every call:
 - a lane's counts of requests, tokens and bytes are the sums over what waits in it, and within its limits;
@@ -9,25 +14,38 @@ Pure: no clock, no loop. When and whereto a request leaves is decided elsewhere.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
+from tidegate.common.headers import DEFAULT_TENANT
+from tidegate.scheduler.fair_queue import FairQueue
+from tidegate.scheduler.ordering import ORDERS, Order
 from tidegate.scheduler.request import ServiceClass
+
+NO_FLOORS: Final[Mapping[ServiceClass, float]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class LaneLimits:
-    """The bounds of one lane."""
+    """The bounds of one lane; a tenant's are a share of them.
+
+    The default tenant is everybody where there are no API keys, and may use all of a lane.
+    """
 
     request_limit: int
     token_limit: int
     byte_limit: int
+    tenant_share: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A place in a lane; times in monotonic seconds."""
+    """A place in a lane; times in monotonic seconds.
+
+    `deadline` is when the wait ends at the latest. `cost` is what the request counts between tenants, in tokens;
+    `expected_seconds` how long it is expected to run.
+    """
 
     request_id: str
     service_class: ServiceClass
@@ -36,68 +54,117 @@ class Waiting:
     byte_count: int
     since: float
     deadline: float
+    tenant: str = DEFAULT_TENANT
+    cost: float = 1.0
+    expected_seconds: float = 0.0
+    retry_count: int = 0
 
 
 class Lane:
-    """What waits of one class, oldest first."""
+    """What waits of one class."""
 
-    def __init__(self, limits: LaneLimits) -> None:
+    def __init__(self, limits: LaneLimits, order: Order, weight_of: Callable[[str], float]) -> None:
         self.limits = limits
+        self.queue = FairQueue(order, weight_of)
         self.token_count = 0
         self.byte_count = 0
-        # Ordered, with removal from the middle in constant time: clients that leave are common under load.
-        self._waiting: OrderedDict[Waiting, None] = OrderedDict()
+        self.cost = 0.0
+        self.owed = 0.0
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._count
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._waiting)
+        return self.queue.in_order()
 
     def __contains__(self, waiting: Waiting) -> bool:
-        return waiting in self._waiting
+        return waiting in self.queue
+
+    @property
+    def next(self) -> Waiting | None:
+        """The one that leaves next."""
+        return self.queue.head
 
     @property
     def oldest(self) -> Waiting | None:
-        """The one that leaves next."""
-        return next(iter(self._waiting), None)
+        """The one that has waited longest, of those that are next in their tenants' queues."""
+        heads = (tenant.head for _, tenant in self.queue.tenants())
+        return min(heads, key=lambda waiting: waiting.since, default=None)
 
-    def full_bound(self, token_count: int, byte_count: int) -> str:
-        """The bound that one more request of this size would break, as a word; empty when there is room."""
-        if len(self._waiting) >= self.limits.request_limit:
-            return "requests"
-        if self.token_count + token_count > self.limits.token_limit:
-            return "tokens"
-        if self.byte_count + byte_count > self.limits.byte_limit:
-            return "bytes"
-        return ""
+    def full_bound(self, token_count: int, byte_count: int, tenant: str = DEFAULT_TENANT) -> str:
+        """The bound that one more request of this size would break, in words; empty when there is room."""
+        limits = self.limits
+        bound = _broken(1.0, limits, self._count, self.token_count + token_count, self.byte_count + byte_count)
+        own = self.queue.tenant(tenant)
+        if bound or own is None or tenant == DEFAULT_TENANT:
+            return bound
+        tokens, size = own.token_count + token_count, own.byte_count + byte_count
+        bound = _broken(limits.tenant_share, limits, len(own), tokens, size)
+        return f"{bound} of one tenant" if bound else ""
+
+    def cost_before(self, tenant: str, cost: float) -> float:
+        """At most so much of the lane is served before one more request of this tenant and cost.
+
+        In fair turns each other tenant is served no more than what the tenant itself waits for.
+        """
+        own = self.queue.tenant(tenant)
+        own_cost = 0.0 if own is None else own.cost
+        others = self.queue.tenant_count - (own is not None)
+        return min(self.cost, own_cost + (own_cost + cost) * others)
 
     def add(self, waiting: Waiting) -> None:
-        """Puts one at the end."""
-        assert waiting not in self._waiting
-        self._waiting[waiting] = None
-        self.token_count += waiting.token_count
-        self.byte_count += waiting.byte_count
+        """Lets one wait."""
+        assert waiting not in self
+        self.queue.add(waiting)
+        self._change(waiting, 1)
 
     def remove(self, waiting: Waiting) -> None:
         """Takes one out, wherever it stands."""
-        del self._waiting[waiting]
-        self.token_count -= waiting.token_count
-        self.byte_count -= waiting.byte_count
+        self.queue.remove(waiting)
+        self._change(waiting, -1)
+        if not self._count:
+            self.owed = 0.0
+            self.cost = 0.0
+
+    def _change(self, waiting: Waiting, sign: int) -> None:
+        self._count += sign
+        self.token_count += sign * waiting.token_count
+        self.byte_count += sign * waiting.byte_count
+        self.cost += sign * waiting.cost
 
 
 class Lanes:
-    """All lanes of a scheduler."""
+    """All lanes of a scheduler.
 
-    def __init__(self, limits: Mapping[ServiceClass, LaneLimits]) -> None:
-        self._lanes = {service_class: Lane(limits[service_class]) for service_class in ServiceClass}
+    Args:
+        floors: of all cost that is dispatched while a class waits, what that class gets at least.
+        order: inside a tenant.
+        weights: of tenants; one that is not named has 1.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[ServiceClass, LaneLimits],
+        *,
+        floors: Mapping[ServiceClass, float] = NO_FLOORS,
+        order: str = "fcfs",
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        tenant_weights = dict(weights or {})
+
+        def weight_of(tenant: str) -> float:
+            return tenant_weights.get(tenant, 1.0)
+
+        self._floors = floors
+        self._lanes = {one: Lane(limits[one], ORDERS[order], weight_of) for one in ServiceClass}
         self._by_request_id: dict[str, Waiting] = {}
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
 
     def __iter__(self) -> Iterator[Waiting]:
-        """Everything that waits, in the order in which it leaves."""
+        """Everything that waits, the most urgent lane first."""
         for lane in self._lanes.values():
             yield from lane
 
@@ -115,19 +182,44 @@ class Lanes:
 
     @property
     def next(self) -> Waiting | None:
-        """The one that leaves next: the oldest of the most urgent lane that is not empty."""
+        """The one that leaves next: of a lane that is owed it, else of the most urgent lane that is not empty."""
+        first: Waiting | None = None
+        owed: tuple[float, Waiting] | None = None
         for lane in self._lanes.values():
-            if lane:
-                return lane.oldest
-        return None
+            waiting = lane.next if len(lane) else None
+            if waiting is None:
+                continue
+            first = first or waiting
+            if lane.owed >= waiting.cost and (owed is None or lane.owed > owed[0]):
+                owed = (lane.owed, waiting)
+        return first if owed is None else owed[1]
+
+    def next_of(self, service_class: ServiceClass) -> Waiting | None:
+        """The one of a class that leaves next."""
+        return self._lanes[service_class].next
 
     def add(self, waiting: Waiting) -> None:
         """Lets one wait; the caller has asked the lane's `full_bound` first."""
         self._lanes[waiting.service_class].add(waiting)
         self._by_request_id[waiting.request_id] = waiting
 
+    def take(self, waiting: Waiting) -> None:
+        """Takes one out that is dispatched: its tenant is charged, and the lanes that still wait are owed more."""
+        for service_class, floor in self._floors.items():
+            lane = self._lanes[service_class]
+            if len(lane):
+                lane.owed += floor * waiting.cost
+        lane = self._lanes[waiting.service_class]
+        lane.owed = max(0.0, lane.owed - waiting.cost)
+        self.remove(waiting)
+        self.charge(waiting.service_class, waiting.tenant, waiting.cost)
+
+    def charge(self, service_class: ServiceClass, tenant: str, cost: float) -> None:
+        """A tenant was served so much more than it was charged for (less, where negative)."""
+        self._lanes[service_class].queue.charge(tenant, cost)
+
     def remove(self, waiting: Waiting) -> None:
-        """Takes one out."""
+        """Takes one out that is not dispatched."""
         self._lanes[waiting.service_class].remove(waiting)
         if self._by_request_id.get(waiting.request_id) is waiting:
             del self._by_request_id[waiting.request_id]
@@ -137,14 +229,23 @@ class Lanes:
         return self._by_request_id.get(request_id)
 
     def count_before(self, service_class: ServiceClass) -> int:
-        """How many requests would leave before one that came now."""
+        """How many requests wait in this lane and in those more urgent."""
         return sum(len(lane) for other, lane in self._lanes.items() if other <= service_class)
 
+    def cost_before(self, service_class: ServiceClass, tenant: str, cost: float) -> float:
+        """What is served before one more request of this class, tenant and cost, of all that waits now."""
+        urgent = sum(lane.cost for other, lane in self._lanes.items() if other < service_class)
+        return urgent + self._lanes[service_class].cost_before(tenant, cost)
+
     def position(self, waiting: Waiting) -> int:
-        """How many leave before it, and itself: 1 is next. Takes time in the length of the lane."""
+        """How many leave before it, and itself: 1 is next. An estimate between tenants; linear in what waits."""
         urgent = sum(len(lane) for other, lane in self._lanes.items() if other < waiting.service_class)
-        return urgent + _index(self._lanes[waiting.service_class], waiting) + 1
+        return urgent + self._lanes[waiting.service_class].queue.place_of(waiting) + 1
 
 
-def _index(lane: Iterable[Waiting], wanted: Waiting) -> int:
-    return next(index for index, waiting in enumerate(lane) if waiting is wanted)
+def _broken(share: float, limits: LaneLimits, requests: int, tokens: int, size: int) -> str:
+    if requests >= max(1, share * limits.request_limit):
+        return "requests"
+    if tokens > share * limits.token_limit:
+        return "tokens"
+    return "bytes" if size > share * limits.byte_limit else ""

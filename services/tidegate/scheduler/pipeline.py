@@ -12,15 +12,20 @@ from tidegate.common.arena import encode_tensor_header
 from tidegate.common.errors import Reason, TidegateError
 from tidegate.scheduler.admission import Admission, Conditions
 from tidegate.scheduler.bodies import body_kind, message_of
+from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.dispatch import Dispatcher
+from tidegate.scheduler.forecast import Arrivals
+from tidegate.scheduler.observations import Observations, cost_of
 from tidegate.scheduler.outcomes import Outcomes
+from tidegate.scheduler.outlook import Outlook
 from tidegate.scheduler.placement import Placement
 from tidegate.scheduler.preprocess_client import Prepared, PreprocessClient
 from tidegate.scheduler.queue import Queue
-from tidegate.scheduler.request import CLASSES_BY_LABEL, Request, ServiceClass
+from tidegate.scheduler.request import Request, ServiceClass
 from tidegate.scheduler.shedding import Shedder
+from tidegate.scheduler.tenant_habits import TenantHabits
 from tidegate.v1 import preprocess_pb2, tensor_pb2
 
 
@@ -34,6 +39,17 @@ class Decision:
     header_fields: tuple[tuple[str, str], ...] = ()
     changes_route: bool = False
     placement: Placement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expectations:
+    """All that the scheduler learns from what passes, and goes by."""
+
+    outlook: Outlook
+    observations: Observations
+    arrivals: Arrivals
+    habits: TenantHabits
+    brownout: Brownout
 
 
 PASS_THROUGH: Final = Decision()
@@ -53,10 +69,12 @@ class Pipeline:
         cache: CacheClient,
         outcomes: Outcomes,
         shedder: Shedder,
+        expectations: Expectations,
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
         self._shedder = shedder
+        self._expectations = expectations
         self._admission = admission
         self._queue = queue
         self._preprocess = preprocess
@@ -84,12 +102,13 @@ class Pipeline:
                 f"The request was not looked at for {now - request.arrived_at:.1f} s",
                 retry_after_seconds=self._settings.default_retry_seconds * (0.5 + random.random()),
             )
-        if request.asked_class and request.named_class is None:
-            classes = ", ".join(CLASSES_BY_LABEL)
-            message = f"{headers.ASKED_CLASS} is {request.asked_class!r}, expected one of {classes}"
-            raise TidegateError(Reason.INVALID_VALUE, message, field=headers.ASKED_CLASS)
+        if request.header_fault is not None:
+            field, message = request.header_fault
+            raise TidegateError(Reason.INVALID_VALUE, message, field=field)
         refusal = self._admission.refusal_of_headers(request, self.conditions())
         if refusal is not None:
+            habit = self._expectations.habits.get(request.tenant)
+            self._expectations.arrivals.count(request.cost if habit is None else habit.cost, now)
             raise refusal
 
     def hold_seconds(self, request: Request) -> float:
@@ -109,6 +128,7 @@ class Pipeline:
         if kind is None or message is None:
             return False
         await self._prepare(request, kind, message)
+        self._expect(request)
         self._set_deadline(request)
         return True
 
@@ -123,6 +143,7 @@ class Pipeline:
     def undo(self, decision: Decision) -> None:
         """Takes back a decision that did not reach Envoy."""
         if decision.placement is not None:
+            self._expectations.observations.forget(decision.placement.credit_id)
             self._queue.put_back(decision.placement)
 
     def release(self, request: Request) -> None:
@@ -140,6 +161,7 @@ class Pipeline:
             absence_seconds=dispatcher.table.absence_seconds(now),
             held_request_count=self._outcomes.held_request_count,
             random_share=random.random(),
+            outlook=self._expectations.outlook,
         )
 
     async def _prepare(self, request: Request, kind: preprocess_pb2.BodyKind.ValueType, message: bytes) -> None:
@@ -158,13 +180,26 @@ class Pipeline:
             request.service_class = request.named_class or ServiceClass.STANDARD
             return
         request.prompt_token_count = prepared.prompt_token_count
-        request.answer_token_count = min(prepared.max_tokens, expected)
+        request.max_tokens = prepared.max_tokens
+        request.answer_token_count = self._expectations.observations.lengths.expected(
+            request.tenant, prepared.max_tokens, self._settings.answer_quantile
+        )
         request.service_class = request.named_class or _service_class(prepared)
         request.answer_key = prepared.answer_key
         if prepared.HasField("tokens"):
             # A copy, for a part of a message keeps the whole of it, and the hashes of a long prompt are many.
             request.tokens = tensor_pb2.Tensor()
             request.tokens.CopyFrom(prepared.tokens)
+
+    def _expect(self, request: Request) -> None:
+        """Works out what the request will take, and counts it among what comes."""
+        now = self._clock()
+        observations, outlook = self._expectations.observations, self._expectations.outlook
+        usual = observations.lengths.expected(request.tenant, request.max_tokens or request.answer_token_count, 0.5)
+        request.cost = cost_of(request.prompt_token_count, usual)
+        request.expected_seconds = outlook.service_seconds(request.answer_token_count, now)
+        self._expectations.habits.see(request)
+        self._expectations.arrivals.count(request.cost, now)
 
     def _set_deadline(self, request: Request) -> None:
         last = request.arrived_at + self._settings.longest_hold_seconds
@@ -189,6 +224,11 @@ class Pipeline:
         ]
         if request.tokens is not None:
             fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
+        brownout = self._expectations.brownout
+        if brownout.shortens(request.service_class):
+            fields.append((headers.MAX_TOKENS, str(self._settings.brownout_max_tokens)))
+            fields.append((headers.BROWNOUT, str(brownout.step)))
+        self._expectations.observations.dispatch(request, placement.credit_id, request.cost)
         return Decision(tuple(fields), placement=placement)
 
     def _common_fields(self, request: Request) -> list[tuple[str, str]]:

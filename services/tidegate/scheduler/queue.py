@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 
 from tidegate.common.errors import TidegateError
-from tidegate.scheduler.admission import deadline_passed
+from tidegate.scheduler.admission import deadline_passed, latest_start
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.lanes import Waiting
 from tidegate.scheduler.placement import Placement
@@ -109,7 +109,6 @@ class Queue:
 
 
 def _waiting(request: Request, now: float) -> Waiting:
-    assert request.deadline is not None
     return Waiting(
         request_id=request.request_id,
         service_class=request.service_class,
@@ -117,5 +116,9 @@ def _waiting(request: Request, now: float) -> Waiting:
         answer_token_count=request.answer_token_count,
         byte_count=request.body_byte_count,
         since=now,
-        deadline=request.deadline,
+        deadline=latest_start(request, now),
+        tenant=request.tenant,
+        cost=request.cost,
+        expected_seconds=request.expected_seconds,
+        retry_count=request.retry_count,
     )

@@ -16,6 +16,7 @@ import structlog
 
 from tidegate.common.grpc_clients import open_channel
 from tidegate.scheduler.lanes import Lanes
+from tidegate.scheduler.observations import Ended
 from tidegate.scheduler.replica_table import Replica, ReplicaLoad, ReplicaTable
 from tidegate.v1 import replica_pb2, replica_pb2_grpc
 
@@ -32,6 +33,7 @@ class CreditStream:
 
     Args:
         on_credits: called after credits have come that something may wait for.
+        on_outcome: called with how a request ended that had spent a credit of this stream.
         demand_interval_seconds: the least time between two messages to the replica.
     """
 
@@ -45,6 +47,7 @@ class CreditStream:
         demand_interval_seconds: float,
         clock: Callable[[], float],
         on_credits: Callable[[], None],
+        on_outcome: Callable[[Replica, replica_pb2.Outcome], None],
     ) -> None:
         self.replica = replica
         self.last_load = replica_pb2.Load(replica=replica.address)
@@ -54,6 +57,7 @@ class CreditStream:
         self._demand_interval_seconds = demand_interval_seconds
         self._clock = clock
         self._on_credits = on_credits
+        self._on_outcome = on_outcome
         self._changed = asyncio.Event()
         self._give_back: list[str] = []
 
@@ -128,6 +132,7 @@ class CreditStream:
                 self._changed.set()
             case "outcome":
                 book.finish(message.outcome.credit_id)
+                self._on_outcome(self.replica, message.outcome)
 
     def _hear(self, load: replica_pb2.Load, now: float) -> None:
         was_ready = self._table.is_ready(self.replica, now)
@@ -199,6 +204,19 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         slot_count=load.slot_count,
         seconds_per_output_token=load.time_per_output_token.ToNanoseconds() / 1e9,
         time_to_first_token_seconds=load.time_to_first_token.ToNanoseconds() / 1e9,
+    )
+
+
+def ended(outcome: replica_pb2.Outcome) -> Ended:
+    """The part of an outcome that decisions need."""
+    has_first_token = outcome.HasField("time_to_first_token")
+    return Ended(
+        credit_id=outcome.credit_id,
+        is_completed=outcome.outcome == replica_pb2.REQUEST_OUTCOME_COMPLETED,
+        first_token_seconds=outcome.time_to_first_token.ToNanoseconds() / 1e9 if has_first_token else None,
+        duration_seconds=outcome.duration.ToNanoseconds() / 1e9,
+        prompt_token_count=outcome.prompt_token_count,
+        completion_token_count=outcome.completion_token_count,
     )
 
 

@@ -31,6 +31,10 @@ DEADLINE_MARGIN_SHARE: Final = 0.05
 LONGEST_DEADLINE_MARGIN_SECONDS: Final = 0.02
 """A client's deadline is kept so much early, so that the refusal still reaches it before it gives up."""
 
+LARGEST_RETRY_COUNT: Final = 100
+"""More tries than this count as many."""
+
+_MILLISECONDS: Final = re.compile(r"\d{1,10}")
 _GRPC_TIMEOUT: Final = re.compile(r"(\d{1,8})([HMSmun])")
 _GRPC_TIMEOUT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
@@ -41,7 +45,9 @@ class Request:
 
     `client_deadline` is when the client gives up, absent where it did not say. `deadline` is when the scheduler
     does: the client's, or a bound of the class on the wait alone, absent until that is known. `named_class` is the
-    class that stands in the headers; it wins over what the body asks for. `asked_class` is that header as it came.
+    class that stands in the headers; it wins over what the body asks for. `header_fault` is the header that makes no
+    sense, and what is wrong with it. `cost` is what the request counts between tenants, in tokens, and
+    `expected_seconds` how long it is expected to run on a replica.
     """
 
     request_id: str
@@ -53,15 +59,19 @@ class Request:
     client_deadline: float | None = None
     deadline: float | None = None
     body_arrived_at: float | None = None
-    asked_class: str = ""
+    header_fault: tuple[str, str] | None = None
     named_class: ServiceClass | None = None
     service_class: ServiceClass = ServiceClass.STANDARD
     body_byte_count: int = 0
     prompt_token_count: int = 0
     answer_token_count: int = 0
+    max_tokens: int = 0
     answer_key: bytes = b""
     tokens: tensor_pb2.Tensor | None = None
     queue_seconds: float = 0.0
+    retry_count: int = 0
+    cost: float = 1.0
+    expected_seconds: float = 0.0
 
     @property
     def is_grpc(self) -> bool:
@@ -77,6 +87,8 @@ class Request:
 def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
     """The request that these headers announce (names in lower case)."""
     timeout_seconds = parse_grpc_timeout(fields.get("grpc-timeout", ""))
+    if timeout_seconds is None:
+        timeout_seconds = parse_milliseconds(fields.get(headers.ASKED_TIMEOUT_MS, ""))
     deadline = None if timeout_seconds is None else now + timeout_seconds - _margin_seconds(timeout_seconds)
     return Request(
         request_id=fields.get(headers.REQUEST_ID, ""),
@@ -87,7 +99,8 @@ def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
         arrived_at=now,
         client_deadline=deadline,
         deadline=deadline,
-        asked_class=fields.get(headers.SERVICE_CLASS, ""),
+        retry_count=_retry_count(fields),
+        header_fault=_header_fault(fields),
         named_class=CLASSES_BY_LABEL.get(fields.get(headers.SERVICE_CLASS, "")),
     )
 
@@ -98,6 +111,33 @@ def parse_grpc_timeout(text: str) -> float | None:
     if match is None:
         return None
     return int(match[1]) * _GRPC_TIMEOUT_SECONDS[match[2]]
+
+
+def parse_milliseconds(text: str) -> float | None:
+    """The seconds of a whole number of milliseconds; None when there is none, or no such thing."""
+    return int(text) / 1000 if _MILLISECONDS.fullmatch(text) else None
+
+
+def _header_fault(fields: Mapping[str, str]) -> tuple[str, str] | None:
+    """The client's header that makes no sense, and what is wrong with it."""
+    asked_class = fields.get(headers.SERVICE_CLASS, "")
+    if asked_class and asked_class not in CLASSES_BY_LABEL:
+        expected = ", ".join(CLASSES_BY_LABEL)
+        return headers.ASKED_CLASS, f"{headers.ASKED_CLASS} is {asked_class!r}, expected one of {expected}"
+    timeout = fields.get(headers.ASKED_TIMEOUT_MS, "")
+    if timeout and parse_milliseconds(timeout) is None:
+        name = headers.ASKED_TIMEOUT_MS
+        return name, f"{name} is {timeout!r}, expected a whole number of milliseconds of at most ten digits"
+    return None
+
+
+def _retry_count(fields: Mapping[str, str]) -> int:
+    """How often the client says that it has tried before: OpenAI's clients, and gRPC's own retries."""
+    for name in ("x-stainless-retry-count", "grpc-previous-rpc-attempts"):
+        text = fields.get(name, "")
+        if text.isascii() and text.isdigit():
+            return min(int(text[:4]), LARGEST_RETRY_COUNT)
+    return 0
 
 
 def _margin_seconds(timeout_seconds: float) -> float:

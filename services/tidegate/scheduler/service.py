@@ -17,24 +17,29 @@ from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.scheduler.admission import Admission
+from tidegate.scheduler.answer_lengths import AnswerLengths
+from tidegate.scheduler.brownout import Brownout, Signs, Terms
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.circuit import Circuit
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.endpoints import EndpointsFile
-from tidegate.scheduler.forecast import DrainRate
+from tidegate.scheduler.forecast import Arrivals, DrainRate, WorkRates
 from tidegate.scheduler.gauges import Gauges
 from tidegate.scheduler.lanes import LaneLimits, Lanes
+from tidegate.scheduler.observations import Observations
 from tidegate.scheduler.outcomes import Outcomes
-from tidegate.scheduler.pipeline import Pipeline
+from tidegate.scheduler.outlook import Outlook
+from tidegate.scheduler.pipeline import Expectations, Pipeline
 from tidegate.scheduler.placement import Weights
 from tidegate.scheduler.preprocess_client import PreprocessClient
 from tidegate.scheduler.queue import Queue
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
-from tidegate.scheduler.replicas import CreditStream, CreditStreams
+from tidegate.scheduler.replicas import CreditStream, CreditStreams, ended
 from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.servicer import ExternalProcessor
 from tidegate.scheduler.shedding import Shedder
+from tidegate.scheduler.tenant_habits import TenantHabits
 from tidegate.scheduler.watch import Scheduler, Snapshots
 from tidegate.v1 import scheduler_pb2_grpc
 
@@ -42,6 +47,9 @@ log = structlog.get_logger()
 
 EXT_PROC_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 SCHEDULER_NAME: Final = "tidegate.v1.Scheduler"
+FIRST_TOKEN_PERCENTILE: Final = 0.95
+"""Of the times to first token that tell how a class fares."""
+
 PICKER_HEALTH_NAMES: Final = ("liveness", "readiness")
 """The health services that the Gateway API's picker protocol asks for."""
 
@@ -67,19 +75,27 @@ class SchedulerService:
         self.scheduler_id = uuid.uuid4().hex
         weights = Weights(settings.latency_weight, settings.queue_weight)
         self.outcomes = Outcomes()
-        lanes = Lanes(_lane_limits(settings))
+        lanes = Lanes(
+            _lane_limits(settings),
+            floors={ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor},
+            order=settings.order,
+            weights=settings.tenant_weights,
+        )
         table = ReplicaTable(
             margin_seconds=settings.credit_margin_seconds,
             silence_seconds=settings.replica_silence_seconds,
             now=clock(),
         )
+        work = WorkRates(settings.drain_half_life_seconds)
         self.dispatcher = Dispatcher(
             lanes,
             table,
             DrainRate(settings.drain_half_life_seconds),
             weights=weights,
             alternative_count=settings.alternative_count,
+            work=work,
         )
+        self.expectations = _expectations(settings, lanes, table, work, clock())
         self.streams = CreditStreams(table, self._open_stream, self._spawn)
         self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed)
         self._channel = open_channel(settings.mesh_address)
@@ -99,6 +115,11 @@ class SchedulerService:
             replica_grace_seconds=settings.replica_grace_seconds,
             held_request_limit=settings.held_request_limit,
             default_retry_seconds=settings.default_retry_seconds,
+            total_limits=LaneLimits(
+                settings.waiting_request_limit, settings.waiting_token_limit, settings.waiting_byte_limit
+            ),
+            habits=self.expectations.habits,
+            brownout=self.expectations.brownout,
         )
         self.shedder = Shedder(
             late_seconds=settings.shed_late_seconds, drain_seconds=settings.shed_drain_seconds, now=clock()
@@ -111,6 +132,7 @@ class SchedulerService:
             cache=self.cache,
             outcomes=self.outcomes,
             shedder=self.shedder,
+            expectations=self.expectations,
             clock=clock,
         )
         self.snapshots = Snapshots(
@@ -120,6 +142,7 @@ class SchedulerService:
             preprocess=self.preprocess,
             cache=self.cache,
             outcomes=self.outcomes,
+            brownout=self.expectations.brownout,
             weights=weights,
             answer_token_count=settings.expected_answer_token_count,
             clock=clock,
@@ -129,7 +152,7 @@ class SchedulerService:
         )
         self.server = Server(settings.host, settings.port)
         self._tasks: list[asyncio.Task[None]] = []
-        self.gauges = Gauges(self.dispatcher, self.outcomes, self.shedder, clock)
+        self.gauges = Gauges(self.dispatcher, self.outcomes, self.shedder, self.expectations.brownout, clock)
 
     async def start(self) -> None:
         """Connects to the rest of the mesh and listens; raises OSError when the port is taken."""
@@ -169,6 +192,21 @@ class SchedulerService:
             if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
             self.queue.match()
+            self._look_at_brownout(now)
+
+    def _look_at_brownout(self, now: float) -> None:
+        brownout, before = self.expectations.brownout, self.expectations.brownout.step
+        if brownout.look({one: self._signs(one, now) for one in ServiceClass}, now):
+            log.warning("brownout", step=brownout.step, before=before)
+
+    def _signs(self, service_class: ServiceClass, now: float) -> Signs:
+        oldest = self.dispatcher.lanes.lane(service_class).oldest
+        observations = self.expectations.observations
+        return Signs(
+            queue_delay_seconds=0.0 if oldest is None else now - oldest.since,
+            first_token_seconds=observations.first_token_percentile(service_class, FIRST_TOKEN_PERCENTILE, now),
+            unloaded_seconds=observations.first_token_seconds,
+        )
 
     async def _shed(self, file: Path) -> None:
         """Tells Envoy what to refuse before it asks here; nothing, at the start and at the end."""
@@ -207,10 +245,24 @@ class SchedulerService:
             demand_interval_seconds=self._settings.demand_interval_seconds,
             clock=self._clock,
             on_credits=self.queue.match,
+            on_outcome=lambda _, outcome: self.expectations.observations.end(ended(outcome), self._clock()),
         )
 
     def _circuit(self) -> Circuit:
         return Circuit(self._settings.dependency_failure_limit, self._settings.dependency_pause_seconds)
+
+
+def _expectations(settings: Settings, lanes: Lanes, table: ReplicaTable, work: WorkRates, now: float) -> Expectations:
+    observations = Observations(lanes, AnswerLengths(settings.expected_answer_token_count))
+    arrivals = Arrivals()
+    terms = Terms(
+        settings.brownout_queue_delay_seconds,
+        settings.brownout_first_token_seconds,
+        settings.brownout_up_seconds,
+        settings.brownout_down_seconds,
+    )
+    outlook = Outlook(lanes, table, work, observations, arrivals)
+    return Expectations(outlook, observations, arrivals, TenantHabits(), Brownout(terms, now))
 
 
 def _lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:
@@ -220,6 +272,8 @@ def _lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:
         ServiceClass.BATCH: settings.batch_request_limit,
     }
     return {
-        service_class: LaneLimits(request_limit, settings.lane_token_limit, settings.lane_byte_limit)
+        service_class: LaneLimits(
+            request_limit, settings.lane_token_limit, settings.lane_byte_limit, settings.tenant_share
+        )
         for service_class, request_limit in request_limits.items()
     }

@@ -10,6 +10,7 @@ import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from tidegate.common.errors import Reason, TidegateError, abort
+from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.lanes import Waiting
@@ -41,6 +42,7 @@ class Snapshots:
         preprocess: PreprocessClient,
         cache: CacheClient,
         outcomes: Outcomes,
+        brownout: Brownout,
         weights: Weights,
         answer_token_count: int,
         clock: Callable[[], float],
@@ -51,6 +53,7 @@ class Snapshots:
         self._preprocess = preprocess
         self._cache = cache
         self._outcomes = outcomes
+        self._brownout = brownout
         self._weights = weights
         self._answer_token_count = answer_token_count
         self._clock = clock
@@ -66,6 +69,7 @@ class Snapshots:
             lanes=[self._lane(service_class, now) for service_class in ServiceClass],
             replicas=self._replicas(now),
             totals=self._totals(),
+            brownout_step=self._brownout.step,
             dependencies=[
                 scheduler_pb2.DependencySnapshot(
                     name=name, reachable=dependency.is_reachable, last_error=dependency.last_error
@@ -102,6 +106,7 @@ class Snapshots:
             token_limit=lane.limits.token_limit,
             byte_limit=lane.limits.byte_limit,
             oldest_wait=_duration(now - oldest.since) if oldest is not None else None,
+            tenant_count=lane.queue.tenant_count,
             drain_rate=self._dispatcher.drain.rate(now) or 0.0,
         )
 

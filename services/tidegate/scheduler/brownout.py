@@ -1,0 +1,119 @@
+"""Steps in which the mesh does less for the less urgent, so that the more urgent keep their times. Pure.
+
+| step | what it means |
+| --- | --- |
+| 0 | everything as usual |
+| 1 | no new batch requests |
+| 2 | answers to batch requests that are under way towards a replica are kept short |
+| 3 | answers to standard requests, too |
+| 4 | realtime requests and cached answers only |
+
+A class is never cut down for its own sake: what drives steps 1 and 2 is how realtime and standard requests fare, and
+steps 3 and 4 how realtime ones do. A flood of one class alone is admission's business, and gets the whole machine.
+
+A class fares badly while its queue delay is above the target, or while the 95th percentile of its time to first
+token is above the target and above what the engine does anyway. One step up after `up_seconds` of that without a
+break, one step down after `down_seconds` without it. No evidence counts as faring well, so no step can stick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from tidegate.scheduler.request import ServiceClass
+
+UNLOADED_FACTOR: Final = 3.0
+"""A time to first token counts as bad only past so many times of what it is on a replica, without the queue."""
+
+LAST_STEP: Final = 4
+
+DRIVERS: Final[Mapping[int, tuple[ServiceClass, ...]]] = {
+    1: (ServiceClass.REALTIME, ServiceClass.STANDARD),
+    2: (ServiceClass.REALTIME, ServiceClass.STANDARD),
+    3: (ServiceClass.REALTIME,),
+    4: (ServiceClass.REALTIME,),
+}
+"""Who must fare badly for the step to be taken, one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """How a class fares.
+
+    Args:
+        queue_delay_seconds: how long the one that has waited longest waits; 0 for none.
+        first_token_seconds: the 95th percentile of the last seconds, queue included; None for none.
+        unloaded_seconds: the average on a replica, without the queue; None when not known.
+    """
+
+    queue_delay_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    unloaded_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """When a step is taken, in seconds."""
+
+    queue_delay_seconds: float
+    first_token_seconds: float
+    up_seconds: float
+    down_seconds: float
+
+
+class Brownout:
+    """The step, and when it changes; `look` is called every now and then."""
+
+    def __init__(self, terms: Terms, now: float) -> None:
+        self._terms = terms
+        self._bad_since: float | None = None
+        self._good_since: float | None = now
+        self.step = 0
+
+    def refuses(self, service_class: ServiceClass) -> bool:
+        """Whether new requests of a class are refused."""
+        if service_class is ServiceClass.BATCH:
+            return self.step >= 1
+        return service_class is ServiceClass.STANDARD and self.step >= LAST_STEP
+
+    def shortens(self, service_class: ServiceClass) -> bool:
+        """Whether answers of a class are kept short."""
+        if service_class is ServiceClass.BATCH:
+            return self.step >= 2
+        return service_class is ServiceClass.STANDARD and self.step >= 3
+
+    def look(self, signs: Mapping[ServiceClass, Signs], now: float) -> bool:
+        """Takes a step, up or down, where it is time to; whether it did."""
+        wanted = min(self.step + 1, LAST_STEP)
+        self._note(self._fares_badly(wanted, signs), self._fares_badly(max(1, self.step), signs), now)
+        if self._bad_since is not None and self.step < LAST_STEP:
+            return self._take(1) if now - self._bad_since >= self._terms.up_seconds else False
+        if self._good_since is not None and self.step > 0:
+            return self._take(-1) if now - self._good_since >= self._terms.down_seconds else False
+        return False
+
+    def _note(self, is_bad_for_more: bool, is_bad_for_this: bool, now: float) -> None:
+        self._bad_since = _begin(self._bad_since, now) if is_bad_for_more else None
+        self._good_since = None if is_bad_for_this else _begin(self._good_since, now)
+
+    def _take(self, change: int) -> bool:
+        self.step += change
+        self._bad_since, self._good_since = None, None
+        return True
+
+    def _fares_badly(self, step: int, signs: Mapping[ServiceClass, Signs]) -> bool:
+        return any(self._is_bad(signs[one]) for one in DRIVERS[step] if one in signs)
+
+    def _is_bad(self, signs: Signs) -> bool:
+        if signs.queue_delay_seconds > self._terms.queue_delay_seconds:
+            return True
+        first_token = signs.first_token_seconds
+        if first_token is None or first_token <= self._terms.first_token_seconds:
+            return False
+        return signs.unloaded_seconds is None or first_token > UNLOADED_FACTOR * signs.unloaded_seconds
+
+
+def _begin(since: float | None, now: float) -> float:
+    return now if since is None else since

@@ -1,0 +1,75 @@
+"""What is to be expected for one more request: its wait, its time on a replica, and how hard the mesh is pressed. Pure.
+
+It brings together what waits (lanes), what leaves (work rates), what came back (observations), what arrives, and what
+replicas say of themselves.
+"""
+
+from __future__ import annotations
+
+from tidegate.scheduler.forecast import Arrivals, WorkRates, expected_wait
+from tidegate.scheduler.lanes import Lanes
+from tidegate.scheduler.observations import Observations
+from tidegate.scheduler.replica_table import ReplicaTable
+from tidegate.scheduler.request import ServiceClass
+
+
+class Outlook:
+    """The expectations of one scheduler; seconds are monotonic, cost is in tokens (see `observations.cost_of`)."""
+
+    def __init__(
+        self, lanes: Lanes, table: ReplicaTable, work: WorkRates, observations: Observations, arrivals: Arrivals
+    ) -> None:
+        self._lanes = lanes
+        self._table = table
+        self._work = work
+        self._observations = observations
+        self._arrivals = arrivals
+
+    def capacity(self, now: float) -> float | None:
+        """Cost per second that can be served: as measured while something waited, else by slots and times of answers.
+
+        None when neither is known.
+        """
+        measured = self._work.rate(now)
+        if measured is not None:
+            return measured
+        per_slot = self._observations.cost_per_second_of_a_slot
+        return None if per_slot is None else per_slot * self.slot_count(now)
+
+    def slot_count(self, now: float) -> int:
+        """Requests that the ready replicas run at once."""
+        return sum(replica.load.slot_count for replica in self._table.ready(now) if replica.load is not None)
+
+    def pressure(self, now: float) -> float:
+        """How many times of what can be served arrives; 1 where that is not known."""
+        return self._arrivals.pressure(self.capacity(now), now)
+
+    def wait_seconds(self, service_class: ServiceClass, tenant: str, cost: float, now: float) -> float | None:
+        """How long one more request would wait; None when not known."""
+        before = self._lanes.cost_before(service_class, tenant, cost)
+        if before <= 0:
+            return 0.0
+        wait = _seconds(before, self.capacity(now))
+        own_rate = self._work.lane_rate(service_class, now)
+        if own_rate is not None and any(len(self._lanes.lane(one)) for one in ServiceClass if one < service_class):
+            # More urgent requests come meanwhile, too: what the lane itself was left with tells how many.
+            own = _seconds(self._lanes.lane(service_class).cost_before(tenant, cost), own_rate)
+            wait = own if wait is None or own is None else max(wait, own)
+        return wait
+
+    def service_seconds(self, answer_token_count: int, now: float) -> float:
+        """How long an answer of this length takes on a replica; 0 when nothing is known."""
+        loads = [replica.load for replica in self._table.ready(now) if replica.load is not None]
+        if not loads:
+            return self._observations.service_seconds(answer_token_count)
+        said = sum(
+            load.time_to_first_token_seconds + answer_token_count * load.seconds_per_output_token for load in loads
+        )
+        return max(self._observations.service_seconds(answer_token_count), said / len(loads))
+
+
+def _seconds(cost: float, rate: float | None) -> float | None:
+    """Cost is not counted in whole requests, but waits for it are as long."""
+    if rate is None:
+        return None
+    return cost / rate if rate > 0 else expected_wait(1, 0.0)

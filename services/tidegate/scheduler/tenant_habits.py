@@ -1,0 +1,58 @@
+"""What a tenant's requests were like lately, to judge the next one by its headers alone. Pure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from tidegate.scheduler.request import Request, ServiceClass
+
+TENANT_LIMIT: Final = 1_000
+"""Tenants that are remembered; the one heard of longest ago is forgotten first."""
+
+STEADY_COUNT: Final = 20
+"""After so many requests of one class in a row, the next one is taken to be of it, too."""
+
+NEWEST_WEIGHT: Final = 0.1
+"""What the newest request counts in the averages."""
+
+
+@dataclass(slots=True)
+class Habit:
+    """The requests of a tenant: their class, and how many in a row had it; cost and answer tokens on average."""
+
+    service_class: ServiceClass
+    count: int
+    cost: float
+    answer_token_count: float
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the next one is likely to be of that class."""
+        return self.count >= STEADY_COUNT
+
+
+class TenantHabits:
+    """The habits of all tenants."""
+
+    def __init__(self) -> None:
+        self._habits: OrderedDict[str, Habit] = OrderedDict()
+
+    def get(self, tenant: str) -> Habit | None:
+        """A tenant's habit; None when nothing is known."""
+        return self._habits.get(tenant)
+
+    def see(self, request: Request) -> None:
+        """A prepared request."""
+        habit = self._habits.get(request.tenant)
+        if habit is None:
+            habit = Habit(request.service_class, 0, request.cost, request.answer_token_count)
+            self._habits[request.tenant] = habit
+            if len(self._habits) > TENANT_LIMIT:
+                self._habits.popitem(last=False)
+        self._habits.move_to_end(request.tenant)
+        habit.count = habit.count + 1 if habit.service_class is request.service_class else 1
+        habit.service_class = request.service_class
+        habit.cost += NEWEST_WEIGHT * (request.cost - habit.cost)
+        habit.answer_token_count += NEWEST_WEIGHT * (request.answer_token_count - habit.answer_token_count)

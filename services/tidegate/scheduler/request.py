@@ -34,8 +34,8 @@ LONGEST_DEADLINE_MARGIN_SECONDS: Final = 0.02
 LARGEST_RETRY_COUNT: Final = 100
 """More tries than this count as many."""
 
-_MILLISECONDS: Final = re.compile(r"\d{1,10}")
-_GRPC_TIMEOUT: Final = re.compile(r"(\d{1,8})([HMSmun])")
+_MILLISECONDS: Final = re.compile(r"[0-9]{1,10}")
+_GRPC_TIMEOUT: Final = re.compile(r"([0-9]{1,8})([HMSmun])")
 _GRPC_TIMEOUT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 
 

@@ -1,0 +1,295 @@
+"""What is expected of answers, waits and arrivals, and what admission makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidegate.common.errors import Reason
+from tidegate.scheduler.admission import Admission, Conditions, latest_start
+from tidegate.scheduler.answer_lengths import TENANT_LIMIT, AnswerLengths
+from tidegate.scheduler.brownout import Brownout, Signs, Terms
+from tidegate.scheduler.forecast import Arrivals, WorkRates
+from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
+from tidegate.scheduler.observations import Ended, Observations, cost_of
+from tidegate.scheduler.outlook import Outlook
+from tidegate.scheduler.replica_table import ReplicaLoad, ReplicaTable
+from tidegate.scheduler.request import Request, ServiceClass, request_from_headers
+from tidegate.scheduler.tenant_habits import STEADY_COUNT, TenantHabits
+
+REALTIME, STANDARD, BATCH = ServiceClass
+NOW = 100.0
+
+
+class TestAnswerLengths:
+    def test_nothing_known_is_the_default_and_max_tokens_is_the_cap(self):
+        lengths = AnswerLengths(256)
+        assert lengths.expected("t", 1000, 0.9) == 256
+        assert lengths.expected("t", 16, 0.9) == 16
+
+    def test_a_quantile_of_what_was_seen_is_expected_within_a_quarter(self):
+        lengths = AnswerLengths(256)
+        for number in range(100):
+            lengths.see("t", 1 + number * 37 % 100)
+        assert 50 <= lengths.expected("t", 1000, 0.5) <= 63
+        assert 90 <= lengths.expected("t", 1000, 0.9) <= 113
+
+    def test_the_past_fades(self):
+        lengths = AnswerLengths(256)
+        for length in [10] * 1000 + [400] * 1000:
+            lengths.see("t", length)
+        assert lengths.expected("t", 1000, 0.5) >= 400
+
+    def test_a_tenant_of_which_little_is_known_is_like_all(self):
+        lengths = AnswerLengths(256)
+        for _ in range(100):
+            lengths.see("known", 8)
+        assert lengths.expected("unknown", 1000, 0.5) <= 10
+
+    def test_tenants_are_bounded(self):
+        lengths = AnswerLengths(256)
+        for number in range(TENANT_LIMIT + 10):
+            lengths.see(str(number), 5)
+        assert len(lengths._tenants) == TENANT_LIMIT
+
+
+class TestArrivals:
+    def test_a_steady_stream_at_the_capacity_presses_about_once(self):
+        arrivals = Arrivals()
+        for number in range(1000):
+            arrivals.count(10, number * 0.1)
+        assert arrivals.pressure(100, 99.95) == pytest.approx(1.0, abs=0.1)
+
+    def test_a_flood_is_seen_within_a_tenth_of_a_second_and_forgotten_soon(self):
+        arrivals = Arrivals()
+        for number in range(20):
+            arrivals.count(10, number * 0.005)
+        assert arrivals.pressure(200, 0.1) > 2
+        assert arrivals.pressure(200, 5.0) < 0.1
+
+    def test_an_unknown_capacity_is_no_pressure(self):
+        assert Arrivals().pressure(None, 0) == 1
+
+
+def ready_table(slot_count=10):
+    table = ReplicaTable(margin_seconds=0.25, silence_seconds=1e9, now=0)
+    table.set_addresses(["a:1"])
+    replica = table.get("a:1")
+    table.connect(replica, 0)
+    table.hear(replica, ReplicaLoad(True, 0, 0, slot_count, 0.01, 0.1), 0)
+    return table
+
+
+class World:
+    """Admission and all it goes by, with answers of 100 tokens that take 1 s in each of ten slots."""
+
+    def __init__(self):
+        self.lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10**6, 10**9, 10**12)))
+        self.observations = Observations(self.lanes, AnswerLengths(256))
+        self.arrivals, self.work = Arrivals(), WorkRates(5.0)
+        self.outlook = Outlook(self.lanes, ready_table(), self.work, self.observations, self.arrivals)
+        self.habits = TenantHabits()
+        self.brownout = Brownout(Terms(2.0, 0.5, 2.0, 2.0), 0.0)
+        self.admission = Admission(
+            self.lanes,
+            replica_grace_seconds=5,
+            held_request_limit=10**6,
+            default_retry_seconds=5,
+            habits=self.habits,
+            brownout=self.brownout,
+        )
+        for number in range(200):
+            self.observations.dispatch(self.request(), str(number), 210)
+            self.observations.end(Ended(str(number), True, 0.01, 1.0, 10, 100), NOW - 50)
+
+    def request(self, *, timeout=None, service_class=STANDARD, tenant="t"):
+        fields = {} if timeout is None else {"grpc-timeout": f"{int(timeout * 1000)}m"}
+        request = request_from_headers({"x-tidegate-tenant": tenant, **fields}, NOW)
+        request.service_class, request.cost = service_class, cost_of(10, 100)
+        request.expected_seconds = self.outlook.service_seconds(100, NOW)
+        if request.deadline is None:
+            request.deadline = NOW + 600
+        return request
+
+    def wait(self, count, service_class=STANDARD, tenant="t"):
+        for _ in range(count):
+            self.lanes.add(Waiting("", service_class, 1, 1, 1, NOW, NOW + 60, tenant=tenant, cost=210))
+
+    def press(self, times):
+        capacity = self.outlook.capacity(NOW)
+        for number in range(500):
+            self.arrivals.count(capacity * times / 100, NOW - 5 + number * 0.01)
+
+    def refusal(self, request):
+        return self.admission.refusal(request, self.conditions())
+
+    def conditions(self):
+        return Conditions(NOW, None, 0.0, 1, 0.0, self.outlook)
+
+
+class TestAdmission:
+    def test_before_anything_was_measured_capacity_follows_from_slots_and_times(self):
+        world = World()
+        assert world.outlook.capacity(NOW) == pytest.approx(2100, rel=0.05)
+
+    def test_a_request_may_use_all_of_its_slack_while_nothing_presses(self):
+        world = World()
+        world.wait(25)
+        assert world.refusal(world.request(timeout=5)) is None
+        world.wait(20)
+        refused = world.refusal(world.request(timeout=5))
+        assert refused.reason is Reason.SERVER_IS_OVERLOADED
+        assert "45 requests wait before this one, for about 4.5 s" in refused.message
+
+    def test_under_a_flood_the_queue_is_kept_short(self):
+        world = World()
+        world.press(10)
+        world.wait(1)
+        assert world.refusal(world.request(timeout=5)) is None
+        world.wait(5)
+        assert world.refusal(world.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
+
+    def test_who_gave_no_deadline_may_wait_all_the_same(self):
+        world = World()
+        world.press(10)
+        world.wait(1000)
+        assert world.refusal(world.request()) is None
+
+    def test_what_could_not_be_answered_in_time_at_all_is_told_so(self):
+        world = World()
+        refused = world.refusal(world.request(timeout=0.5))
+        assert "The answer would take about 1." in refused.message
+        assert "/v1/batches" in refused.message
+
+    def test_a_modest_tenant_is_let_in_where_a_greedy_one_is_not(self):
+        world = World()
+        world.press(10)
+        world.wait(50, tenant="greedy")
+        assert world.refusal(world.request(timeout=5, tenant="greedy")) is not None
+        assert world.refusal(world.request(timeout=5, tenant="modest")) is None
+
+    def test_headers_alone_are_refused_where_a_tenants_requests_are_all_alike(self):
+        world = World()
+        world.wait(100)
+        request = world.request(timeout=5)
+        assert world.admission.refusal_of_headers(request, world.conditions()) is None
+        for _ in range(STEADY_COUNT):
+            world.habits.see(request)
+        refused = world.admission.refusal_of_headers(request, world.conditions())
+        assert refused.reason is Reason.SERVER_IS_OVERLOADED
+        world.habits.see(world.request(service_class=BATCH))
+        assert world.admission.refusal_of_headers(request, world.conditions()) is None
+
+    def test_a_brownout_leaves_a_class_out_and_says_so(self):
+        world = World()
+        world.brownout.step = 1
+        refused = world.refusal(world.request(service_class=BATCH))
+        assert "No batch requests are taken" in refused.message
+        assert world.refusal(world.request()) is None
+
+    def test_a_request_is_not_sent_to_a_replica_when_it_would_be_late_anyway(self):
+        world = World()
+        request = world.request(timeout=5)
+        assert latest_start(request, NOW) == pytest.approx(NOW + 5 - 0.02 - 0.8 * request.expected_seconds)
+        assert latest_start(world.request(), NOW) == NOW + 600
+
+
+class TestObservations:
+    def test_a_tenant_is_charged_for_what_it_got(self):
+        lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 10, 10)))
+        observations = Observations(lanes, AnswerLengths(256))
+        request = Request("r", "/", "", False, "t", 0.0)
+        observations.dispatch(request, "c", 500)
+        observations.end(Ended("c", True, 0.1, 1.0, 10, 20), 1.0)
+        observations.dispatch(request, "d", 500)
+        observations.forget("d")
+        queue = lanes.lane(STANDARD).queue
+        assert queue._counters["t"] == 0
+
+    def test_the_percentile_counts_the_queue_and_forgets(self):
+        lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 10, 10)))
+        observations = Observations(lanes, AnswerLengths(256))
+        request = Request("r", "/", "", False, "t", 0.0)
+        for number in range(100):
+            request.queue_seconds = number / 100
+            observations.dispatch(request, str(number), 1)
+            observations.end(Ended(str(number), True, 0.5, 1.0, 1, 1), 1.0)
+        assert observations.first_token_percentile(STANDARD, 0.95, 1.0) == pytest.approx(1.45)
+        assert observations.first_token_percentile(REALTIME, 0.95, 1.0) is None
+        assert observations.first_token_percentile(STANDARD, 0.95, 7.0) is None
+
+    def test_an_outcome_that_nobody_waits_for_changes_nothing(self):
+        lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 10, 10)))
+        observations = Observations(lanes, AnswerLengths(256))
+        observations.end(Ended("x", True, 0.5, 1.0, 1, 1), 1.0)
+        assert observations.first_token_seconds is None
+
+
+class TestBrownout:
+    def brownout(self):
+        return Brownout(Terms(queue_delay_seconds=2, first_token_seconds=0.5, up_seconds=1, down_seconds=2), 0.0)
+
+    def run(self, brownout, signs, begin, seconds):
+        """Looks four times a second."""
+        for number in range(int(seconds * 4) + 1):
+            brownout.look(signs, begin + number / 4)
+        return brownout.step
+
+    def test_no_class_is_cut_down_for_its_own_sake(self):
+        late = Signs(queue_delay_seconds=60)
+        assert self.run(self.brownout(), {BATCH: late}, 0, 60) == 0
+        assert self.run(self.brownout(), {STANDARD: late, BATCH: late}, 0, 60) == 2
+        assert self.run(self.brownout(), {REALTIME: late}, 0, 60) == 4
+
+    def test_it_steps_back_by_itself_when_there_is_nothing_to_say(self):
+        brownout = self.brownout()
+        self.run(brownout, {REALTIME: Signs(queue_delay_seconds=9)}, 0, 20)
+        assert brownout.step == 4
+        assert self.run(brownout, {}, 20.25, 10) == 0
+
+    def test_a_moment_is_not_enough(self):
+        brownout = self.brownout()
+        for second in range(20):
+            brownout.look({REALTIME: Signs(queue_delay_seconds=9.0 * (second % 2))}, second * 0.7)
+        assert brownout.step == 0
+
+    def test_an_engine_that_is_slow_by_itself_is_no_reason(self):
+        slow = Signs(first_token_seconds=1.2, unloaded_seconds=1.0)
+        assert self.run(self.brownout(), {REALTIME: slow}, 0, 60) == 0
+        queued = Signs(first_token_seconds=3.2, unloaded_seconds=1.0)
+        assert self.run(self.brownout(), {REALTIME: queued}, 0, 60) == 4
+
+    def test_what_each_step_does(self):
+        brownout = self.brownout()
+        table = []
+        for step in range(5):
+            brownout.step = step
+            refused = [one.label for one in ServiceClass if brownout.refuses(one)]
+            shortened = [one.label for one in ServiceClass if brownout.shortens(one)]
+            table.append((refused, shortened))
+        assert table == [
+            ([], []),
+            (["batch"], []),
+            (["batch"], ["batch"]),
+            (["batch"], ["standard", "batch"]),
+            (["standard", "batch"], ["standard", "batch"]),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({"x-request-timeout-ms": "2500"}, 2.5),
+        ({"grpc-timeout": "1S", "x-request-timeout-ms": "2500"}, 1.0),
+        ({}, None),
+    ],
+)
+def test_a_deadline_can_be_said_in_milliseconds(fields, seconds):
+    request = request_from_headers(fields, 0.0)
+    assert request.client_deadline == (None if seconds is None else pytest.approx(seconds, abs=0.03))
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "1.5", "99999999999", "\u0661"])
+def test_a_deadline_that_makes_no_sense_is_named(text):
+    field, message = request_from_headers({"x-request-timeout-ms": text}, 0.0).header_fault
+    assert field == "x-request-timeout-ms"
+    assert text in message

@@ -55,6 +55,7 @@ class Reason(enum.Enum):
     INVALID_API_KEY = enum.auto()
     PERMISSION_DENIED = enum.auto()
     MODEL_NOT_FOUND = enum.auto()
+    NOT_FOUND = enum.auto()
     UNKNOWN_URL = enum.auto()
     METHOD_NOT_ALLOWED = enum.auto()
     RATE_LIMIT_EXCEEDED = enum.auto()
@@ -92,6 +93,7 @@ SURFACES: Final[dict[Reason, Surface]] = {
     Reason.INVALID_API_KEY: Surface(grpc.StatusCode.UNAUTHENTICATED, 401, "invalid_request_error", False),
     Reason.PERMISSION_DENIED: Surface(grpc.StatusCode.PERMISSION_DENIED, 403, "invalid_request_error", False),
     Reason.MODEL_NOT_FOUND: Surface(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error", False),
+    Reason.NOT_FOUND: Surface(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error", False),
     Reason.UNKNOWN_URL: Surface(grpc.StatusCode.UNIMPLEMENTED, 404, "invalid_request_error", False),
     Reason.METHOD_NOT_ALLOWED: Surface(grpc.StatusCode.UNIMPLEMENTED, 405, "invalid_request_error", False),
     Reason.RATE_LIMIT_EXCEEDED: Surface(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error", True),

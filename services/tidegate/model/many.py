@@ -14,7 +14,7 @@ import grpc
 import structlog
 
 from tidegate.common.errors import Reason, TidegateError, to_status
-from tidegate.model.remote_errors import from_rpc_error
+from tidegate.common.remote_errors import from_rpc_error
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 log = structlog.get_logger()

@@ -16,8 +16,8 @@ import yaml
 
 from tidegate.common import headers
 from tidegate.common.errors import Reason, TidegateError, from_status
+from tidegate.common.remote_errors import from_rpc_error
 from tidegate.model.call import Job
-from tidegate.model.remote_errors import from_rpc_error
 from tidegate.model.tokens import Chunk
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.common.errors import Reason
-from tidegate.model.remote_errors import from_rpc_error
+from tidegate.common.remote_errors import from_rpc_error
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -131,9 +131,9 @@ def _check_envoy() -> Check:
 
 
 def _check_generated() -> Check:
-    from tidegate.v1 import cache_pb2, inference_pb2, preprocess_pb2, replica_pb2, scheduler_pb2
+    from tidegate.v1 import batch_pb2, cache_pb2, inference_pb2, preprocess_pb2, replica_pb2, scheduler_pb2
 
-    modules = (cache_pb2, inference_pb2, preprocess_pb2, replica_pb2, scheduler_pb2)
+    modules = (batch_pb2, cache_pb2, inference_pb2, preprocess_pb2, replica_pb2, scheduler_pb2)
     return passed("environments", "generated messages", f"{len(modules)} services")
 
 

@@ -23,9 +23,11 @@ FIXED: Final[Mapping[str, int]] = {
     "scheduler": 50051,
     "preprocess": 50052,
     "cache": 50053,
+    "batch": 50054,
     "scheduler-metrics": 51051,
     "preprocess-metrics": 51052,
     "cache-metrics": 51053,
+    "batch-metrics": 51054,
 }
 """The processes of which there is one."""
 

@@ -27,7 +27,7 @@ from tidegate.cli.triton_runtime import (
     triton_command,
 )
 
-CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache")
+CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache", "batch")
 
 DEFAULT_STEP_TOKEN_BUDGET: Final = 128
 """The engine's own; it refuses to start when that is below the sequences that it runs at once."""
@@ -191,6 +191,8 @@ def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> 
             "ARENA_REGION": mesh.arena_region,
             "ARENA_BYTES": str(settings.arena_bytes),
         }
+    if name == "batch":
+        return {"FOLDER": str(home.batch), "LINE_BYTES_LIMIT": str(settings.body_limit_bytes)}
     return {}
 
 

@@ -7,6 +7,7 @@ Everything lies under one folder (TIDEGATE_HOME, else `.tidegate` in the current
     run/            the rendered Envoy configuration, endpoints and Triton's backend
     logs/           one file a process
     cache/          weights in the engine's own form; survives restarts
+    batch/          files and batches of the Batch API; survives restarts
 
 Invariants: one supervisor a folder; mesh.json names every process (by pid and start time) and the prefixes of
 all shared memory of the run before the first process starts, so that after `kill -9` the next start can end
@@ -85,6 +86,7 @@ class Home:
         self.run = directory / "run"
         self.logs = directory / "logs"
         self.cache = directory / "cache"
+        self.batch = directory / "batch"
         self._lock: int | None = None
 
     @property

@@ -34,6 +34,7 @@ from tidegate.model.slots import Slots
 from tidegate.model.sources import ResumeTerms, TokenSource
 from tidegate.model.triton_client import TritonClient
 from tidegate.text.model_files import ModelFileError, TextModel, load_text_model
+from tidegate.v1 import batch_pb2 as _batch_pb2  # noqa: F401 - the ingress's reflection is answered here for Batch, too.
 from tidegate.v1 import inference_pb2, inference_pb2_grpc, replica_pb2, replica_pb2_grpc
 
 log = structlog.get_logger()

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from tidegate.common.grpc_server import Server
 from tidegate.v1 import (
     batch_pb2,
     batch_pb2_grpc,
-    inference_pb2,
     inference_pb2_grpc,
     replica_pb2,
     scheduler_pb2,
@@ -43,7 +42,7 @@ from tidegate.v1 import (
 BOUNDARY = "a-boundary"
 
 
-def snapshot(*, credits: int = 8, waiting: dict[str, int] | None = None, **load: int) -> scheduler_pb2.Snapshot:
+def snapshot(*, credit_count: int = 8, waiting: dict[str, int] | None = None, **load: int) -> scheduler_pb2.Snapshot:
     """A scheduler with one replica; `waiting` is by class."""
     classes = {"realtime": 1, "standard": 2, "batch": 3}
     return scheduler_pb2.Snapshot(
@@ -53,7 +52,7 @@ def snapshot(*, credits: int = 8, waiting: dict[str, int] | None = None, **load:
         ],
         replicas=[
             scheduler_pb2.ReplicaSnapshot(
-                connected=True, credit_count=credits, load=replica_pb2.Load(ready=True, **load)
+                connected=True, credit_count=credit_count, load=replica_pb2.Load(ready=True, **load)
             )
         ],
     )

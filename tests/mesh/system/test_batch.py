@@ -16,12 +16,13 @@ import openai
 import pytest
 
 MODEL = "smollm2-135m-instruct"
+FILE_BYTES_LIMIT = 10 << 20
 BUF = Path(__file__).resolve().parents[3] / ".venv" / "bin" / "buf"
 
 
 @pytest.fixture(scope="module")
 def batch_mesh(start_module_mesh: Any) -> Any:
-    return start_module_mesh("--replicas", "1")
+    return start_module_mesh("--replicas", "1", settings={"TIDEGATE_BATCH_FILE_BYTES_LIMIT": str(FILE_BYTES_LIMIT)})
 
 
 @pytest.fixture
@@ -104,6 +105,9 @@ def test_what_cannot_be_taken_is_an_openai_error(batch_mesh: Any, client: openai
         client.files.create(file=b"{}", purpose="fine-tune")
     with pytest.raises(openai.BadRequestError, match="completion_window"):
         client.batches.create(input_file_id="f", endpoint="/v1/completions", completion_window="1h")  # type: ignore[arg-type]
+    with pytest.raises(openai.APIStatusError, match="larger than 10485760 bytes") as raised:
+        client.files.create(file=b"x" * (FILE_BYTES_LIMIT + 1), purpose="batch")
+    assert raised.value.status_code == 413
     files, batches = f"{batch_mesh.url}/v1/files", f"{batch_mesh.url}/v1/batches"
     assert httpx.post(files, content=b"x", headers={"content-type": "text/plain"}).status_code == 415
     assert httpx.post(batches, data={"a": "b"}).status_code == 415

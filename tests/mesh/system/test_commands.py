@@ -29,8 +29,10 @@ def test_status_is_a_table_for_people(mesh: Any) -> None:
     lines = answer.stdout.splitlines()
     assert (answer.returncode, answer.stderr) == (0, "")
     assert lines[0] == f"{MODEL} at {mesh.ingress}: ready"
-    rows = {line.split()[0]: line.split() for line in lines[1:] if line.strip()}
-    for name in ("envoy", "scheduler", "preprocess", "cache", "model-0", "model-1", "triton-0", "triton-1"):
+    rows: dict[str, list[str]] = {}
+    for line in filter(str.strip, lines[1:]):
+        rows.setdefault(line.split()[0], line.split())  # batch is a process, then a lane.
+    for name in ("envoy", "scheduler", "preprocess", "cache", "batch", "model-0", "model-1", "triton-0", "triton-1"):
         assert rows[name][1] == "ok"
     assert {"PROCESS", "REPLICA", "LANE", mesh.address("model-0"), "realtime", "standard", "batch"} <= set(rows)
     assert "\x1b" not in answer.stdout
@@ -112,6 +114,7 @@ def test_the_model_service_has_the_public_metrics(mesh: Any) -> None:
         ("scheduler", {"tidegate_lane_waiting_requests", "tidegate_credits_in_hand", "tidegate_drain_rate"}),
         ("preprocess", {"tidegate_preprocess_duration_seconds", "tidegate_preprocess_arena_free_bytes"}),
         ("cache", {"tidegate_cache_hits_total", "tidegate_cache_bytes"}),
+        ("batch", {"tidegate_batch_open", "tidegate_batch_lines_total"}),
         ("triton-0", {"nv_inference_request_success"}),
     ],
 )

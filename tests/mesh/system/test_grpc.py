@@ -168,6 +168,7 @@ SERVICES = {
     "scheduler": {"tidegate.v1.Scheduler", "envoy.service.ext_proc.v3.ExternalProcessor"},
     "preprocess": {"tidegate.v1.Preprocess"},
     "cache": {"tidegate.v1.Cache", "tidegate.v1.Inference"},
+    "batch": {"tidegate.v1.Batch"},
     "model-0": {"tidegate.v1.Inference", "tidegate.v1.Replica"},
 }
 
@@ -186,7 +187,7 @@ def test_every_service_tells_what_it_serves_and_how_it_is(mesh: Any, name: str) 
     assert SERVICES[name] | {"grpc.health.v1.Health"} <= listed
     methods = set(buf_curl("--list-methods", url).split())
     assert {each.partition("/")[0] for each in methods} == listed
-    assert name in ("scheduler", "preprocess") or "tidegate.v1.Inference/Generate" in methods
+    assert name in ("scheduler", "preprocess", "batch") or "tidegate.v1.Inference/Generate" in methods
     with grpc.insecure_channel(mesh.address(name)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ["", *sorted(SERVICES[name])]:

@@ -1,12 +1,13 @@
 """Tenants whose requests are not like the others': found by an isolation forest, sent to the batch lane for a while.
 
 Nothing is dropped for it, and a flag ends by itself. What the flag causes (a batch request is refused sooner) is not
-held against the tenant, or it could never end. Off unless it is enabled; only then is scikit-learn imported, in a thread.
+held against the tenant, or it could never end. Off unless it is enabled; only then is scikit-learn imported, in a
+thread.
 
 A forest of random cuts isolates what is rare and different after few of them (Liu, Ting and Zhou, "Isolation Forest",
 ICDM 2008); its score is below 0.5 for what is usual and goes towards 1. It works on how far tenants go beyond what is
-common among them. A flag also needs a feature that hurts others and stands far above theirs, because to be unusual is no
-fault by itself.
+common among them. A flag also needs a feature that hurts others and stands far above theirs, because to be unusual is
+no fault by itself.
 """
 
 from __future__ import annotations

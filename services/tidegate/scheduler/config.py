@@ -189,6 +189,33 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tick_seconds: Annotated[float, Meta(ge=0.01, le=10)] = 0.25
     """How often leases, absence and in-flight counts are looked after."""
 
+    anomalies_enabled: bool = False
+    """Whether tenants whose requests are unlike the others' are looked for; theirs go to the batch lane."""
+
+    anomaly_window_seconds: Annotated[float, Meta(ge=1, le=600)] = 10.0
+    """A tenant's requests of so long are told by one set of numbers."""
+
+    anomaly_interval_seconds: Annotated[float, Meta(ge=1, le=3_600)] = 30.0
+    """How often tenants are judged. It takes a thread some tenths of a second."""
+
+    anomaly_flag_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 120.0
+    """How long a flag holds after the last judgement that found the tenant abnormal."""
+
+    anomaly_score_threshold: Annotated[float, Meta(gt=0, le=1)] = 0.55
+    """From this score on a tenant is abnormal; ordinary ones have less than 0.5."""
+
+    anomaly_deviation_threshold: Annotated[float, Meta(gt=0)] = 4.0
+    """And what stands out must be so many spreads above the other tenants."""
+
+    anomaly_tenant_minimum: Annotated[int, Meta(ge=3)] = 8
+    """With fewer tenants nobody is flagged: there is no telling what is usual."""
+
+    anomaly_sample_minimum: Count = 64
+    """The same for windows of all tenants together."""
+
+    anomaly_tenant_limit: Annotated[int, Meta(ge=8, le=10_000)] = 1_000
+    """Tenants that are remembered; who asked longest ago is forgotten."""
+
     def __post_init__(self) -> None:
         if self.latency_weight + self.queue_weight <= 0:
             raise ValueError("latency_weight and queue_weight: at least one must be above 0")

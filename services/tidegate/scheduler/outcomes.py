@@ -10,6 +10,7 @@ from prometheus_client import Counter, Histogram
 
 from tidegate.common.errors import TidegateError
 from tidegate.common.metrics import REQUEST_BUCKETS
+from tidegate.scheduler.anomalies import Anomalies
 from tidegate.scheduler.request import Request
 
 log = structlog.get_logger()
@@ -39,9 +40,14 @@ DECISION = Histogram(
 
 
 class Outcomes:
-    """The counts since the start."""
+    """The counts since the start.
 
-    def __init__(self) -> None:
+    Args:
+        anomalies: is told of each request that left, too.
+    """
+
+    def __init__(self, anomalies: Anomalies | None = None) -> None:
+        self._anomalies = anomalies
         self.received = 0
         self.by_outcome: Tally[Outcome] = Tally()
         self.refused_by_reason: Tally[str] = Tally()
@@ -66,6 +72,8 @@ class Outcomes:
             QUEUE_WAIT.labels(request.service_class.label).observe(request.queue_seconds)
         if request.body_arrived_at is not None:
             DECISION.observe(max(0.0, now - request.body_arrived_at - request.queue_seconds))
+        if self._anomalies is not None:
+            self._anomalies.observe(request, refused=outcome is Outcome.REFUSED, abandoned=outcome is Outcome.ABANDONED)
         self._log(request, outcome, now, error)
 
     def _log(self, request: Request, outcome: Outcome, now: float, error: TidegateError | None) -> None:

@@ -11,6 +11,7 @@ from tidegate.common import headers
 from tidegate.common.arena import encode_tensor_header
 from tidegate.common.errors import Reason, TidegateError
 from tidegate.scheduler.admission import Admission, Conditions
+from tidegate.scheduler.anomalies import Anomalies
 from tidegate.scheduler.bodies import body_kind, message_of
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
@@ -70,8 +71,10 @@ class Pipeline:
         outcomes: Outcomes,
         shedder: Shedder,
         expectations: Expectations,
+        anomalies: Anomalies,
         clock: Callable[[], float],
     ) -> None:
+        self._anomalies = anomalies
         self._settings = settings
         self._shedder = shedder
         self._expectations = expectations
@@ -128,6 +131,7 @@ class Pipeline:
         if kind is None or message is None:
             return False
         await self._prepare(request, kind, message)
+        request.service_class = self._anomalies.class_of(request)
         self._expect(request)
         self._set_deadline(request)
         return True

@@ -17,6 +17,8 @@ from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.scheduler.admission import Admission
+from tidegate.scheduler.anomalies import Anomalies
+from tidegate.scheduler.anomalies import Terms as AnomalyTerms
 from tidegate.scheduler.answer_lengths import AnswerLengths
 from tidegate.scheduler.brownout import Brownout, Signs, Terms
 from tidegate.scheduler.cache_client import CacheClient
@@ -74,7 +76,8 @@ class SchedulerService:
         self._on_fault = on_fault
         self.scheduler_id = uuid.uuid4().hex
         weights = Weights(settings.latency_weight, settings.queue_weight)
-        self.outcomes = Outcomes()
+        self.anomalies = Anomalies(_anomaly_terms(settings), clock)
+        self.outcomes = Outcomes(self.anomalies)
         lanes = Lanes(
             _lane_limits(settings),
             floors={ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor},
@@ -133,6 +136,7 @@ class SchedulerService:
             outcomes=self.outcomes,
             shedder=self.shedder,
             expectations=self.expectations,
+            anomalies=self.anomalies,
             clock=clock,
         )
         self.snapshots = Snapshots(
@@ -143,6 +147,7 @@ class SchedulerService:
             cache=self.cache,
             outcomes=self.outcomes,
             brownout=self.expectations.brownout,
+            anomalies=self.anomalies,
             weights=weights,
             answer_token_count=settings.expected_answer_token_count,
             clock=clock,
@@ -168,6 +173,7 @@ class SchedulerService:
             self._spawn(self._endpoints.watch()),
             self._spawn(self.preprocess.run()),
             self._spawn(self._tick()),
+            self._spawn(self.anomalies.run()),
         ]
         if self._settings.shed_file:
             self._tasks.append(self._spawn(self._shed(Path(self._settings.shed_file))))
@@ -263,6 +269,20 @@ def _expectations(settings: Settings, lanes: Lanes, table: ReplicaTable, work: W
     )
     outlook = Outlook(lanes, table, work, observations, arrivals)
     return Expectations(outlook, observations, arrivals, TenantHabits(), Brownout(terms, now))
+
+
+def _anomaly_terms(settings: Settings) -> AnomalyTerms:
+    return AnomalyTerms(
+        enabled=settings.anomalies_enabled,
+        window_seconds=settings.anomaly_window_seconds,
+        interval_seconds=settings.anomaly_interval_seconds,
+        flag_seconds=settings.anomaly_flag_seconds,
+        score_threshold=settings.anomaly_score_threshold,
+        deviation_threshold=settings.anomaly_deviation_threshold,
+        tenant_minimum=settings.anomaly_tenant_minimum,
+        sample_minimum=settings.anomaly_sample_minimum,
+        tenant_limit=settings.anomaly_tenant_limit,
+    )
 
 
 def _lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:

@@ -10,6 +10,7 @@ import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from tidegate.common.errors import Reason, TidegateError, abort
+from tidegate.scheduler.anomalies import Anomalies, Flag
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.dispatch import Dispatcher
@@ -43,6 +44,7 @@ class Snapshots:
         cache: CacheClient,
         outcomes: Outcomes,
         brownout: Brownout,
+        anomalies: Anomalies,
         weights: Weights,
         answer_token_count: int,
         clock: Callable[[], float],
@@ -54,6 +56,7 @@ class Snapshots:
         self._cache = cache
         self._outcomes = outcomes
         self._brownout = brownout
+        self._anomalies = anomalies
         self._weights = weights
         self._answer_token_count = answer_token_count
         self._clock = clock
@@ -76,6 +79,8 @@ class Snapshots:
                 )
                 for name, dependency in (("preprocess", self._preprocess), ("cache", self._cache))
             ],
+            flagged_tenants=[_flagged(flag, now) for flag in self._anomalies.flags()],
+            looks_for_anomalies=self._anomalies.enabled,
         )
 
     def queue_status(self, request_id: str) -> scheduler_pb2.QueueStatus | None:
@@ -166,6 +171,16 @@ class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Request {request.request_id!r} does not wait here")
             raise AssertionError("abort does not return")
         return status
+
+
+def _flagged(flag: Flag, now: float) -> scheduler_pb2.FlaggedTenant:
+    return scheduler_pb2.FlaggedTenant(
+        tenant=flag.tenant,
+        score=flag.score,
+        feature=flag.feature,
+        flagged_for=_duration(now - flag.since),
+        expires_in=_duration(max(0.0, flag.until - now)),
+    )
 
 
 def _proto_class(service_class: ServiceClass) -> Any:

@@ -55,13 +55,19 @@ class Gate:
         self._let_out()
 
     def pause(self, retry_after_seconds: float | None, *, tenant: str | None = None) -> float:
-        """A refusal came: nobody goes out for a while, or nobody of one tenant; answers for how long, in seconds."""
+        """A refusal came: nobody goes out for a while, or nobody of one tenant; answers for how long, in seconds.
+
+        Those that come during a pause speak of lines that went out before it, so they do not lengthen it.
+        """
+        now = self._clock()
+        until = self._paused_until if tenant is None else self._tenants_paused_until.get(tenant, 0.0)
+        if now < until:
+            return until - now
         seconds = self._pauses.next_seconds(retry_after_seconds)
-        until = self._clock() + seconds
         if tenant is None:
-            self._paused_until = max(self._paused_until, until)
+            self._paused_until = now + seconds
         else:
-            self._tenants_paused_until[tenant] = until
+            self._tenants_paused_until[tenant] = now + seconds
         asyncio.get_running_loop().call_later(seconds, self._let_out)
         return seconds
 

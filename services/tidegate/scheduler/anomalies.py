@@ -138,14 +138,18 @@ class Anomalies:
         self._history.roll(self._clock())
         vectors = dict(self._history.vectors())
         found = await asyncio.to_thread(judge, vectors, self._terms, self._scores)
-        now = self._clock()
         for tenant, (score, feature) in found.items():
-            known = self._flags.get(tenant)
-            since = known.since if known is not None and now < known.until else now
-            if since == now:
-                log.warning("tenant_flagged", tenant=tenant, score=round(score, 3), feature=feature)
-            self._flags[tenant] = Flag(tenant, score, feature, since, now + self._terms.flag_seconds)
+            self.flag(tenant, score=score, feature=feature)
         self.flags()
+
+    def flag(self, tenant: str, *, score: float, feature: str) -> None:
+        """Sends the tenant's requests to the batch lane from now on, or for longer."""
+        now = self._clock()
+        known = self._flags.get(tenant)
+        since = known.since if known is not None and now < known.until else now
+        if since == now:
+            log.warning("tenant_flagged", tenant=tenant, score=round(score, 3), feature=feature)
+        self._flags[tenant] = Flag(tenant, score, feature, since, now + self._terms.flag_seconds)
 
 
 def judge(vectors: dict[str, list[Vector]], terms: Terms, scores: Scores) -> dict[str, tuple[float, str]]:

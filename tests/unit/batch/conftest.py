@@ -162,13 +162,6 @@ def pieces(body: bytes, size: int = 1000) -> list[bytes]:
     return [body[start : start + size] for start in range(0, len(body), size)]
 
 
-def chat_line(custom_id: str, content: str | None = None, **changes: Any) -> str:
-    """A line of an input file."""
-    body = {"model": "m", "messages": [{"role": "user", "content": content or custom_id}]}
-    line = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body} | changes
-    return json.dumps(line) + "\n"
-
-
 class UnixClock:
     """Wall time that a test moves."""
 

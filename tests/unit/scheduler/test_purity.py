@@ -10,8 +10,8 @@ import pytest
 import tidegate.scheduler
 
 FOLDER = Path(tidegate.scheduler.__file__).parent
-PURE = ["admission", "bodies", "circuit", "credits", "dispatch", "forecast", "lanes", "placement", "replica_table",
-        "request"]  # fmt: skip
+PURE = ["admission", "anomaly_features", "bodies", "circuit", "credits", "dispatch", "forecast", "lanes", "placement",
+        "replica_table", "request"]  # fmt: skip
 IMPURE = {"grpc", "torch", "time", "random", "os", "asyncio", "datetime", "uvloop", "structlog", "envoy"}
 
 

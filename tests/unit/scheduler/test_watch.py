@@ -107,3 +107,25 @@ def _is_json(line):
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
+
+
+async def test_a_flagged_tenants_requests_go_to_the_batch_lane_and_the_flag_is_shown(start_world):
+    world = await start_world(anomalies_enabled=True, anomaly_flag_seconds=60)
+    world.service.anomalies.flag("acme", score=0.7, feature="arrival_rate")
+    await world.exchange().begin()
+    await world.exchange().begin({"x-tidegate-tenant": "other"})
+    await world.replica.demand(2)
+    snapshot = await world.snapshot()
+    assert [lane.waiting_request_count for lane in snapshot.lanes] == [0, 1, 1]
+    (flagged,) = snapshot.flagged_tenants
+    assert (flagged.tenant, flagged.score, flagged.feature) == ("acme", 0.7, "arrival_rate")
+    assert 0 < flagged.expires_in.ToMilliseconds() <= 60_000
+    assert snapshot.looks_for_anomalies
+
+
+async def test_nobody_is_flagged_and_no_model_is_loaded_unless_it_is_enabled(world):
+    snapshot = await world.snapshot()
+    assert (list(snapshot.flagged_tenants), snapshot.looks_for_anomalies) == ([], False)
+    said = "import sys, tidegate.scheduler.service; print('sklearn' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True, env=os.environ)
+    assert output.stdout.strip() == "False"

@@ -180,7 +180,9 @@ class BatchLife:
         if status not in _UNSENT:
             return
         code, message = _UNSENT[status]
-        while page := await self._pending(0):
+        after = 0
+        while page := await self._pending(after):
+            after = page[-1].number
             results = [
                 (line.number, lines.not_sent(line_id(batch, line.number), line.number,
                                              LineFault(code, message, custom_id=line.custom_id)))

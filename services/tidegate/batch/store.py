@@ -181,6 +181,8 @@ class Store:
             self._database.execute("DELETE FROM files WHERE expires_at <= ?", (now,))
             ended = "coalesce(completed_at, failed_at, expired_at, cancelled_at)"
             self._database.execute(f"DELETE FROM batches WHERE NOT {_OPEN} AND {ended} <= ?", (now - lifetime_seconds,))
+        # The log is as long as the largest act since; the database keeps its size, and uses it again.
+        self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return expired
 
     # Batches.
@@ -320,15 +322,14 @@ class Store:
     def fail_lines(self, number: int, results: Sequence[tuple[int, bytes]]) -> None:
         """Ends lines that will not be sent any more; those that have a result keep it."""
         with self._transaction():
-            for line_number, result in results:
-                changed = self._database.execute(
-                    "UPDATE lines SET state = 'failed', result = ?, body = NULL "
-                    "WHERE batch_number = ? AND line_number = ? AND state = 'pending'",
-                    (result, number, line_number),
-                ).rowcount
-                self._database.execute(
-                    "UPDATE batches SET failed_count = failed_count + ? WHERE number = ?", (changed, number)
-                )
+            changed = self._database.executemany(
+                "UPDATE lines SET state = 'failed', result = ?, body = NULL "
+                "WHERE batch_number = ? AND line_number = ? AND state = 'pending'",
+                [(result, number, line_number) for line_number, result in results],
+            ).rowcount
+            self._database.execute(
+                "UPDATE batches SET failed_count = failed_count + ? WHERE number = ?", (changed, number)
+            )
 
     def decide_end(self, number: int, wanted: Status, now: int) -> Status:
         """Every line has its result: the end is decided, by the first who does, and the files may be written.

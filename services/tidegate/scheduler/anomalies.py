@@ -117,7 +117,7 @@ class Anomalies:
             self._clock(),
             arrived_at=request.arrived_at,
             prompt_token_count=request.prompt_token_count,
-            answer_token_count=request.answer_token_count,
+            answer_token_count=request.max_tokens or request.answer_token_count,
             refused=refused and not flagged,
             abandoned=abandoned and not flagged,
         )

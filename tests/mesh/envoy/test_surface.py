@@ -200,6 +200,7 @@ async def test_headers_that_mean_something_inside_are_removed_from_requests(mesh
         "x-tidegate-credit": "stolen",
         "x-tidegate-route": "cache",
         "x-tidegate-anything": "1",
+        "x-tidegate-arrived": "1",
         "x_tidegate_tenant": "underscored",
         "x-envoy-upstream-rq-timeout-ms": "1",
         "x-envoy-retry-on": "5xx",
@@ -211,7 +212,8 @@ async def test_headers_that_mean_something_inside_are_removed_from_requests(mesh
     assert report["name"].startswith("replica-")
     for seen in (report["headers"], mesh.scheduler.seen[0]):
         names = {name for name in seen if name.startswith(("x-tidegate", "x_tidegate", "authorization", "cookie"))}
-        assert names == {"x-tidegate-tenant"}
+        assert names == {"x-tidegate-tenant", "x-tidegate-arrived"}
+        assert float(seen["x-tidegate-arrived"]) > 1
         assert seen["x-tidegate-tenant"] == "default"
         assert "of-no-use-inside" not in str(seen)
         assert not {"x-envoy-upstream-rq-timeout-ms", "x-envoy-retry-on"} & set(seen)

@@ -14,6 +14,9 @@ from tidegate.common import settings
 REPOSITORY: Final = Path(__file__).resolve().parents[3]
 """Where triton_models/, mesh/ and the environments lie."""
 
+ENGINES: Final = ("llm", "llm_sim")
+"""Triton's models: the engine that computes, and the one that only takes time and makes up its tokens."""
+
 DEFAULT_MODEL_NAME: Final = "smollm2-135m-instruct"
 
 HOME_VARIABLE: Final = "TIDEGATE_HOME"
@@ -33,6 +36,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     model_name: str = DEFAULT_MODEL_NAME
     """The id that clients ask for."""
+
+    engine: str = "llm"
+    """Which of ENGINES the Tritons run. `llm_sim` reads the model's vocabulary and no weights."""
+
+    sim_preset: str = ""
+    """Which engine `llm_sim` imitates, by its own names; empty: its default."""
 
     host: str = "127.0.0.1"
     """Where the ingress listens. Everything else stays on loopback."""
@@ -114,6 +123,10 @@ def usage_faults(settings: Settings) -> list[str]:
     faults = []
     if settings.model_path and not Path(settings.model_path).exists():
         faults.append(f"--model {settings.model_path}: there is no such file or folder")
+    if settings.engine not in ENGINES:
+        faults.append(f"--engine {settings.engine}: there is {' and '.join(ENGINES)}")
+    if settings.sim_preset and settings.engine != "llm_sim":
+        faults.append("--sim-preset goes with --engine llm_sim")
     if settings.api_keys_file and settings.no_api_keys:
         faults.append("--api-keys and --no-api-keys exclude each other")
     elif not settings.api_keys_file and not settings.no_api_keys and not is_loopback(settings.host):

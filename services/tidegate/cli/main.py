@@ -25,6 +25,8 @@ def cli() -> None:
 @click.option("--replicas", type=int, help="Model services, each with a Triton of its own. [default: 1]")
 @click.option("--model", "model_path", help="A GGUF file or a Hugging Face folder. [default: SmolLM2-135M-Instruct]")
 @click.option("--model-name", help="The id that clients ask for. [default: smollm2-135m-instruct]")
+@click.option("--engine", type=click.Choice(["llm", "llm_sim"]), help="llm_sim only takes time. [default: llm]")
+@click.option("--sim-preset", metavar="NAME", help="What llm_sim imitates: h200-8b, h200-70b, smollm2-cpu.")
 @click.option("--host", help="Where the ingress listens; all else stays on loopback. [default: 127.0.0.1]")
 @click.option("--port", type=int, help="The ingress's port. [default: 8080]")
 @click.option(

@@ -119,12 +119,7 @@ def _envoy(home: Home, mesh: Mesh, settings: Settings) -> Program:
 
 def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: int) -> Program:
     name = f"triton-{index}"
-    engine = {
-        "MODEL_PATH": mesh.model_path,
-        "CACHE_DIR": str(home.cache),
-        "THREAD_COUNT": str(thread_count(settings)),
-    }
-    engine |= sequence_settings(settings.max_sequences, os.environ)
+    engine = engine_settings(home, mesh, settings, os.environ)
     server = TritonServer(
         triton_python=Path(settings.triton_python),
         backend_directory=backend,
@@ -132,6 +127,7 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: in
         grpc_port=_port(mesh, name),
         metrics_port=_port(mesh, f"{name}-metrics"),
         instance_name=triton_instance_name(mesh.run_id, index),
+        model_names=(settings.engine,),
         engine_environment=_engine_environment() | {f"TIDEGATE_ENGINE_{key}": value for key, value in engine.items()},
     )
     argv, environment = triton_command(server)
@@ -143,8 +139,26 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: in
         environment={name: value for name, value in environment.items() if not name.startswith(_OF_UP)},
         is_ready=_health_probe(mesh, name),
         is_whole=lambda pid: bool(stub_process_ids(pid)),
-        niceness=settings.engine_niceness,
+        # The simulated engine stands for a device of its own: it needs little of a processor, but on time.
+        niceness=0 if settings.engine == "llm_sim" else settings.engine_niceness,
     )
+
+
+def engine_settings(home: Home, mesh: Mesh, settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+    """What `up` says to each engine, by the name after TIDEGATE_ENGINE_; each engine refuses what it does not know."""
+    if settings.engine == "llm_sim":
+        values = {"MODEL_PATH": mesh.model_path}
+        if settings.sim_preset:
+            values["SIM_PRESET"] = settings.sim_preset
+        if settings.max_sequences:
+            values["MAX_SEQUENCES"] = str(settings.max_sequences)
+        return values
+    return {
+        "MODEL_PATH": mesh.model_path,
+        "CACHE_DIR": str(home.cache),
+        "THREAD_COUNT": str(thread_count(settings)),
+        **sequence_settings(settings.max_sequences, environment),
+    }
 
 
 def sequence_settings(max_sequences: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -199,6 +213,7 @@ def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> 
 def _model_settings(home: Home, mesh: Mesh, settings: Settings, index: int) -> dict[str, str]:
     return {
         "TRITON_ADDRESS": mesh.addresses[f"triton-{index}"],
+        "TRITON_MODEL_NAME": settings.engine,
         "MODEL_PATH": mesh.model_path,
         "MODEL_NAME": mesh.model_name,
         "ARENA_REGION": mesh.arena_region,

@@ -1,6 +1,6 @@
 """What the model service and Triton's model `llm` say to each other, as KServe v2 messages.
 
-Pure conversions, with no connection and no clock. The conversation is told in triton_models/llm/1/model.py; the
+Pure conversions, with no connection and no clock. The conversation is told in triton_models/llm/1/triton_model.py; the
 tensors' names and types stand in its config.pbtxt. Arrays are little endian, as KServe has them.
 """
 

@@ -20,18 +20,30 @@ _TRITON_PARAMETERS = frozenset({"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENS
 def engine_config(parameters: Mapping[str, str], environment: Mapping[str, str]) -> EngineConfig:
     """The engine's settings; an empty text means the engine's own default.
 
+    Raises:
+        ValueError: an unknown name, a value of the wrong type or out of its bounds, no model path.
+    """
+    return EngineConfig(**setting_values(EngineConfig, parameters, environment))  # type: ignore[arg-type]
+
+
+def setting_values(
+    settings: type, parameters: Mapping[str, str], environment: Mapping[str, str]
+) -> dict[str, object]:
+    """The values that are given for the fields of a class of settings, of the fields' types.
+
     Args:
+        settings: its annotations are the names and types; it needs a `model_path`.
         parameters: config.pbtxt's parameters by name, lower case (`kv_cache_bytes`).
         environment: the process's; `TIDEGATE_ENGINE_KV_CACHE_BYTES` wins over the parameter.
 
     Raises:
-        ValueError: an unknown name, a value of the wrong type or out of its bounds, no model path.
+        ValueError: an unknown name, a value of the wrong type, no model path.
     """
     texts = {name: (f"parameter {name}", text) for name, text in parameters.items() if name not in _TRITON_PARAMETERS}
     for variable, text in environment.items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             texts[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = (variable, text)
-    types = {name: _plain_type(hint) for name, hint in typing.get_type_hints(EngineConfig).items()}
+    types = {name: _plain_type(hint) for name, hint in typing.get_type_hints(settings).items()}
     values: dict[str, object] = {}
     faults: list[str] = []
     for name, (origin, text) in texts.items():
@@ -46,7 +58,7 @@ def engine_config(parameters: Mapping[str, str], environment: Mapping[str, str])
         faults.append(f"{ENVIRONMENT_PREFIX}MODEL_PATH is not set: a GGUF file or a Hugging Face folder")
     if faults:
         raise ValueError("; ".join(faults))
-    return EngineConfig(**values)  # type: ignore[arg-type]
+    return values
 
 
 def _plain_type(hint: object) -> type:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from outbox import Channel, Outbox
 
-from llm_engine import EngineLoad, RequestRefused, SequenceOutput, SequenceRequest
+from llm_engine import EngineLoad, ModelInfo, RequestRefused, SequenceOutput, SequenceRequest
 
 QUEUE_FULL = "QUEUE_FULL"
 DUPLICATE_ID = "DUPLICATE_ID"
@@ -32,7 +32,9 @@ MAX_FAILED_STEP_COUNT = 3
 
 
 class Engine(Protocol):
-    """What this thread needs of an engine; llm_engine.Engine is one."""
+    """What this thread, and the model around it, need of an engine; llm_engine.Engine is one."""
+
+    model_info: ModelInfo
 
     def add(self, request: SequenceRequest) -> None: ...
     def cancel(self, request_id: str) -> bool: ...

@@ -41,7 +41,10 @@ class TensorEntry:
 
 
 class GgufFile:
-    """An open GGUF file; `metadata` holds scalars and strings, arrays only by their length."""
+    """An open GGUF file; `metadata` holds scalars and strings, arrays only by their length.
+
+    `strings` reads an array of texts when it is asked for.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,6 +55,7 @@ class GgufFile:
             raise ModelLoadError(f"{path}: cannot be read: {error}") from error
         self._position = 0
         self.metadata: dict[str, object] = {}
+        self._string_arrays: dict[str, int] = {}
         self.tensors: dict[str, TensorEntry] = {}
         self._read_header()
 
@@ -65,6 +69,13 @@ class GgufFile:
             return dequantize(rows, entry.quantization).reshape(entry.shape).astype(np.float32)
         except NotImplementedError as error:
             raise self._bad(f"tensor {name} is {entry.quantization.name}: not supported") from error
+
+    def strings(self, name: str) -> list[str]:
+        """The texts of an array field; ModelLoadError where there is none of this name."""
+        if name not in self._string_arrays:
+            raise self._bad(f"there is no field {name} that is an array of texts")
+        self._position = self._string_arrays[name]
+        return [self._string() for _ in range(self._scalar("<Q"))]
 
     def _read_header(self) -> None:
         if self._take(4) != _MAGIC:
@@ -114,10 +125,12 @@ class GgufFile:
             return self._string()
         if kind != _ARRAY:
             raise self._bad(f"field {name} has type {kind}, which is not known")
-        element_kind, count = self._scalar("<I"), self._scalar("<Q")
+        element_kind, start = self._scalar("<I"), self._position
+        count = self._scalar("<Q")
         if element_kind in _SCALAR_FORMATS:
             self._take(count * struct.calcsize(_SCALAR_FORMATS[element_kind]))
         elif element_kind == _STRING:
+            self._string_arrays[name] = start
             for _ in range(count):
                 self._take(self._scalar("<Q"))
         else:

@@ -110,7 +110,7 @@ class SimulatedEngine:
         token_ids = validated_token_ids(request, self.model_info)
         if self._batcher.holds(request.request_id):
             raise RequestRefused(DUPLICATE_ID, f"request_id {request.request_id!r} is in the engine already")
-        if not self._batcher.can_add():
+        if not self._batcher.can_add(request.priority):
             raise RequestRefused(
                 QUEUE_FULL,
                 f"{self.config.max_sequences} places to run and {self.config.max_waiting} to wait are taken",

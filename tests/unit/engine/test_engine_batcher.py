@@ -134,6 +134,153 @@ def test_a_sequence_that_lacks_a_block_gives_way_itself_if_it_is_the_least_urgen
     assert [work.sequence.request_id for work in plan.work] == ["a"]
 
 
+def test_a_strictly_more_urgent_one_pauses_the_least_urgent_which_goes_on_where_it_was():
+    run_script(
+        """
+        add a 3 1
+        add b 3 1
+        step: a[0:3] b[0:3] free=14
+        add u 4
+        step: a[3:4] u[0:4] free=13
+        step: u[4:5] a[4:5] free=11
+        cancel u
+        step: a[5:6] b[3:4] free=13
+        """,
+        running=2,
+    )
+
+
+def test_one_that_is_as_urgent_waits_and_pauses_nobody():
+    run_script(
+        """
+        add a 3 1
+        step: a[0:3] free=15
+        add b 3 1
+        step: a[3:4] free=15
+        cancel a
+        step: b[0:3] free=15
+        """,
+        running=1,
+    )
+
+
+def test_of_two_paused_ones_the_earlier_goes_on_first():
+    run_script(
+        """
+        add a 3 1
+        add b 3 1
+        step: a[0:3] b[0:3] free=14
+        add u 2
+        add v 2
+        step: u[0:2] v[0:2] free=12
+        cancel u
+        step: v[2:3] a[3:4] free=13
+        cancel v
+        step: a[4:5] b[3:4] free=13
+        """,
+        running=2,
+    )
+
+
+def test_a_paused_one_gives_its_blocks_to_a_newcomer_that_needs_them_and_is_computed_again():
+    run_script(
+        """
+        add a 8 1
+        step: a[0:8] free=2
+        add u 12
+        step: u[0:8] -a free=1
+        step: u[8:12] free=1
+        cancel u
+        step: a[0:8] free=1
+        step: a[8:9] free=1
+        """,
+        blocks=4,
+        running=1,
+    )
+
+
+def test_a_paused_one_gives_its_blocks_to_a_running_one_that_grows():
+    run_script(
+        """
+        add a 3 1
+        step: a[0:3] free=2
+        add u 7
+        step: u[0:7] free=0
+        step: u[7:8] free=0
+        step: u[8:9] -a free=0
+        """,
+        blocks=3,
+        running=1,
+    )
+
+
+def test_a_prompt_that_is_paused_half_way_goes_on_at_its_next_chunk():
+    run_script(
+        """
+        add a 20 1
+        step: a[0:8] free=11
+        add u 2
+        step: u[0:2] free=10
+        cancel u
+        step: a[8:16] free=11
+        """,
+        running=1,
+    )
+
+
+def test_the_more_urgent_prompt_is_computed_before_the_rest_of_one_that_began():
+    run_script(
+        """
+        add a 20 1
+        step: a[0:8] free=11
+        add u 6
+        step: u[0:6] a[8:10] free=9
+        """
+    )
+
+
+def test_where_blocks_lack_a_strictly_more_urgent_one_takes_those_of_the_least_urgent():
+    run_script(
+        """
+        add a 12 1
+        step: a[0:8] free=1
+        add equal 8 1
+        step: a[8:12] free=1
+        cancel equal
+        add u 8
+        step: u[0:8] -a free=2
+        """,
+        blocks=4,
+    )
+
+
+def test_one_that_may_pause_another_is_never_refused_for_want_of_a_place():
+    subject = batcher(running=2, waiting=0)
+    for index in range(2):
+        subject.add(sequence(f"batch{index}", 1, arrival=index, priority=1))
+    carry_out(subject, subject.plan())
+    assert not subject.can_add(1)
+    for index in range(2):
+        assert subject.can_add(0)
+        subject.add(sequence(f"urgent{index}", 1, arrival=2 + index))
+    assert not subject.can_add(0), "both that could be paused are spoken for"
+    carry_out(subject, subject.plan())
+    assert [each.request_id for each in subject.running] == ["urgent0", "urgent1"]
+    assert [each.request_id for each in subject.waiting] == ["batch0", "batch1"]
+    assert not subject.can_add(0)
+
+
+def test_cancelling_a_paused_one_frees_its_blocks():
+    subject = batcher(running=1)
+    subject.add(sequence("a", 3, priority=1))
+    carry_out(subject, subject.plan())
+    subject.add(sequence("u", 4, arrival=1))
+    carry_out(subject, subject.plan())
+    assert subject.pool.taken_count == 2
+    subject.remove("a")
+    assert subject.pool.taken_count == 1
+
+
 def test_cancelling_frees_blocks_at_once_and_an_unknown_name_is_none():
     subject = batcher()
     subject.add(sequence("a", 9))
@@ -162,12 +309,13 @@ def test_random_runs_keep_the_invariants_and_finish_everything(seed):
     longest = subject.pool.block_count * 4 - 8
     accepted, ended, prefix_computed = set(), set(), {}
     for moment in range(2000):
-        if moment < 200 and source.random() < 0.4 and subject.can_add():
+        priority = source.randint(0, 2)
+        if moment < 200 and source.random() < 0.4 and subject.can_add(priority):
             new = sequence(
                 str(moment),
                 source.randint(1, longest),
                 arrival=moment,
-                priority=source.randint(0, 2),
+                priority=priority,
                 tokens=source.randint(1, 8),
             )
             subject.add(new)
@@ -207,11 +355,15 @@ def check_plan(subject: Batcher, plan: StepPlan) -> None:
 
 def check_state(subject: Batcher) -> None:
     running, waiting = subject.running, subject.waiting
-    blocks = [block for each in running for block in each.block_ids]
+    paused = [each for each in waiting if each.block_ids]
+    blocks = [block for each in (*running, *paused) for block in each.block_ids]
     assert len(blocks) == len(set(blocks)) == subject.pool.taken_count
     assert len(running) <= subject.max_sequences
     assert not {each.request_id for each in running} & {each.request_id for each in waiting}
-    assert all(not each.block_ids and each.computed_token_count == 0 for each in waiting)
+    assert all(each.block_ids or each.computed_token_count == 0 for each in waiting)
+    assert all(each.computed_token_count <= len(each.block_ids) * 4 for each in (*running, *paused))
+    assert all(one.urgency < other.urgency for one in running for other in paused)
+    assert len(running) + len(waiting) <= 2 * subject.max_sequences + subject.max_waiting
     assert all(0 < each.computed_token_count < each.token_count for each in running)
     for queue in (running, waiting):
         assert list(queue) == sorted(queue, key=lambda each: each.urgency)

@@ -98,6 +98,31 @@ def test_preempted_sequences_get_what_they_would_have_got(make_engine):
     assert tight.load.free_block_count == tight.load.total_block_count
 
 
+@pytest.mark.parametrize("block_count", [200, 12], ids=["keeps-its-blocks", "loses-its-blocks"])
+def test_a_paused_sequence_gets_what_it_would_have_got(make_engine, block_count):
+    batch = [
+        request(f"batch{index}", tokens, max_tokens=20, sampling=SamplingParams(temperature=0), priority=2)
+        for index, tokens in enumerate(prompts(2, longest=12))
+    ]
+    urgent = [
+        request(f"urgent{index}", [7] * 8, max_tokens=6, sampling=SamplingParams(temperature=0)) for index in range(2)
+    ]
+    expected = finish(make_engine(), *batch, *urgent)
+    engine = make_engine(max_sequences=2, max_waiting=0, kv_cache_bytes=1024 * (block_count + 1))
+    for each in batch:
+        engine.add(each)
+    got: dict[str, list[int]] = {}
+    for moment in range(100):
+        if moment in (4, 7):
+            engine.add(urgent.pop())
+            assert (engine.load.running, engine.load.waiting) == (2, 1 if moment == 4 else 2)
+        for output in engine.step():
+            got.setdefault(output.request_id, []).extend(output.token_ids)
+    assert got == {name: result["token_ids"] for name, result in expected.items()}
+    assert bool(engine.load.preemption_count) == (block_count == 12)
+    assert engine.load.free_block_count == engine.load.total_block_count == block_count
+
+
 def test_a_resumed_request_goes_on_as_if_it_had_never_stopped(make_engine):
     sampling = SamplingParams(
         temperature=1.2, seed=11, top_p=0.95, frequency_penalty=0.5, repetition_penalty=1.1, logprobs=1

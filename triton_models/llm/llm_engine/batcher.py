@@ -5,14 +5,20 @@ randomness; the same calls give the same plans. Invariants, between calls:
 
 - a sequence is running or waiting, never both; running and waiting are sorted by urgency;
 - a running sequence holds the blocks of all its tokens that were known when it was admitted or last
-  planned; a waiting one holds none and has computed nothing;
+  planned; a waiting one holds none and has computed nothing, or it is *paused*: it ran, and keeps its
+  blocks and what is computed until somebody needs the blocks, so that it goes on where it was;
+- every paused sequence is less urgent than every running one: only the least urgent running one is
+  paused, only for a waiting one of strictly lower priority number, and who waits is admitted strictly
+  in order;
+- blocks that are needed and not free come from the least urgent paused sequence first, then, to let a
+  running one grow, from the least urgent running one; whoever gives up blocks gives up all, and is
+  computed again, which loses no token that is known;
 - a plan never exceeds the step's token budget, and every running sequence whose prompt is computed
   gets its token in every step (decodes first, prompts in chunks in what is left: Sarathi-Serve,
   Agrawal et al., OSDI 2024; sequences join and leave between steps: Orca, Yu et al., OSDI 2022).
 """
 
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .block_pool import BlockPool
@@ -47,7 +53,7 @@ class StepPlan:
 
 
 class Batcher:
-    """Continuous batching with chunked prefill and preemption by recompute."""
+    """Continuous batching with chunked prefill, pausing by priority, and preemption by recompute."""
 
     def __init__(self, pool: BlockPool, *, max_sequences: int, max_waiting: int, step_token_budget: int) -> None:
         assert step_token_budget >= max_sequences
@@ -67,20 +73,32 @@ class Batcher:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Sequences that hold nothing, the most urgent first."""
+        """Sequences that do not run, the most urgent first; those that hold blocks are paused."""
         return tuple(self._waiting)
 
     def holds(self, request_id: str) -> bool:
         """Whether a sequence of this name is here."""
         return request_id in self._by_id
 
-    def can_add(self) -> bool:
-        """Whether there is room; what just arrived counts against the running places too."""
-        return len(self._by_id) < self.max_sequences + self.max_waiting
+    def can_add(self, priority: int | None = None) -> bool:
+        """Whether there is room; what just arrived counts against the running places too.
+
+        Args:
+            priority: the newcomer's. Where all places are taken, there is one more for each running sequence that
+                is strictly less urgent and not yet to be paused for another one, so that whoever may pause one is
+                never refused for want of a place to wait.
+        """
+        if len(self._by_id) < self.max_sequences + self.max_waiting:
+            return True
+        if priority is None or len(self._by_id) >= 2 * self.max_sequences + self.max_waiting:
+            return False
+        pausable_count = sum(sequence.request.priority > priority for sequence in self._running)
+        ahead_count = sum(sequence.request.priority <= priority for sequence in self._waiting)
+        return ahead_count < pausable_count
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue, at its place by urgency."""
-        assert self.can_add() and not self.holds(sequence.request_id)
+        assert self.can_add(sequence.request.priority) and not self.holds(sequence.request_id)
         assert self.pool.blocks_for(sequence.token_count) <= self.pool.block_count
         self._by_id[sequence.request_id] = sequence
         insort(self._waiting, sequence, key=_urgency)
@@ -90,21 +108,30 @@ class Batcher:
         sequence = self._by_id.pop(request_id, None)
         if sequence is None:
             return None
-        if sequence.block_ids:
-            self._running.remove(sequence)
-            self._release(sequence)
-        else:
-            self._waiting.remove(sequence)
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        self._release(sequence)
         return sequence
 
     def plan(self) -> StepPlan:
         """Choose the next step's work; blocks are taken here, so the plan can be carried out."""
         preempted = self._extend_running()
+        prefills: list[StepWork] = []
+        begun = [sequence for sequence in self._running if not _decodes(sequence)]
+        while True:
+            budget = self._budget(prefills)
+            head = self._next_admissible(begun, budget)
+            if head is not None:
+                preempted += self._admit(head)
+                begun = [sequence for sequence in begun if sequence in self._running]
+                budget = self._budget(prefills)
+            elif begun and budget:
+                head = begun.pop(0)
+            else:
+                break
+            if not _decodes(head):
+                prefills.append(StepWork(head, head.computed_token_count, min(budget, head.pending_token_count)))
         decodes = [StepWork(s, s.computed_token_count, 1) for s in self._running if _decodes(s)]
-        budget = self.step_token_budget - len(decodes)
-        prefills = [*self._continued_prefills(budget)]
-        budget -= sum(work.count for work in prefills)
-        return StepPlan((*decodes, *prefills, *self._admitted_prefills(budget)), tuple(preempted))
+        return StepPlan((*decodes, *prefills), tuple(preempted))
 
     def commit(self, plan: StepPlan) -> None:
         """Note that a plan's tokens are computed."""
@@ -113,56 +140,90 @@ class Batcher:
             work.sequence.computed_token_count += work.count
 
     def _extend_running(self) -> list[str]:
-        """Give each running sequence the blocks for its newest token, preempting from the tail."""
+        """Give each running sequence the blocks for its newest token, from the paused and then from the tail."""
         preempted: list[str] = []
         position = 0
         while position < len(self._running):
             sequence = self._running[position]
-            missing = self.pool.blocks_for(sequence.token_count) - len(sequence.block_ids)
+            missing = self._missing_block_count(sequence)
             if self.pool.can_take(missing):
                 sequence.block_ids += self.pool.take(missing)
                 position += 1
             else:
                 # The last one may be this one itself: the loop then ends behind the more urgent ones.
-                preempted.append(self._preempt_least_urgent())
+                preempted.append(self._preempt(self._least_urgent_paused() or self._pause_least_urgent()))
         return preempted
 
-    def _preempt_least_urgent(self) -> str:
-        """Send the least urgent running sequence back to the queue, to be computed again."""
+    def _budget(self, prefills: list[StepWork]) -> int:
+        """Tokens that the step can still compute, beside the decodes and what is planned of prompts."""
+        return self.step_token_budget - sum(map(_decodes, self._running)) - sum(work.count for work in prefills)
+
+    def _next_admissible(self, begun: list[Sequence], budget: int) -> Sequence | None:
+        """The first that waits, where it can run in this step and no begun prompt comes before it."""
+        if not self._waiting:
+            return None
+        head = self._waiting[0]
+        if begun and begun[0].request.priority <= head.request.priority:
+            return None
+        victims = self._victims(head)
+        if victims is None:
+            return None
+        return head if budget + sum(map(_decodes, victims)) > 0 else None
+
+    def _victims(self, head: Sequence) -> list[Sequence] | None:
+        """Running sequences to pause for a waiting one, the least urgent first; None where it has to wait.
+
+        A free block for each running sequence stays behind, so that a newcomer is not admitted only to be
+        preempted by the next step's growth. Blocks of paused sequences count as free.
+        """
+        victims: list[Sequence] = []
+        rest = list(self._running)
+        available = self.pool.free_count + sum(len(s.block_ids) for s in self._waiting if s is not head)
+        missing = self._missing_block_count(head)
+        while len(rest) >= self.max_sequences or available < missing + len(rest):
+            if not rest or rest[-1].request.priority <= head.request.priority:
+                return None
+            victims.append(rest.pop())
+            available += len(victims[-1].block_ids)
+        return victims
+
+    def _admit(self, head: Sequence) -> list[str]:
+        """Let the first that waits run; gives who lost its blocks for it."""
+        for _ in self._victims(head) or ():
+            self._pause_least_urgent()
+        self._waiting.remove(head)
+        preempted: list[str] = []
+        missing = self._missing_block_count(head)
+        while not self.pool.can_take(missing):
+            paused = self._least_urgent_paused()
+            assert paused is not None
+            preempted.append(self._preempt(paused))
+        head.block_ids += self.pool.take(missing)
+        insort(self._running, head, key=_urgency)
+        return preempted
+
+    def _pause_least_urgent(self) -> Sequence:
+        """Send the least urgent running sequence back to the queue, with its blocks."""
         victim = self._running.pop()
-        self._release(victim)
         insort(self._waiting, victim, key=_urgency)
+        return victim
+
+    def _least_urgent_paused(self) -> Sequence | None:
+        return next((sequence for sequence in reversed(self._waiting) if sequence.block_ids), None)
+
+    def _preempt(self, sequence: Sequence) -> str:
+        """Take a waiting sequence's blocks; it will be computed again."""
+        self._release(sequence)
         self.preemption_count += 1
-        return victim.request_id
+        return sequence.request_id
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.block_ids)
         sequence.block_ids = []
         sequence.computed_token_count = 0
 
-    def _continued_prefills(self, budget: int) -> Iterator[StepWork]:
-        """Chunks of prompts that an earlier step began."""
-        for sequence in self._running:
-            if budget and not _decodes(sequence):
-                count = min(budget, sequence.pending_token_count)
-                budget -= count
-                yield StepWork(sequence, sequence.computed_token_count, count)
-
-    def _admitted_prefills(self, budget: int) -> Iterator[StepWork]:
-        """First chunks of waiting sequences, strictly in order, so that none is overtaken for ever."""
-        while budget and self._waiting and self._can_admit(self._waiting[0]):
-            sequence = self._waiting.pop(0)
-            sequence.block_ids = self.pool.take(self.pool.blocks_for(sequence.token_count))
-            insort(self._running, sequence, key=_urgency)
-            count = min(budget, sequence.token_count)
-            budget -= count
-            yield StepWork(sequence, 0, count)
-
-    def _can_admit(self, sequence: Sequence) -> bool:
-        # A free block for each running sequence stays behind, so that a newcomer is not admitted
-        # only to be preempted by the next step's growth.
-        needed = self.pool.blocks_for(sequence.token_count) + len(self._running)
-        return len(self._running) < self.max_sequences and self.pool.can_take(needed)
+    def _missing_block_count(self, sequence: Sequence) -> int:
+        return self.pool.blocks_for(sequence.token_count) - len(sequence.block_ids)
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

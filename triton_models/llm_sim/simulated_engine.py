@@ -214,9 +214,7 @@ class SimulatedEngine:
     def _natural_token_count(self, seed: int) -> int | None:
         if not self.config.answer_tokens_median:
             return None
-        return natural_token_count(
-            seed, median=self.config.answer_tokens_median, sigma=self.config.answer_tokens_sigma
-        )
+        return natural_token_count(seed, median=self.config.answer_tokens_median, sigma=self.config.answer_tokens_sigma)
 
     def _count(self, plan: StepPlan, seconds: float) -> None:
         self._step_count += 1

@@ -100,4 +100,3 @@ _BOUNDS = (
     ("answer_tokens_median", 0, 1 << 20),
     ("answer_tokens_sigma", 0, 10),
 )
-

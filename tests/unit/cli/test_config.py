@@ -1,6 +1,8 @@
 """The settings of `up`: what cannot be meant, and what reaches Envoy and the engine."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -131,3 +133,35 @@ def test_the_size_of_a_model_is_that_of_its_weights(tmp_path):
 )
 def test_the_engines_steps_have_a_token_for_each_sequence(max_sequences, environment, expected):
     assert processes.sequence_settings(max_sequences, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            Settings(thread_count=2, max_sequences=8),
+            {
+                "MODEL_PATH": "m.gguf",
+                "CACHE_DIR": "home/cache",
+                "THREAD_COUNT": "2",
+                "MAX_SEQUENCES": "8",
+                "STEP_TOKEN_BUDGET": "128",
+            },
+        ),
+        (Settings(engine="llm_sim"), {"MODEL_PATH": "m.gguf"}),
+        (
+            Settings(engine="llm_sim", sim_preset="h200-8b", max_sequences=48),
+            {"MODEL_PATH": "m.gguf", "SIM_PRESET": "h200-8b", "MAX_SEQUENCES": "48"},
+        ),
+    ],
+)
+def test_each_engine_is_told_only_what_it_knows(settings, expected):
+    home, mesh = SimpleNamespace(cache=Path("home/cache")), SimpleNamespace(model_path="m.gguf")
+    assert processes.engine_settings(home, mesh, settings, {}) == expected
+
+
+def test_a_preset_of_the_simulated_engine_goes_with_it_alone():
+    assert config.usage_faults(Settings(engine="llm_sim", sim_preset="h200-8b")) == []
+    for settings in (Settings(sim_preset="h200-8b"), Settings(engine="vllm")):
+        (fault,) = config.usage_faults(settings)
+        assert "--engine" in fault

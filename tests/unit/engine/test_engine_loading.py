@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import llm_engine
 from llm_engine import EngineConfig, ModelLoadError
+from llm_engine.gguf_reader import GgufFile
 from llm_engine.weights import load_checkpoint
 
 HIDDEN = 32
@@ -215,3 +216,11 @@ def test_the_engine_imports_neither_grpc_nor_triton_nor_tidegate():
             words = line.split()
             if words[:1] in (["import"], ["from"]):
                 assert words[1].split(".")[0] not in ("grpc", "tidegate", "triton_python_backend_utils"), file
+
+
+def test_the_texts_of_a_gguf_files_vocabulary_can_be_read(make_gguf):
+    file = GgufFile(make_gguf())
+    assert file.strings("tokenizer.ggml.tokens") == [f"t{index}" for index in range(96)]
+    for name in ("general.architecture", "tokenizer.ggml.merges"):
+        with pytest.raises(ModelLoadError, match=name):
+            file.strings(name)

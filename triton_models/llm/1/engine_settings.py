@@ -26,9 +26,7 @@ def engine_config(parameters: Mapping[str, str], environment: Mapping[str, str])
     return EngineConfig(**setting_values(EngineConfig, parameters, environment))  # type: ignore[arg-type]
 
 
-def setting_values(
-    settings: type, parameters: Mapping[str, str], environment: Mapping[str, str]
-) -> dict[str, object]:
+def setting_values(settings: type, parameters: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, object]:
     """The values that are given for the fields of a class of settings, of the fields' types.
 
     Args:

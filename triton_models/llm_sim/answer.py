@@ -18,8 +18,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
-# A leading space, as byte-level BPE ("Ġ") and SentencePiece ("▁") write it, and a lower-case word: tokens that decode to
-# the same text whatever stands beside them.
+# A leading space, as byte-level BPE ("Ġ") and SentencePiece ("▁") write it, and a lower-case word: tokens that decode
+# to the same text whatever stands beside them.
 _WORD = re.compile(r"[Ġ▁][a-z]{2,12}")
 
 _MASK = (1 << 64) - 1

@@ -17,11 +17,11 @@ Where the presets come from
 
 With p seconds a prompt token and d a decoded one, the first two columns are 16 p + d = 1/rate and p/16 + d = 1/rate:
 p = 15.3 us, d = 37.2 us (8B); p = 127.5 us, d = 222.6 us (70B). The third column, which was not used, comes out as
-19,040 (7 % too high) and 2,856 (2 % too low). The base is estimated from memory bandwidth: the weights once at 4.8 TB/s,
-8.03 GB in 1.7 ms and 70.6 GB in 14.7 ms; what is left of d at the batches that fill the memory in the second column
-(about 1,650 and 330 sequences) is the cost of one sequence in a step: 36 us and 178 us. KV blocks fill what weights
-leave of 90 % of 141 GB, at 64 and 160 KiB a token. They run fewer sequences at once than such an engine could, so that
-a mesh on a few processors keeps up; `max_sequences` raises that.
+19,040 (7 % too high) and 2,856 (2 % too low). The base is estimated from memory bandwidth: the weights once at
+4.8 TB/s, 8.03 GB in 1.7 ms and 70.6 GB in 14.7 ms; what is left of d at the batches that fill the memory in the second
+column (about 1,650 and 330 sequences) is the cost of one sequence in a step: 36 us and 178 us. KV blocks fill what
+weights leave of 90 % of 141 GB, at 64 and 160 KiB a token. They run fewer sequences at once than such an engine could,
+so that a mesh on a few processors keeps up; `max_sequences` raises that.
 
 `smollm2-cpu` is this repository's engine with SmolLM2-135M in fp32 on one thread of a virtual machine's x86
 processor, by `python -m llm_engine bench --threads 1`: see docs/decisions.md.

@@ -1,10 +1,10 @@
 """An engine that takes the time of a real one and makes up its tokens.
 
-The batch, the KV blocks, the refusals and the ends of answers are those of `llm_engine`: the same Batcher, BlockPool and
-validation. Only the mathematics is missing: a step waits for the moment at which a real one would be done, and each
-token is `answer.answer_token`. Invariants: one thread calls it; every request taken ends in exactly one output with a
-finish reason, unless it is cancelled; steps that follow each other end at moments that add up exactly, however late
-the operating system wakes the thread.
+The batch, the KV blocks, the refusals and the ends of answers are those of `llm_engine`: the same Batcher, BlockPool
+and validation. Only the mathematics is missing: a step waits for the moment at which a real one would be done, and
+each token is `answer.answer_token`. Invariants: one thread calls it; every request taken ends in exactly one output
+with a finish reason, unless it is cancelled; steps that follow each other end at moments that add up exactly, however
+late the operating system wakes the thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model `llm`: Triton's Python backend looks for `TritonPythonModel` here. The conversation is `triton_model.py`'s."""
+"""The model `llm`: what Triton's Python backend looks for. The conversation is `triton_model.py`'s."""
 
 from __future__ import annotations
 

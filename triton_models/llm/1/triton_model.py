@@ -1,7 +1,8 @@
 """A model for Triton's Python backend: requests to the engine's thread, outputs to Triton's responses.
 
-The models `llm` and `llm_sim` differ only in the engine that they construct. The one door to Triton on this side. Invariants: `execute` never waits for the engine; every request gets a final
-response; a refusal is a response with finish reason `error` and `REASON: message` in the output `error`.
+The models `llm` and `llm_sim` differ only in the engine that they construct. The one door to Triton on this side.
+Invariants: `execute` never waits for the engine; every request gets a final response; a refusal is a response with
+finish reason `error` and `REASON: message` in the output `error`.
 config.pbtxt names the tensors. Commands (the input `command`):
 
 - `generate`, the default: the outputs come as responses of this request, the last one with a finish reason; or, with

@@ -161,7 +161,9 @@ def is_default_model(settings: Settings) -> bool:
 
 
 def own_model_bytes(settings: Settings) -> int | None:
-    """The size of the files of a model that is not the default one; None for that, whose need is known."""
+    """The size of the weights that an engine holds; None for the default model, whose need is known."""
+    if settings.engine == "llm_sim":
+        return 0
     if is_default_model(settings):
         return None
     path = Path(settings.model_path)

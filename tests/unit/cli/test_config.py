@@ -120,6 +120,7 @@ def test_the_size_of_a_model_is_that_of_its_weights(tmp_path):
     assert config.own_model_bytes(Settings(model_path=str(tmp_path))) == 30
     assert config.own_model_bytes(Settings(model_path=str(tmp_path / "model.bin"))) == 50
     assert config.own_model_bytes(Settings()) is None
+    assert config.own_model_bytes(Settings(engine="llm_sim")) == 0
 
 
 @pytest.mark.parametrize(

@@ -129,14 +129,15 @@ class Sender:
         self._planned_count += len(rows)
         in_a_row = 0
         for row in rows:
-            lag = self._now() - float(self._open.planned_seconds[row])
-            in_a_row = in_a_row + 1 if lag > 0 else 0
-            if lag < 0:
-                await asyncio.sleep(-lag)
-            elif in_a_row % SENT_IN_A_ROW == 0:
+            planned = float(self._open.planned_seconds[row])
+            in_a_row = in_a_row + 1 if self._now() >= planned else 0
+            if in_a_row and in_a_row % SENT_IN_A_ROW == 0:
                 await asyncio.sleep(0)
-            self._lag_seconds = max(0.0, lag)
-            record = self._record(self._open, row, row, float(self._open.planned_seconds[row]))
+            # A loop, because uvloop's timers are whole milliseconds and may come early.
+            while (wait := planned - self._now()) > 0:
+                await asyncio.sleep(wait)
+            self._lag_seconds = -wait
+            record = self._record(self._open, row, row, planned)
             if self._in_flight >= IN_FLIGHT_LIMIT:
                 self._outcomes[Outcome.NOT_SENT] += 1
             else:

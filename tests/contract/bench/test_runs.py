@@ -96,7 +96,9 @@ async def openai_stream(request: web.Request) -> web.StreamResponse:
         if tenant == "stall":
             await asyncio.sleep(600)
         if tenant == "break":
-            await response.write(b'data: {"error":{"message":"gone","type":"server_error","code":"internal_error"}}\n\n')
+            await response.write(
+                b'data: {"error":{"message":"gone","type":"server_error","code":"internal_error"}}\n\n'
+            )
             return response
     if tenant != "gap":
         await response.write(b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}\n\n')
@@ -109,7 +111,7 @@ async def openai_stream(request: web.Request) -> web.StreamResponse:
 async def http_server():
     application = web.Application()
     application.router.add_post("/v1/chat/completions", openai_stream)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -183,4 +185,4 @@ def unused_address():
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        yield "127.0.0.1:{}".format(listener.getsockname()[1])
+        yield f"127.0.0.1:{listener.getsockname()[1]}"

@@ -62,7 +62,9 @@ def test_every_client_that_means_to_leave_does_so_at_its_moment(sent):
     async def never(ask, answer, now):
         await asyncio.sleep(1000)
 
-    records = sent([Flow(name="x", arrivals=Constant(10), duration_seconds=3, deadline_seconds=5, leave_share=1)], never)
+    records = sent(
+        [Flow(name="x", arrivals=Constant(10), duration_seconds=3, deadline_seconds=5, leave_share=1)], never
+    )
     assert set(outcomes(records)) == {Outcome.LEFT}
     stays = [record.attempts[0].ended - record.planned for record in records]
     assert len({round(stay, 6) for stay in stays}) == 30

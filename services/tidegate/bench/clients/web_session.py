@@ -35,6 +35,8 @@ async def require_listener(address: str) -> None:
             _, writer = await asyncio.open_connection(host, int(port))
     except TimeoutError:
         raise OSError(f"{address} does not answer within {CONNECT_SECONDS:.0f} s") from None
+    except OSError as error:
+        raise OSError(f"{address}: {error.strerror or error}") from error
     writer.close()
 
 

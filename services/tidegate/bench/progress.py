@@ -33,13 +33,16 @@ class ProgressLine:
         self._duration_seconds = duration_seconds
         self._stream = stream
         self._clock = clock
-        self._began_at = self._said_at = clock()
+        self._began_at: float | None = None
+        self._said_at = 0.0
         self._said = Progress()
         self._width = 0
 
     def __call__(self, progress: Progress) -> None:
         """Says it, if a second has passed."""
         now = self._clock()
+        if self._began_at is None:
+            self._began_at = self._said_at = now
         seconds = now - self._said_at
         if seconds < LINE_SECONDS:
             return

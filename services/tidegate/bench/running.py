@@ -13,10 +13,10 @@ import time
 from collections.abc import AsyncIterator
 
 from tidegate.bench.agreement import compare
-from tidegate.bench.ledger import Ledger
+from tidegate.bench.ledger import Comparison, Ledger, Record
 from tidegate.bench.plan import Plan, check
 from tidegate.bench.targets import Target
-from tidegate.bench.watching import Watcher, difference, read_counts, settled_counts
+from tidegate.bench.watching import ServerCounts, Watcher, difference, read_counts, settled_counts
 from tidegate.bench.workers import OnProgress, Workers
 
 
@@ -48,7 +48,6 @@ async def run(
         async with Watcher(target.scheduler_address, begin.now) as watcher:
             records, figures = await ready.run(plan, target, on_begin=begin.set, on_progress=on_progress, stop=stop)
         after = await settled_counts(target) if before is not None else None
-    comparable = before is not None and after is not None and before.scheduler_id == after.scheduler_id
     return Ledger(
         name=name or target.name,
         plan=plan,
@@ -57,9 +56,15 @@ async def run(
         records=records,
         workers=figures,
         samples=[sample for sample in watcher.samples if sample.seconds >= 0],
-        agreement=compare(records, difference(before, after)) if comparable and before and after else [],
+        agreement=_agreement(records, before, after),
         interrupted=stop is not None and stop.is_set(),
     )
+
+
+def _agreement(records: list[Record], before: ServerCounts | None, after: ServerCounts | None) -> list[Comparison]:
+    if before is None or after is None or before.scheduler_id != after.scheduler_id:
+        return []
+    return compare(records, difference(before, after))
 
 
 @contextlib.asynccontextmanager

@@ -38,7 +38,7 @@ def per_bucket(times: ArrayLike, end: float, width: float, weights: ArrayLike | 
     """How many (or how much) per second, in buckets of `width` seconds over [0, end)."""
     edges = bucket_edges(end, width)
     counts, _ = np.histogram(np.asarray(times, float), edges, weights=None if weights is None else np.asarray(weights))
-    return (counts / width).astype(np.float64)
+    return np.asarray(counts / width, np.float64)
 
 
 def bucket_edges(end: float, width: float) -> NDArray[np.float64]:

@@ -164,6 +164,8 @@ def warnings(ledger: Ledger, lag: dict[str, float]) -> list[str]:
         for each in ledger.agreement
         if not each.agrees
     ]
+    if ledger.samples and not ledger.agreement:
+        found.append("the server's counts could not be read, or its scheduler began anew: they are not compared")
     if ledger.interrupted:
         found.append("the run was stopped before its end")
     return found

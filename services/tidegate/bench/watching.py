@@ -128,9 +128,9 @@ async def settled_counts(target: Target) -> ServerCounts | None:
     for _ in range(int(SETTLE_SECONDS / SAMPLE_SECONDS)):
         await asyncio.sleep(SAMPLE_SECONDS)
         after = await read_counts(target)
-        if after is None or after == before:
+        if after is not None and after == before:
             return after
-        before = after
+        before = after or before
     return before
 
 

@@ -89,7 +89,7 @@ def legend(series: Sequence[Series]) -> str:
 def _across(chart: Chart) -> Scale:
     if chart.x_is_logarithmic:
         return logarithmic(chart.xs, _LEFT, WIDTH - _RIGHT)
-    return Scale(min(chart.xs), max(max(chart.xs), min(chart.xs) + 1e-9), _LEFT, WIDTH - _RIGHT)
+    return Scale(0.0, max(*chart.xs, 1e-9), _LEFT, WIDTH - _RIGHT)
 
 
 def _grid(chart: Chart, across: Scale, up: Scale) -> str:

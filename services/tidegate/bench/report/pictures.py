@@ -19,6 +19,9 @@ from tidegate.bench.statistics import bucket_edges, per_bucket, percentile, perc
 BUCKETS: Final = 100
 """About so many points in time a picture."""
 
+BUCKET_REQUESTS: Final = 5
+"""At low rates buckets are wider, so that each has about so many requests."""
+
 LARGEST_STACK: Final = 9
 """Tenants or reasons with a colour of their own; the rest is one more."""
 
@@ -68,7 +71,7 @@ def prepare(ledger: Ledger) -> Run:
     columns = columns_of(ledger.records)
     last = float(np.nanmax(columns.ended)) if np.isfinite(columns.ended).any() else 0.0
     end = max(ledger.duration_seconds, last, 1.0)
-    width = max(0.25, axes.nice(end / BUCKETS))
+    width = max(0.25, axes.nice(end / BUCKETS), axes.nice(end * BUCKET_REQUESTS / max(1, len(columns))))
     return Run(ledger, columns, width, end)
 
 

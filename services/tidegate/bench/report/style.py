@@ -20,6 +20,7 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 34px 0 2p
 p { margin: 0 0 10px; color: var(--soft); max-width: 90ch; }
 section p { margin-bottom: 8px; font-size: 14px; }
 .grid { stroke: var(--rule); stroke-width: 1; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(500px, 100%), 1fr)); gap: 0 16px; }
 .runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 12px 14px; }
 figcaption { font-weight: 600; font-size: 13px; margin-bottom: 6px; }

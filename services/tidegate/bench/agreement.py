@@ -18,6 +18,9 @@ BEFORE_THE_SCHEDULER: Final = frozenset(
 )
 """Reasons with which Envoy refuses what the scheduler never sees."""
 
+SHED_REASON: Final = "SERVER_IS_OVERLOADED"
+"""With which Envoy refuses what the scheduler cannot decide in time."""
+
 
 def compare(records: Sequence[Record], server: ServerCounts) -> list[Comparison]:
     """Each count as both sides have it.
@@ -33,7 +36,7 @@ def compare(records: Sequence[Record], server: ServerCounts) -> list[Comparison]
     at_envoy = sum(count for reason, count in refused.items() if reason in BEFORE_THE_SCHEDULER)
     failed_unheard = sum(attempt.ending is Ending.FAILED and not _is_answered(attempt) for attempt in attempts)
     doubtful = unknown + failed_unheard
-    reached = len(attempts) - at_envoy
+    reached = len(attempts) - at_envoy - server.shed
     rows = [
         _row("requests that reached the scheduler", reached - doubtful, reached, server.received),
         _row(
@@ -47,8 +50,9 @@ def compare(records: Sequence[Record], server: ServerCounts) -> list[Comparison]
     ]
     for reason in sorted({*refused, *server.refused} - BEFORE_THE_SCHEDULER):
         count = refused[reason]
-        by_model = (server.model or {}).get(f"refused/{reason}", 0)
-        rows.append(_row(f"refused {reason}", count, count + doubtful, server.refused.get(reason, 0) + by_model))
+        counted = server.refused.get(reason, 0) + (server.model or {}).get(f"refused/{reason}", 0)
+        counted += server.shed if reason == SHED_REASON else 0
+        rows.append(_row(f"refused {reason}", count, count + doubtful, counted))
     if server.model is not None:
         rows += _model_rows(attempts, server.model, doubtful)
     return rows

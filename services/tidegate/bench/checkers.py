@@ -23,11 +23,6 @@ class AnswerChecker(Protocol):
         """The first `count` tokens of the answer to a prompt."""
 
 
-def checker_of(engine: str) -> AnswerChecker | None:
-    """The checker of an engine by its name; None where its answers cannot be known."""
-    return None
-
-
 class Answers:
     """The answers of a run that are still to be compared; comparing costs CPU time, so it waits for the end.
 

@@ -149,5 +149,7 @@ def mesh_target(mesh: Mesh, *, name: str, protocol: Protocol, api_keys: Mapping[
         api_keys=api_keys,
         scheduler_address=mesh.addresses["scheduler"],
         model_metrics_addresses=tuple(mesh.addresses[f"model-{index}-metrics"] for index in range(mesh.replica_count)),
+        envoy_admin_address=mesh.addresses["admin"],
         engine=engine,
+        model_path=mesh.model_path,
     )

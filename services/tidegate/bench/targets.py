@@ -38,5 +38,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """host:port of tidegate.v1.Scheduler, for Watch; empty: it is not watched."""
     model_metrics_addresses: tuple[str, ...] = ()
     """host:port of the model services' metrics pages, to compare the counts; empty: they are not read."""
+    envoy_admin_address: str = ""
+    """host:port of Envoy's admin page, for what it refused by itself; empty: it is not read."""
     engine: str = ""
-    """The engine's name (llm, llm_sim), where its answers can be known beforehand; see checkers.py."""
+    """The engine's name (llm, llm_sim); of one whose answers are known beforehand they are checked (known_answers.py)."""
+    model_path: str = ""
+    """The model's files, for the vocabulary that such answers are made of."""

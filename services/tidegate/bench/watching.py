@@ -26,6 +26,9 @@ READ_SECONDS: Final = 3.0
 SETTLE_SECONDS: Final = 5.0
 """After a run: the longest that the counts may take to stand still."""
 
+SHED_FILTER: Final = "fault.aborts_injected"
+"""The counter of what Envoy sheds; each class has a filter of its own, and all count here."""
+
 _REQUESTS: Final = re.compile(r'^tidegate_requests_total\{outcome="(\w*)",reason="(\w*)"\} (\S+)$', re.MULTILINE)
 
 
@@ -43,6 +46,8 @@ class ServerCounts(msgspec.Struct, frozen=True, kw_only=True):
     """By the scheduler, by reason."""
     model: dict[str, int] | None = None
     """By the model services together: outcome, or `refused/REASON`; None where they were not asked."""
+    shed: int = 0
+    """By Envoy itself, because the scheduler cannot decide about all that comes."""
 
 
 def difference(before: ServerCounts, after: ServerCounts) -> ServerCounts:
@@ -59,6 +64,7 @@ def difference(before: ServerCounts, after: ServerCounts) -> ServerCounts:
         abandoned=after.abandoned - before.abandoned,
         refused={reason: count - before.refused.get(reason, 0) for reason, count in after.refused.items()},
         model=model,
+        shed=after.shed - before.shed,
     )
 
 
@@ -107,6 +113,7 @@ async def read_counts(target: Target) -> ServerCounts | None:
         async with asyncio.timeout(READ_SECONDS):
             snapshot = await _snapshot(target.scheduler_address)
             model = await _model_counts(target.model_metrics_addresses)
+            shed = await _shed_count(target.envoy_admin_address)
     except (TimeoutError, grpc.aio.AioRpcError, aiohttp.ClientError, OSError):
         return None
     totals = snapshot.totals
@@ -119,6 +126,7 @@ async def read_counts(target: Target) -> ServerCounts | None:
         abandoned=totals.abandoned,
         refused=dict(totals.refused),
         model=model,
+        shed=shed,
     )
 
 
@@ -160,3 +168,14 @@ async def _model_counts(addresses: tuple[str, ...]) -> dict[str, int] | None:
             async with session.get(f"http://{address}/metrics") as response:
                 counts.update(model_counts(await response.text()))
     return dict(counts)
+
+
+async def _shed_count(admin_address: str) -> int:
+    if not admin_address:
+        return 0
+    async with (
+        aiohttp.ClientSession(trust_env=False) as session,
+        session.get(f"http://{admin_address}/stats", params={"filter": SHED_FILTER}) as response,
+    ):
+        lines = (await response.text()).splitlines()
+    return sum(int(line.rpartition(": ")[2]) for line in lines if line.partition(":")[0].endswith(SHED_FILTER))

@@ -18,7 +18,7 @@ from typing import Any, Final
 import uvloop
 
 from tidegate.bench import job
-from tidegate.bench.checkers import checker_of
+from tidegate.bench.known_answers import checker_of
 from tidegate.bench.clients.choice import open_client
 from tidegate.bench.ledger import WorkerFigures
 from tidegate.bench.sender import Sender
@@ -48,7 +48,7 @@ async def _do(message: job.Job, reader: asyncio.StreamReader, write: Callable[[b
         return time.monotonic() - begins_at
 
     client = open_client(message.target, now)
-    checker = checker_of(message.target.engine)
+    checker = checker_of(message.target.engine, message.target.model_path)
     sender = Sender(message.plan, message.target, client, now, share=message.share, checker=checker)
     await client.start()
     try:

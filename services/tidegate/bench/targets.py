@@ -41,6 +41,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     envoy_admin_address: str = ""
     """host:port of Envoy's admin page, for what it refused by itself; empty: it is not read."""
     engine: str = ""
-    """The engine's name (llm, llm_sim); of one whose answers are known beforehand they are checked (known_answers.py)."""
+    """The engine's name (llm, llm_sim); where its answers are known beforehand they are checked (known_answers.py)."""
     model_path: str = ""
     """The model's files, for the vocabulary that such answers are made of."""

@@ -18,8 +18,8 @@ from typing import Any, Final
 import uvloop
 
 from tidegate.bench import job
-from tidegate.bench.known_answers import checker_of
 from tidegate.bench.clients.choice import open_client
+from tidegate.bench.known_answers import checker_of
 from tidegate.bench.ledger import WorkerFigures
 from tidegate.bench.sender import Sender
 

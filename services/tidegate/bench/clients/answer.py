@@ -8,6 +8,9 @@ from typing import Any, Final, Protocol
 from tidegate.bench.ledger import Ending
 from tidegate.common.errors import Reason
 
+CLASS_HEADER: Final = "x-service-class"
+"""Beside the class in the body: what refuses from the headers alone goes by it."""
+
 _LONGEST_WHAT: Final = 200
 """Characters of a failure's description."""
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import grpc
 
 from tidegate.bench.clients import messages
-from tidegate.bench.clients.answer import Answer, Ask
+from tidegate.bench.clients.answer import CLASS_HEADER, Answer, Ask
 from tidegate.bench.ledger import Ending
 from tidegate.bench.targets import Target
 from tidegate.client import failure_of
@@ -32,7 +32,7 @@ class GrpcClient:
     def __init__(self, target: Target, clock: Callable[[], float]) -> None:
         self._target = target
         self._clock = clock
-        self._metadata = {tenant: (("authorization", f"Bearer {key}"),) for tenant, key in target.api_keys.items()}
+        self._keys = {tenant: (("authorization", f"Bearer {key}"),) for tenant, key in target.api_keys.items()}
         self._channels: list[grpc.aio.Channel] = []
         self._calls: list[Any] = []
         self._next = 0
@@ -58,7 +58,7 @@ class GrpcClient:
         call = self._calls[self._next % len(self._calls)](
             messages.encoded(ask, self._target.model),
             timeout=ask.timeout_seconds,
-            metadata=self._metadata.get(ask.tenant),
+            metadata=((CLASS_HEADER, ask.service_class), *self._keys.get(ask.tenant, ())),
         )
         try:
             async for message in call:

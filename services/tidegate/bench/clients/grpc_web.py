@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from tidegate.bench.clients import messages, web_session
-from tidegate.bench.clients.answer import Answer, Ask
+from tidegate.bench.clients.answer import CLASS_HEADER, Answer, Ask
 from tidegate.bench.ledger import Ending
 from tidegate.bench.targets import Target
 from tidegate.client import failure_of_status
@@ -54,8 +54,10 @@ class GrpcWebClient:
         """One stream to its end."""
         assert self._session is not None
         message = messages.encoded(ask, self._target.model)
-        timeout = {"grpc-timeout": f"{max(1, int(ask.timeout_seconds * 1000))}m"}
-        headers = self._headers.get(ask.tenant, self._base_headers) | timeout
+        headers = self._headers.get(ask.tenant, self._base_headers) | {
+            "grpc-timeout": f"{max(1, int(ask.timeout_seconds * 1000))}m",
+            CLASS_HEADER: ask.service_class,
+        }
         try:
             async with self._session.post(
                 self._url, data=b"\0" + len(message).to_bytes(4, "big") + message, headers=headers

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 
 from tidegate.bench.clients import web_session
-from tidegate.bench.clients.answer import Answer, Ask
+from tidegate.bench.clients.answer import CLASS_HEADER, Answer, Ask
 from tidegate.bench.ledger import Ending
 from tidegate.bench.targets import Target
 
@@ -117,6 +117,7 @@ class SseClient:
         headers = {
             "content-type": "application/json",
             "x-request-timeout-ms": str(max(1, int(ask.timeout_seconds * 1000))),
+            CLASS_HEADER: ask.service_class,
         }
         key = self._target.api_keys.get(ask.tenant)
         return headers | {"authorization": f"Bearer {key}"} if key else headers

@@ -17,12 +17,14 @@ from tidegate.bench.scenarios import Shape, baseline
 from tidegate.bench.targets import Target
 from tidegate.bench.workers import Workers
 
-GUESS_USERS: Final = 64
-GUESS_SECONDS: Final = 6.0
-"""The closed loop of the first guess."""
+FIRST_USERS: Final = 64
+MOST_USERS: Final = 1024
+ENOUGH_GAIN: Final = 1.05
+"""The closed loop has twice the users again while that completes at least so much more."""
 
-GUESS_SHARE: Final = 0.9
-"""Of the closed loop's rate: random arrivals need some room."""
+WARM_SECONDS: Final = 3.0
+CLOSED_SECONDS: Final = 10.0
+"""A closed loop's rate is what it completes in this time, after it has warmed up."""
 
 RUN_SECONDS: Final = 10.0
 LEAST_REQUESTS: Final = 100
@@ -49,9 +51,8 @@ async def calibrate(
         NoCapacity: the target answers nothing in time.
         WorkerFailed: it does not answer at all.
     """
-    guess = await _closed_rate(target, shape, workers, seed)
-    say(f"a closed loop of {GUESS_USERS} users completes {guess:.1f} requests/s")
-    search = CapacitySearch(GUESS_SHARE * guess)
+    ceiling = await _ceiling(target, shape, workers, seed, say)
+    search = CapacitySearch(ceiling)
     while not search.is_done:
         await asyncio.sleep(PAUSE_SECONDS)
         rate = search.next_rate
@@ -67,21 +68,32 @@ async def calibrate(
     return search.capacity
 
 
-async def _closed_rate(target: Target, shape: Shape, workers: Workers, seed: int) -> float:
+async def _ceiling(target: Target, shape: Shape, workers: Workers, seed: int, say: Callable[[str], None]) -> float:
+    """What a closed loop with enough users completes per second."""
+    users, best = FIRST_USERS, 0.0
+    while True:
+        rate = await _closed_rate(target, shape, workers, seed, users)
+        say(f"a closed loop of {users} users completes {rate:.1f} requests/s")
+        if rate < ENOUGH_GAIN * best or users >= MOST_USERS:
+            return max(rate, best)
+        best = rate
+        users *= 2
+
+
+async def _closed_rate(target: Target, shape: Shape, workers: Workers, seed: int, users: int) -> float:
+    seconds = WARM_SECONDS + CLOSED_SECONDS
     flow = Flow(
         name="closed",
-        arrivals=Closed(GUESS_USERS),
-        duration_seconds=GUESS_SECONDS,
+        arrivals=Closed(users),
+        duration_seconds=seconds,
         prompt_tokens=shape.prompt_tokens,
         answer_tokens=shape.answer_tokens,
         deadline_seconds=shape.deadline_seconds,
-        patience_seconds=4 * shape.deadline_seconds,
     )
-    ledger = await run(Plan(load=Load(name="guess", flows=(flow,)), seed=seed), target, workers=workers)
+    ledger = await run(Plan(load=Load(name="closed", flows=(flow,)), seed=seed), target, workers=workers)
     columns = columns_of(ledger.records)
-    whole = columns.of(Outcome.IN_TIME) | columns.of(Outcome.LATE)
+    whole = columns.of(Outcome.IN_TIME) & (columns.ended >= WARM_SECONDS) & (columns.ended < seconds)
     if not whole.any():
         failures = sorted({record.last.what for record in ledger.records if record.last is not None})
-        raise NoCapacity(f"no answer was complete; {'; '.join(failures[:3]) or 'nothing came'}")
-    # Requests begun within the time end later; the rate is over all of it.
-    return float(whole.sum() / max(GUESS_SECONDS, columns.ended[whole].max()))
+        raise NoCapacity(f"no answer was in time; {'; '.join(failures[:3]) or 'nothing came'}")
+    return float(whole.sum()) / CLOSED_SECONDS

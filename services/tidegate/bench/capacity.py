@@ -1,7 +1,8 @@
 """Finds C, the highest rate at which 99 % of the requests meet their deadline. Pure: `calibrate.py` does the runs.
 
-First a guess, from what a closed loop completes. Then runs at rates: doubling or halving away from the guess in
-small steps until one rate holds and one does not, then halving the gap until it is small.
+First a closed loop, with more and more users until that does not complete more: a rate above what it completes cannot
+last, even if a short run hides that in a queue. Then open-loop runs at rates below it: away from the guess in small
+steps until one rate holds and one does not, then halving the gap until it is small.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ REQUIRED_SHARE: Final = 0.99
 PRECISION: Final = 0.04
 """The search ends when the lowest rate that failed is within this of the highest that held."""
 
+GUESS_SHARE: Final = 0.9
+"""Of the closed loop's rate is tried first: random arrivals need some room."""
+
 STEP: Final = 1.25
-"""Between two rates while no bracket is known."""
+"""Between two rates while none has held."""
 
 RUN_LIMIT: Final = 16
 """Runs after which the search gives what it has."""
@@ -25,13 +29,13 @@ class CapacitySearch:
     """Asks for rates and is told how they went.
 
     Args:
-        guess: requests per second, above 0.
+        ceiling: requests per second that a closed loop completes, above 0.
     """
 
-    def __init__(self, guess: float) -> None:
+    def __init__(self, ceiling: float) -> None:
         self._held = 0.0
-        self._failed = float("inf")
-        self._next = guess
+        self._failed = ceiling * (1 + PRECISION)
+        self._next = GUESS_SHARE * ceiling
         self.run_count = 0
 
     @property
@@ -59,9 +63,5 @@ class CapacitySearch:
         if self._failed <= self._held:
             # Two runs that contradict each other: chance at the edge. The lower word counts.
             self._held = self._failed / STEP
-        if self._held == 0:
-            self._next = self._failed / STEP
-        elif self._failed == float("inf"):
-            self._next = self._held * STEP
-        else:
-            self._next = (self._held * self._failed) ** 0.5
+        # Far from the edge the steps grow; near it the gap is halved.
+        self._next = (self._held * self._failed) ** 0.5 if self._held else self._failed / STEP**self.run_count

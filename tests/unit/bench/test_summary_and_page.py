@@ -49,7 +49,9 @@ RECORDS = [
 
 
 def ledger(records=RECORDS, name="with", **fields) -> Ledger:
-    load = Load(name="test", flows=(Flow(name="f", arrivals=Constant(1), duration_seconds=4),))
+    load = Load(
+        name="test", flows=(Flow(name="f", arrivals=Constant(1), duration_seconds=4, tenants={"a": 1, "b": 1}),)
+    )
     return Ledger(
         name=name, plan=Plan(load=load), began_unix_seconds=1.8e9, duration_seconds=4, records=records, **fields
     )

@@ -83,7 +83,7 @@ def legend(series: Sequence[Series]) -> str:
         for each in series
         if any(each.ys)
     )
-    return f'<ul class="legend">{items}</ul>' if len(series) > 1 else ""
+    return f'<ul class="legend">{items}</ul>'
 
 
 def _across(chart: Chart) -> Scale:

@@ -8,7 +8,7 @@ from html import escape
 
 from tidegate.bench.ledger import Ledger
 from tidegate.bench.report.charts import svg
-from tidegate.bench.report.pictures import PICTURES, Picture, Run, prepare, side_by_side
+from tidegate.bench.report.pictures import PICTURES, Picture, Run, prepare, side_by_side, tenants
 from tidegate.bench.report.style import STYLE
 from tidegate.bench.summary import Summary, summary
 from tidegate.bench.tables import SPLIT_HEAD, Row, split_rows, summary_rows
@@ -95,6 +95,8 @@ def _picture(picture: Picture, runs: Sequence[Run], capacity: float | None) -> s
 
 
 def _is_worth_it(picture: Picture, runs: Sequence[Run]) -> bool:
+    if picture.draw is tenants and not any(len(run.ledger.plan.load.tenants) > 1 for run in runs):
+        return False
     return any(not picture.draw(run).is_empty for run in runs)
 
 

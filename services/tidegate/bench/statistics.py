@@ -43,7 +43,7 @@ def per_bucket(times: ArrayLike, end: float, width: float, weights: ArrayLike | 
 
 def bucket_edges(end: float, width: float) -> NDArray[np.float64]:
     """The edges of the buckets that cover [0, end)."""
-    return np.arange(max(1, math.ceil(end / width - 1e-9)) + 1) * width
+    return np.asarray(np.arange(max(1, math.ceil(end / width - 1e-9)) + 1) * width, np.float64)
 
 
 def percentile_per_bucket(

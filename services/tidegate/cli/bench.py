@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -78,21 +78,22 @@ def run_command(options: Options) -> int:
     """Runs it; the exit status."""
     try:
         return asyncio.run(_run(options))
+    except asyncio.CancelledError:
+        return talk.EXIT_INTERRUPTED
     except (PlanError, WorkerFailed, NoCapacity, MeshDidNotStart, OSError) as error:
         talk.fail(str(error))
         return talk.EXIT_USAGE if isinstance(error, PlanError) else talk.EXIT_FAILED
 
 
 async def _run(options: Options) -> int:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    stop = _Stop()
     async with _targets(options) as targets, Workers(options.workers) as workers:
         capacity = await _capacity(options, targets[0], workers)
         done = await _all_runs(options, targets, workers, capacity, stop)
     summaries = [summary(each) for each in done]
     _write_files(options, done, summaries, capacity)
     _show(options, summaries, capacity)
-    if stop.is_set():
+    if stop.event.is_set():
         return talk.EXIT_INTERRUPTED
     least = options.fail_under_goodput
     if least is not None and any(each.all.goodput_share < least for each in summaries if each.name in _own(targets)):
@@ -101,21 +102,49 @@ async def _run(options: Options) -> int:
     return 0
 
 
+class _Stop:
+    """Ctrl-C (or SIGTERM): during a run it ends early and is shown; at any other moment everything ends."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+        self._is_gentle = False
+        self._task = asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._take)
+
+    @contextlib.contextmanager
+    def is_gentle(self) -> Iterator[None]:
+        """While a run is under way."""
+        self._is_gentle = True
+        try:
+            yield
+        finally:
+            self._is_gentle = False
+
+    def _take(self) -> None:
+        assert self._task is not None
+        if self._is_gentle and not self.event.is_set():
+            self.event.set()
+        else:
+            self._task.cancel()
+
+
 async def _all_runs(
-    options: Options, targets: list[Target], workers: Workers, capacity: float | None, stop: asyncio.Event
+    options: Options, targets: list[Target], workers: Workers, capacity: float | None, stop: _Stop
 ) -> list[Ledger]:
     factor = capacity if options.is_relative and capacity is not None else 1.0
     done: list[Ledger] = []
     for load in scaled_steps(options, factor):
         for target in targets:
-            if stop.is_set() and done:
+            if stop.event.is_set() and done:
                 return done
             if done:
                 await asyncio.sleep(PAUSE_SECONDS)
             name = target.name if len(options.steps) == 1 else f"{target.name}, {load.name}"
             line = ProgressLine(name, load.duration_seconds)
             plan = Plan(load=load, seed=options.seed)
-            done.append(await run(plan, target, name=name, workers=workers, on_progress=line, stop=stop))
+            with stop.is_gentle():
+                done.append(await run(plan, target, name=name, workers=workers, on_progress=line, stop=stop.event))
             line.end()
     return done
 

@@ -162,6 +162,13 @@ def failure_of(error: grpc.aio.AioRpcError) -> RequestFailed:
     return RequestFailed(error.code(), error.details() or "", reason, wait)
 
 
+def failure_of_status(status: status_pb2.Status) -> RequestFailed:
+    """What the status of a `finished` event with reason ERROR says."""
+    codes = {code.value[0]: code for code in grpc.StatusCode}
+    reason, wait = _details(status)
+    return RequestFailed(codes.get(status.code, grpc.StatusCode.UNKNOWN), status.message, reason, wait)
+
+
 def _details(status: status_pb2.Status) -> tuple[str, float | None]:
     reason, wait = "", None
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()

@@ -6,86 +6,43 @@ import asyncio
 import json
 import os
 import signal
-import sys
-import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tidegate.bench.own_mesh import OwnMesh
 from tidegate.cli.config import default_model_path
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-START_SECONDS: Final = 300.0
-STOP_SECONDS: Final = 20.0
 ENGINE_SECONDS: Final = 300.0
-"""The bounds on starting, stopping and one run of the engine alone."""
+"""The bound on one run of the engine alone."""
 
 
-class RunningMesh:
-    """Starts `tidegate up` and stops it; addresses and processes as the mesh itself writes them down."""
-
-    def __init__(self, *, replicas: int) -> None:
-        self.replica_count = replicas
-        self._home = tempfile.TemporaryDirectory(prefix="tidegate-bench-")
-        self._process: asyncio.subprocess.Process | None = None
+class RunningMesh(OwnMesh):
+    """`tidegate up`, with its processes, which a benchmark may measure or kill."""
 
     async def __aenter__(self) -> Self:
-        cache = REPOSITORY / ".tidegate" / "cache"
-        cache.mkdir(parents=True, exist_ok=True)
-        # The dequantised weights are the same for every mesh of this checkout.
-        (Path(self._home.name) / "cache").symlink_to(cache)
-        command = [sys.executable, "-m", "tidegate.cli.main", "up", "--ports", "auto"]
-        self._log = (Path(self._home.name) / "up.log").open("wb")
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            "--replicas",
-            str(self.replica_count),
-            env=os.environ | {"TIDEGATE_HOME": self._home.name},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-        )
         print(f"starting a mesh with {self.replica_count} replica(s)", flush=True)
-        deadline = time.monotonic() + START_SECONDS
-        while self._state().get("phase") != "ready":
-            if self._process.returncode is not None or time.monotonic() > deadline:
-                raise SystemExit("the mesh did not start:\n" + (Path(self._home.name) / "up.log").read_text()[-4000:])
-            await asyncio.sleep(0.2)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process is not None
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGINT)
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
-        self._log.close()
-        self._home.cleanup()
+        return await super().__aenter__()
 
     @property
     def ingress(self) -> str:
         """host:port of Envoy's ingress."""
-        return self._address("ingress")
+        return self.address("ingress")
 
     @property
     def mesh_address(self) -> str:
         """host:port of Envoy's mesh listener."""
-        return self._address("mesh")
+        return self.address("mesh")
 
     @property
     def triton_addresses(self) -> list[str]:
         """host:port of each replica's Triton."""
-        return [self._address(f"triton-{index}") for index in range(self.replica_count)]
+        return [self.address(f"triton-{index}") for index in range(self.replica_count)]
 
     @property
     def slot_count(self) -> int:
@@ -94,7 +51,7 @@ class RunningMesh:
 
     def pids(self) -> dict[str, int]:
         """The process id of each process, by name."""
-        return {record["name"]: record["pid"] for record in self._state()["processes"]}
+        return {record.name: record.pid for record in self.state.processes}
 
     def pid(self, name: str) -> int:
         """The process id of one process."""
@@ -110,19 +67,10 @@ class RunningMesh:
         deadline = time.monotonic() + seconds
         names = ["scheduler", "preprocess", "cache", *(f"model-{index}" for index in range(self.replica_count))]
         for name in names:
-            while not await _serves(self._address(name)):
+            while not await _serves(self.address(name)):
                 if time.monotonic() > deadline:
                     raise SystemExit(f"{name} did not come back within {seconds} s")
                 await asyncio.sleep(0.2)
-
-    def _address(self, name: str) -> str:
-        return str(self._state()["addresses"][name])
-
-    def _state(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((Path(self._home.name) / "run" / "mesh.json").read_bytes()))
-        except FileNotFoundError:
-            return {}
 
 
 async def engine_tokens_per_second(mesh: RunningMesh, sequences: int, tokens: int, prompt_tokens: int) -> float:

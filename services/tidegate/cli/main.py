@@ -119,6 +119,62 @@ def chat(prompt: str | None, address: str | None, model: str, system: str, max_t
     sys.exit(command.run(options, prompt))
 
 
+@cli.command()
+@click.option("--scenario", default="custom", help="flood, fairness, batch-storm, retry-storm, square, long-tail, "
+              "soak; or custom, by --rate and the flags below. [default: custom]")  # fmt: skip
+@click.option("--address", default="", help="host:port of a running ingress. [default: a mesh of its own]")
+@click.option("--compare", multiple=True, metavar="NAME=ADDRESS", help="The same load on another target, side by side. "
+              "With a mesh of its own, ADDRESS may be the name of one of its ports.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(["grpc", "grpc-web", "http"]), default="grpc-web",
+              help="grpc-web is gRPC over HTTP/1.1, a fifth of the CPU time. [default: grpc-web]")  # fmt: skip
+@click.option("--replicas", type=click.IntRange(min=1), default=2, help="Of the mesh of its own. [default: 2]")
+@click.option("--engine", default="llm_sim", help="Of the mesh of its own. [default: llm_sim]")
+@click.option("--model", default="", help="The model's id. [default: the mesh's]")
+@click.option("--api-keys", "api_keys_file", default="", help="A YAML file of API keys and their tenants.")
+@click.option("--capacity", type=click.FloatRange(min=0, min_open=True), help="C in requests/s; else it is measured.")
+@click.option("--rate", type=click.FloatRange(min=0), help="Custom: requests/s.")
+@click.option("--arrivals", type=click.Choice(["poisson", "constant", "bursts", "square", "closed"]), default="poisson")
+@click.option("--users", type=click.IntRange(min=1), help="Custom: a closed loop of so many users.")
+@click.option("--think", type=click.FloatRange(min=0), default=0.0, help="Seconds that a user thinks, on average.")
+@click.option(
+    "--trace", type=click.Path(exists=True, dir_okay=False), help="Custom: a trace in Azure's or Mooncake's form."
+)
+@click.option(
+    "--duration", type=click.FloatRange(min=0, min_open=True), help="Seconds. [default: the scenario's, or 30]"
+)
+@click.option("--tenants", default="", metavar="A=1,B=3", help="Custom: tenants and their weights.")
+@click.option("--class", "service_class", type=click.Choice(["realtime", "standard", "batch"]), default="standard")
+@click.option("--prompt-tokens", metavar="LENGTHS", help="N, uniform:LOW,HIGH or lognormal:MEDIAN,SIGMA,MOST.")
+@click.option("--answer-tokens", metavar="LENGTHS", help="The same, for answers.")
+@click.option("--deadline", type=click.FloatRange(min=0, min_open=True), default=10.0, help="Seconds. [default: 10]")
+@click.option("--retries", type=click.Choice(["none", "naive", "obedient"]), default="none")
+@click.option("--leave", type=click.FloatRange(0, 1), default=0.0, help="The share of clients that leave early.")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, help="Processes that generate. [default: 1]")
+@click.option("--seed", type=int, default=1, help="The same seed gives the same load. [default: 1]")
+@click.option("--fail-under-goodput", type=click.FloatRange(0, 1), help="Exit 99 when a smaller share is in time.")
+@click.option("--json", "json_path", default="", help="Writes the figures to a file.")
+@click.option("--report", "report_path", help="Writes the page with pictures. [default: bench-SCENARIO.html]")
+@click.option("--ledger", "ledger_path", default="", help="Writes every request's record (MessagePack).")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+def bench(**flags: Any) -> None:
+    """Puts a load on a mesh and shows, in a table and a page with pictures, what became of it.
+
+    Rates of scenarios are multiples of the capacity C, which is measured first. Without --address a mesh is started
+    for it, and ended afterwards.
+    """
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    from tidegate.bench.arrivals import PlanError
+    from tidegate.cli import bench as command
+    from tidegate.cli import bench_flags
+
+    try:
+        options = bench_flags.options(**flags)
+    except PlanError as error:
+        talk.fail(str(error))
+        sys.exit(talk.EXIT_USAGE)
+    sys.exit(command.run_command(options))
+
+
 def main() -> None:
     """The console script: usage errors are click's (exit 2), an interrupt is 130, and no mistake is a traceback."""
     try:

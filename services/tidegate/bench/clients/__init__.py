@@ -1,0 +1,1 @@
+"""Clients that cost little: each sends one request and notes when what came."""

@@ -1,0 +1,181 @@
+"""Watches the scheduler during a run, and reads the server's own counts before and after it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+import aiohttp
+import grpc
+import msgspec
+
+from tidegate.bench.samples import Sample, from_snapshot
+from tidegate.bench.targets import Target
+from tidegate.common.grpc_clients import open_channel
+from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+SAMPLE_SECONDS: Final = 0.25
+"""Between two samples."""
+
+READ_SECONDS: Final = 3.0
+"""For one reading of the counts."""
+
+SETTLE_SECONDS: Final = 5.0
+"""After a run: the longest that the counts may take to stand still."""
+
+SHED_FILTER: Final = "fault.aborts_injected"
+"""The counter of what Envoy sheds; each class has a filter of its own, and all count here."""
+
+_REQUESTS: Final = re.compile(r'^tidegate_requests_total\{outcome="(\w*)",reason="(\w*)"\} (\S+)$', re.MULTILINE)
+
+
+class ServerCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server has counted since its start."""
+
+    scheduler_id: str = ""
+    """Another one after than before means that the counts began anew."""
+    received: int = 0
+    dispatched: int = 0
+    replayed: int = 0
+    passed_through: int = 0
+    abandoned: int = 0
+    refused: dict[str, int] = {}
+    """By the scheduler, by reason."""
+    model: dict[str, int] | None = None
+    """By the model services together: outcome, or `refused/REASON`; None where they were not asked."""
+    shed: int = 0
+    """By Envoy itself, because the scheduler cannot decide about all that comes."""
+
+
+def difference(before: ServerCounts, after: ServerCounts) -> ServerCounts:
+    """What was counted between two readings."""
+    model = None
+    if before.model is not None and after.model is not None:
+        model = {name: count - before.model.get(name, 0) for name, count in after.model.items()}
+    return ServerCounts(
+        scheduler_id=after.scheduler_id,
+        received=after.received - before.received,
+        dispatched=after.dispatched - before.dispatched,
+        replayed=after.replayed - before.replayed,
+        passed_through=after.passed_through - before.passed_through,
+        abandoned=after.abandoned - before.abandoned,
+        refused={reason: count - before.refused.get(reason, 0) for reason, count in after.refused.items()},
+        model=model,
+        shed=after.shed - before.shed,
+    )
+
+
+class Watcher:
+    """Collects samples of the scheduler while it is open as an asynchronous context.
+
+    Args:
+        now: seconds since the beginning of the run.
+    """
+
+    def __init__(self, scheduler_address: str, now: Callable[[], float]) -> None:
+        self._address = scheduler_address
+        self._now = now
+        self._task: asyncio.Task[None] | None = None
+        self.samples: list[Sample] = []
+
+    async def __aenter__(self) -> Watcher:
+        if self._address:
+            self._task = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        request = scheduler_pb2.WatchRequest()
+        request.interval.FromMilliseconds(int(SAMPLE_SECONDS * 1000))
+        async with open_channel(self._address) as channel:
+            stub = scheduler_pb2_grpc.SchedulerStub(channel)
+            while True:
+                try:
+                    async for snapshot in stub.Watch(request):
+                        self.samples.append(from_snapshot(snapshot, self._now()))
+                except grpc.aio.AioRpcError:
+                    # A scheduler that was killed comes back; what it did meanwhile is not in the picture.
+                    await asyncio.sleep(SAMPLE_SECONDS)
+
+
+async def read_counts(target: Target) -> ServerCounts | None:
+    """The server's counts now; None where the scheduler is not known or does not answer."""
+    if not target.scheduler_address:
+        return None
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            snapshot = await _snapshot(target.scheduler_address)
+            model = await _model_counts(target.model_metrics_addresses)
+            shed = await _shed_count(target.envoy_admin_address)
+    except (TimeoutError, grpc.aio.AioRpcError, aiohttp.ClientError, OSError):
+        return None
+    totals = snapshot.totals
+    return ServerCounts(
+        scheduler_id=snapshot.scheduler_id,
+        received=totals.received,
+        dispatched=totals.dispatched,
+        replayed=totals.replayed,
+        passed_through=totals.passed_through,
+        abandoned=totals.abandoned,
+        refused=dict(totals.refused),
+        model=model,
+        shed=shed,
+    )
+
+
+async def settled_counts(target: Target) -> ServerCounts | None:
+    """The counts once two readings in a row are the same, or after SETTLE_SECONDS."""
+    before = await read_counts(target)
+    for _ in range(int(SETTLE_SECONDS / SAMPLE_SECONDS)):
+        await asyncio.sleep(SAMPLE_SECONDS)
+        after = await read_counts(target)
+        if after is not None and after == before:
+            return after
+        before = after or before
+    return before
+
+
+def model_counts(page: str) -> Counter[str]:
+    """The requests of one model service by outcome, from its metrics page."""
+    counts: Counter[str] = Counter()
+    for outcome, reason, count in _REQUESTS.findall(page):
+        counts[outcome] += int(float(count))
+        if outcome == "refused":
+            counts[f"refused/{reason}"] += int(float(count))
+    return counts
+
+
+async def _snapshot(address: str) -> scheduler_pb2.Snapshot:
+    async with open_channel(address) as channel:
+        stub = scheduler_pb2_grpc.SchedulerStub(channel)
+        snapshot: scheduler_pb2.Snapshot = await anext(aiter(stub.Watch(scheduler_pb2.WatchRequest(once=True))))
+        return snapshot
+
+
+async def _model_counts(addresses: tuple[str, ...]) -> dict[str, int] | None:
+    if not addresses:
+        return None
+    counts: Counter[str] = Counter()
+    async with aiohttp.ClientSession(trust_env=False) as session:
+        for address in addresses:
+            async with session.get(f"http://{address}/metrics") as response:
+                counts.update(model_counts(await response.text()))
+    return dict(counts)
+
+
+async def _shed_count(admin_address: str) -> int:
+    if not admin_address:
+        return 0
+    async with (
+        aiohttp.ClientSession(trust_env=False) as session,
+        session.get(f"http://{admin_address}/stats", params={"filter": SHED_FILTER}) as response,
+    ):
+        lines = (await response.text()).splitlines()
+    return sum(int(line.rpartition(": ")[2]) for line in lines if line.partition(":")[0].endswith(SHED_FILTER))

@@ -28,8 +28,8 @@ so that a mesh on a few processors keeps up; `max_sequences` raises that.
     python -m llm_engine bench --threads 1 --tokens 24 --prompt-tokens 64 --sequences N --model FILE
 
 A step of N decoding sequences took 51 ms (1), 128 ms (16) and 208 ms (32), which is 46 ms and 5.0 ms a sequence; the
-first token of one prompt of 64 tokens took 209 ms, which is 2.55 ms a prompt token. The last first token of 32 prompts, which
-was not used, took 7.65 s and comes out as 7.6 s. 512 MiB hold 727 KV blocks of 16 tokens.
+first token of one prompt of 64 tokens took 209 ms, which is 2.55 ms a prompt token. The last first token of 32 prompts,
+which was not used, took 7.65 s and comes out as 7.6 s. 512 MiB hold 727 KV blocks of 16 tokens.
 """
 
 from __future__ import annotations

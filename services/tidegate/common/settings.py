@@ -50,7 +50,8 @@ def load(settings_type: type[_Settings], section: str, environment: Mapping[str,
             faults.append(f"{origin}: there is no such setting")
             continue
         try:
-            converted[name] = msgspec.convert(value, fields[name].type, strict=not isinstance(value, str))
+            strict = not isinstance(value, str)
+            converted[name] = msgspec.convert(_plain(value), fields[name].type, strict=strict)
         except msgspec.ValidationError as error:
             faults.append(f"{origin}={value!r}: {error}")
     for name, field in fields.items():
@@ -62,6 +63,16 @@ def load(settings_type: type[_Settings], section: str, environment: Mapping[str,
         return settings_type(**converted)
     except ValueError as error:
         raise SettingsError(f"{section}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A value from the environment as it would stand in the file: mappings are written as JSON there."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            return msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            return value
+    return value
 
 
 def _file_section(path: str | None, section: str) -> dict[str, Any]:

@@ -35,8 +35,8 @@ RETRY_JITTER: Final = 0.5
 FULL_PRESSURE: Final = 4.0
 """At so many times of what can be served the allowed wait is the shortest."""
 
-SHORTEST_WAIT_SECONDS: Final = 0.05
-SHORTEST_WAIT_SHARE: Final = 0.15
+SHORTEST_WAIT_SECONDS: Final = 0.03
+SHORTEST_WAIT_SHARE: Final = 0.05
 """The shortest allowed wait: this, and this share of the answer's own time. Enough that no slot is idle."""
 
 SMALL_SHARE: Final = 0.5

@@ -131,3 +131,19 @@ def test_an_empty_file_or_section_is_as_none(config_file: Path) -> None:
     for content in ("", "preprocess:\n"):
         config_file.write_text(content)
         assert build({"TIDEGATE_CONFIG": str(config_file)}) == build()
+
+
+class WithMapping(msgspec.Struct, frozen=True, kw_only=True):
+    """A setting with parts of its own."""
+
+    weights: dict[str, Annotated[float, Meta(gt=0)]] = {}
+
+
+def test_a_mapping_in_the_environment_is_json() -> None:
+    assert load(WithMapping, "scheduler", {"TIDEGATE_SCHEDULER_WEIGHTS": '{"a": 2}'}).weights == {"a": 2.0}
+
+
+@pytest.mark.parametrize("text", ['{"a": 0}', '{"a": "b"}', "{a: 1", "a=1"])
+def test_a_mapping_that_is_none_or_out_of_bounds_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="TIDEGATE_SCHEDULER_WEIGHTS"):
+        load(WithMapping, "scheduler", {"TIDEGATE_SCHEDULER_WEIGHTS": text})

@@ -1,0 +1,348 @@
+"""Measures what the mesh does under a flood, each figure beside its bound: `make bench SCENARIO=overload`.
+
+Two replicas of the simulated engine run in the real Triton behind the real Envoy, so the engine is the bottleneck and
+answers can be checked token by token. C is the highest open-loop rate at which 99 % of the requests meet their
+deadline; goodput is what was complete, right and in time. Nothing is told to the mesh about the engine.
+Exit status 1 if a row does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import grpc
+import numpy as np
+from overload_peers import PEERS, peers
+from overload_rows import cost_shares, recovery_seconds, seconds_to_rate
+from table import Table
+
+from tidegate.bench.arrivals import Poisson, Square
+from tidegate.bench.calibrate import calibrate
+from tidegate.bench.columns import Columns, columns_of
+from tidegate.bench.flows import Flow, Load
+from tidegate.bench.ledger import Ledger, Outcome
+from tidegate.bench.lengths import ConstantLength
+from tidegate.bench.own_mesh import OwnMesh
+from tidegate.bench.plan import Plan
+from tidegate.bench.running import run
+from tidegate.bench.scenarios import Shape
+from tidegate.bench.statistics import percentile
+from tidegate.bench.summary import fairness, summary
+from tidegate.bench.workers import Workers
+from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+REPLICAS: Final = 2
+TENANTS: Final = (*(f"tenant-{number}" for number in range(10)), "one", "two", "four", "default")
+CALM_SECONDS: Final = 0.5
+"""A mesh is as before when nothing waits and the time to first token is as it was, for so long."""
+
+PARTS: Final = ("goodput", "storm", "fairness", "floor", "square", "bursts", "retries", "schedulers", "drift", "peers")
+
+
+@dataclass
+class Bench:
+    """What all parts use."""
+
+    mesh: OwnMesh
+    workers: Workers
+    table: Table
+    seconds: float
+    shape: Shape = field(default_factory=Shape)
+    capacity: float = 0.0
+    calm: Columns | None = None
+    """At 0.9 C."""
+
+    def flow(self, name: str, times: float, **fields: object) -> Flow:
+        """Poisson traffic at so many times of C."""
+        values = {
+            "arrivals": Poisson(times * self.capacity),
+            "duration_seconds": self.seconds,
+            "prompt_tokens": self.shape.prompt_tokens,
+            "answer_tokens": self.shape.answer_tokens,
+            "deadline_seconds": self.shape.deadline_seconds,
+        }
+        return Flow(name=name, **{**values, **fields})  # type: ignore[arg-type]
+
+    async def run(self, name: str, *flows: Flow, seed: int = 1) -> Ledger:
+        """Runs flows together."""
+        print(f"  {name}", flush=True)
+        ledger = await run(Plan(load=Load(name=name, flows=flows), seed=seed), self.mesh.target(), workers=self.workers)
+        for warning in summary(ledger).warnings:
+            print(f"    note: {warning}", flush=True)
+        await self.until_idle()
+        return ledger
+
+    async def snapshot(self) -> scheduler_pb2.Snapshot:
+        """The scheduler now."""
+        async with grpc.aio.insecure_channel(self.mesh.address("scheduler")) as channel:
+            stub = scheduler_pb2_grpc.SchedulerStub(channel)
+            async for snapshot in stub.Watch(scheduler_pb2.WatchRequest(once=True), timeout=5):
+                return snapshot
+        raise AssertionError("the scheduler sent no snapshot")
+
+    async def until_idle(self, seconds: float = 30.0) -> float:
+        """Waits until nothing is left of a load; returns how long that took, infinite if it did not come."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while loop.time() - began < seconds:
+            if not stuck(await self.snapshot()):
+                return loop.time() - began
+            await asyncio.sleep(0.05)
+        return math.inf
+
+
+def stuck(snapshot: scheduler_pb2.Snapshot) -> str:
+    """What is left of a load in a scheduler; empty for nothing."""
+    waiting = sum(lane.waiting_request_count for lane in snapshot.lanes)
+    in_flight = sum(replica.in_flight_count for replica in snapshot.replicas)
+    running = sum(
+        replica.load.running_request_count + replica.load.waiting_request_count for replica in snapshot.replicas
+    )
+    in_hand = sum(replica.credit_count for replica in snapshot.replicas)
+    slots = sum(replica.load.slot_count for replica in snapshot.replicas)
+    ready = sum(replica.connected and replica.load.ready for replica in snapshot.replicas)
+    facts = {
+        "waiting": waiting,
+        "in flight": in_flight,
+        "in the engines": running,
+        "credits missing": max(0, slots - in_hand),
+        "replicas missing": len(snapshot.replicas) - ready,
+        "brownout": snapshot.brownout_step,
+    }
+    return ", ".join(f"{name} {count}" for name, count in facts.items() if count)
+
+
+async def goodput(bench: Bench) -> None:
+    """Floods of one class."""
+    bench.calm = columns_of((await bench.run("0.9 C", bench.flow("calm", 0.9))).records)
+    calm_ttft = percentile(bench.calm.ttft, 99)
+    for times in (2, 5, 10):
+        tail = bench.flow("after", 0.5, begin_seconds=bench.seconds, duration_seconds=8.0)
+        ledger = await bench.run(f"{times} C", bench.flow("flood", times), tail)
+        columns, flood = columns_of(ledger.records), columns_of([r for r in ledger.records if r.flow == "flood"])
+        in_time = float(flood.of(Outcome.IN_TIME).sum()) / bench.seconds
+        how = f"{in_time:.1f} of {bench.capacity:.1f} requests/s; refused {flood.of(Outcome.REFUSED).mean():.0%}"
+        bench.table.at_least(f"goodput at {times} C", 100 * in_time / bench.capacity, 95, "% of C", how)
+        wasted = 100 * flood.wasted_tokens.sum() / max(1, flood.tokens.sum())
+        bench.table.at_most(f"wasted tokens at {times} C", wasted, 2, "%", "of answers that were not in time")
+        if times == 10:
+            ttft = percentile(flood.ttft[flood.of(Outcome.IN_TIME)], 99)
+            how = f"{1000 * ttft:.0f} ms against {1000 * calm_ttft:.0f} ms at 0.9 C"
+            bench.table.at_most("P99 TTFT of what was admitted at 10 C", ttft / calm_ttft, 1.5, "x", how)
+            refusal = 1000 * percentile(flood.refusal_seconds, 99)
+            bench.table.at_most(
+                "refusal, P99", refusal, 25, "ms", f"p50 {1000 * percentile(flood.refusal_seconds, 50):.1f}"
+            )
+            untyped = int((flood.of(Outcome.REFUSED) & (flood.reason == "")).sum()) + int(
+                flood.of(Outcome.FAILED).sum()
+            )
+            bench.table.at_most("refusals without a reason, and failures", untyped, 0, "requests", f"of {len(flood)}")
+            wrong = int(flood.of(Outcome.WRONG_TEXT).sum())
+            checked = sum(worker.checked_answers for worker in ledger.workers)
+            bench.table.at_most("answers with wrong text", wrong, 0, "answers", f"of {checked} compared token by token")
+            back = recovery_seconds(columns, bench.seconds, usual=percentile(bench.calm.ttft, 90))
+            bench.table.at_most("after the load: back to normal", back, 2, "s", "0.5 C afterwards, TTFT as at 0.9 C")
+
+
+async def storm(bench: Bench) -> None:
+    """Realtime beside a flood of batch."""
+    fields = {"service_class": "realtime", "tenants": {"one": 1.0}}
+    alone = columns_of((await bench.run("realtime alone", bench.flow("realtime", 0.3, **fields))).records)
+    batch = bench.flow("batch", 12.0, service_class="batch", tenants={"two": 1.0}, duration_seconds=bench.seconds)
+    ledger = await bench.run("realtime in a storm", bench.flow("realtime", 0.3, **fields), batch)
+    beside = columns_of([record for record in ledger.records if record.flow == "realtime"])
+    before, after = (percentile(columns.ttft, 99) for columns in (alone, beside))
+    how = f"{1000 * after:.0f} ms against {1000 * before:.0f} ms alone; 12 C of batch"
+    bench.table.at_most("realtime P99 TTFT during a flood of batch", after / before, 1.5, "x", how)
+    share = 100 * float(beside.of(Outcome.IN_TIME).mean())
+    bench.table.at_least("realtime in time during it", share, 99.9, "%", f"of {len(beside)}")
+
+
+async def fair(bench: Bench) -> None:
+    """Tenants against each other."""
+    quiet = {f"tenant-{number}": 1.0 for number in range(1, 10)}
+    ledger = await bench.run(
+        "ten tenants",
+        bench.flow("quiet", 2.7, tenants=quiet),
+        bench.flow("loud", 3.0, tenants={"tenant-0": 1.0}, answer_tokens=ConstantLength(160)),
+    )
+    index = fairness(columns_of(ledger.records), bench.seconds)[1:]
+    how = f"mean {np.mean(index):.3f}; nine ask for 0.3 C each, one for 3 C with longer answers"
+    bench.table.at_least("Jain's index of tokens per 10 s, lowest", min(index), 0.95, "", how)
+    flows = [bench.flow(name, 1.5, tenants={name: 1.0}) for name in ("one", "two", "four")]
+    shares = cost_shares(
+        columns_of((await bench.run("weights 1:2:4", *flows)).records), bench.seconds / 6, bench.seconds
+    )
+    off = max(abs(100 * (shares[name] - weight / 7)) for name, weight in (("one", 1), ("two", 2), ("four", 4)))
+    how = ", ".join(f"{name} {100 * share:.1f} %" for name, share in sorted(shares.items()))
+    bench.table.at_most("weights 1:2:4: largest difference of shares", off, 3, "points", how)
+
+
+async def floor(bench: Bench) -> None:
+    """The lowest lane under a flood of the highest."""
+    ledger = await bench.run(
+        "realtime flood over batch",
+        bench.flow("realtime", 3.0, service_class="realtime", tenants={"one": 1.0}),
+        bench.flow("batch", 0.5, service_class="batch", tenants={"two": 1.0}, deadline_seconds=4 * bench.seconds),
+    )
+    columns = columns_of(ledger.records)
+    tokens = columns.tokens * (columns.ended < bench.seconds)
+    share = 100 * tokens[columns.service_class == "batch"].sum() / max(1, tokens.sum())
+    bench.table.at_least(
+        "batch's share of tokens under 3 C of realtime", share, 2 * 0.9, "%", "floor 2 %, within a tenth"
+    )
+
+
+async def square(bench: Bench) -> None:
+    """A load that comes and goes ten times a second."""
+    wave = Square(rate=10 * bench.capacity, high_seconds=0.1, low_seconds=0.1)
+    columns = columns_of((await bench.run("square wave", bench.flow("square", 10, arrivals=wave))).records)
+    share = 100 * float(columns.of(Outcome.IN_TIME).sum()) / bench.seconds / bench.capacity
+    bench.table.at_least("square wave 10 C, 100 ms on and off: goodput", share, 90, "% of C")
+
+
+async def bursts(bench: Bench) -> None:
+    """Many short floods, each with a seed of its own; after each nothing may be left."""
+    left: list[str] = []
+    count = 100
+    for seed in range(count):
+        flow = bench.flow("burst", 10.0, duration_seconds=0.4, answer_tokens=ConstantLength(12), leave_share=0.2)
+        load = Load(name="burst", flows=(flow,))
+        await run(Plan(load=load, seed=seed), bench.mesh.target(), workers=bench.workers)
+        if await bench.until_idle(15.0) == math.inf:
+            left.append(stuck(await bench.snapshot()))
+    bench.table.at_most(
+        "bursts of which something was left", len(left), 0, "bursts", f"of {count}; {'; '.join(left[:3])}"
+    )
+
+
+async def retries(bench: Bench) -> None:
+    """An outage of all replicas, with clients that try three times more at once."""
+    outage_begins, outage_seconds = 10.0, 30.0
+    pids = [process.pid for process in bench.mesh.state.processes if process.name.startswith("model-")]
+
+    async def outage() -> None:
+        await asyncio.sleep(outage_begins)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(outage_seconds)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    before = await _engine_requests(bench)
+    stopping = asyncio.create_task(outage())
+    flow = bench.flow("naive", 0.8, retries="naive", duration_seconds=outage_begins + outage_seconds + 20)
+    ledger = await bench.run("outage of 30 s, naive retries", flow)
+    await stopping
+    at_the_engine = await _engine_requests(bench) - before
+    columns = columns_of(ledger.records)
+    came = len(columns) * (1 - outage_seconds / flow.duration_seconds)
+    attempts = sum(len(record.attempts) for record in ledger.records)
+    how = f"{at_the_engine} for about {came:.0f} requests outside the outage; clients tried {attempts} times"
+    bench.table.at_most("attempts at the engine in a retry storm", at_the_engine / came, 1.1, "x", how)
+    back = seconds_to_rate(columns, outage_begins + outage_seconds, 0.9)
+    bench.table.at_most("recovered after the outage", back, 5, "s", "until 90 % of a second's requests are in time")
+
+
+async def _engine_requests(bench: Bench) -> int:
+    """Requests that replicas began, by the scheduler's count."""
+    totals = (await bench.snapshot()).totals
+    return int(totals.dispatched + totals.passed_through)
+
+
+async def schedulers(bench: Bench) -> None:
+    """A flood in which the scheduler is killed."""
+
+    async def kill() -> None:
+        await asyncio.sleep(bench.seconds / 2)
+        pid = next(process.pid for process in bench.mesh.state.processes if process.name == "scheduler")
+        os.kill(pid, signal.SIGKILL)
+
+    killing = asyncio.create_task(kill())
+    ledger = await bench.run("5 C, the scheduler killed in the middle", bench.flow("flood", 5.0))
+    await killing
+    columns = columns_of(ledger.records)
+    share = 100 * float(columns.of(Outcome.IN_TIME).sum()) / bench.seconds / bench.capacity
+    bench.table.at_least(
+        "goodput at 5 C with the scheduler killed once", share, 85, "% of C", "it is back after seconds"
+    )
+    failed = int(columns.of(Outcome.FAILED).sum())
+    bench.table.at_most("requests that failed by it", failed, 0, "requests", str(summary(ledger).failures)[:200])
+
+
+async def drift(bench: Bench) -> None:
+    """Clients that leave at random moments."""
+    flows = [
+        bench.flow(
+            "leaving", 4.0, leave_share=0.33, answer_tokens=ConstantLength(16), duration_seconds=2 * bench.seconds
+        )
+    ]
+    ledger = await bench.run("a third leaves", *flows)
+    left = stuck(await bench.snapshot())
+    bench.table.at_most(
+        "credits that drifted", float(bool(left)), 0, "", f"after {len(ledger.records)} requests; {left}"
+    )
+
+
+MEASURES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
+    "goodput": goodput,
+    "storm": storm,
+    "fairness": fair,
+    "floor": floor,
+    "square": square,
+    "bursts": bursts,
+    "retries": retries,
+    "schedulers": schedulers,
+    "drift": drift,
+}
+
+
+async def measure(arguments: argparse.Namespace) -> int:
+    """Runs the parts."""
+    table = Table("The mesh under overload, two replicas of the simulated engine (llm_sim, h200-70b)")
+    wanted = arguments.only or PARTS
+    settings = {"TIDEGATE_SCHEDULER_TENANT_WEIGHTS": '{"two": 2, "four": 4}', **_no_bucket()}
+    async with Workers(1) as workers:
+        async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=settings) as mesh:
+            bench = Bench(mesh, workers, table, arguments.seconds)
+            bench.capacity = arguments.capacity or await calibrate(
+                mesh.target(), bench.shape, workers, say=lambda line: print(f"  {line}", flush=True)
+            )
+            print(f"  C is {bench.capacity:.1f} requests/s", flush=True)
+            for part in PARTS:
+                if part in wanted and part in MEASURES:
+                    await MEASURES[part](bench)
+        if "peers" in wanted:
+            await peers(table, workers, bench.capacity, bench.shape, arguments.seconds, arguments.peers)
+    return table.finish(arguments.json)
+
+
+def _no_bucket() -> dict[str, str]:
+    """Tenants' own rates are not what is measured here."""
+    return {"TIDEGATE_UP_TENANT_REQUESTS_PER_SECOND": "1000000", "TIDEGATE_UP_TENANT_BURST_REQUESTS": "10000000"}
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long each flood lasts")
+    parser.add_argument("--capacity", type=float, default=0.0, help="C in requests/s; else it is measured")
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part alone; may be repeated")
+    parser.add_argument(
+        "--peers", type=Path, default=None, help=f"folder of an environment with {', '.join(PEERS)} (its bin/ is used)"
+    )
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+    sys.exit(asyncio.run(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -114,6 +114,8 @@ class Stream:
                 return
             place.changed.clear()
             if place.status is not None:
+                if not self.is_open:
+                    await self._client.send_initial_metadata(self._surface.opening)
                 await self._write(self._surface.queued(place.status))
                 self._on_told()
             told_at = self._clock()

@@ -22,9 +22,11 @@ class Surface(Protocol):
 
     Attributes:
         ends_with_status: whether a stream that breaks can still say so after its messages.
+        opening: the headers of a response that is opened before the answer's own are known.
     """
 
     ends_with_status: bool
+    opening: tuple[tuple[str, str], ...]
 
     def queued(self, status: scheduler_pb2.QueueStatus) -> bytes:
         """The message that tells the place."""
@@ -41,6 +43,7 @@ class TypedEvents:
     """
 
     ends_with_status = True
+    opening = ()
 
     def __init__(self, request_id: str) -> None:
         self._request_id = request_id
@@ -68,6 +71,7 @@ class ServerSentEvents:
     """
 
     ends_with_status = False
+    opening = (("cache-control", "no-cache"),)
 
     def __init__(self, request: OpenAIRequest | None, request_id: str, created_unix_seconds: int) -> None:
         self._request = request

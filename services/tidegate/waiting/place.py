@@ -64,5 +64,5 @@ class Place:
 
 
 def _shown(status: scheduler_pb2.QueueStatus | None) -> tuple[int, int] | None:
-    """What a client sees of it."""
-    return None if status is None else (status.position, status.expected_wait.ToMilliseconds())
+    """What of it is worth telling anew: the position, and the time in whole seconds."""
+    return None if status is None else (status.position, status.expected_wait.seconds)

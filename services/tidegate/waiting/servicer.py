@@ -41,6 +41,10 @@ PASSED_ON: Final = (
 )
 """Of a request's headers. Its id goes on too, and its gRPC deadline."""
 
+DEADLINE_MARGIN_SHARE: Final = 0.05
+LONGEST_DEADLINE_MARGIN_SECONDS: Final = 0.05
+"""A gRPC deadline is passed on so much shorter, so that what it ends in still reaches the client as a message."""
+
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
@@ -124,7 +128,7 @@ class WaitingRoom:
         remote: Any = self._mesh.unary_stream(f"/{SERVICE_NAME}/{method}")
         return Stream(
             call.context,
-            remote(request, metadata=call.metadata, timeout=call.context.time_remaining()),
+            remote(request, metadata=call.metadata, timeout=_timeout_seconds(call.context.time_remaining())),
             surface,
             place,
             least_interval_seconds=self._settings.least_interval_seconds,
@@ -164,6 +168,12 @@ class _Call:
         self.tenant = found.get(headers.TENANT, headers.DEFAULT_TENANT)
         self.metadata: list[tuple[str, str]] = [(name, found[name]) for name in PASSED_ON if name in found]
         self.metadata.append((headers.REQUEST_ID, self.request_id))
+
+
+def _timeout_seconds(remaining_seconds: float | None) -> float | None:
+    if remaining_seconds is None:
+        return None
+    return remaining_seconds - min(LONGEST_DEADLINE_MARGIN_SECONDS, remaining_seconds * DEADLINE_MARGIN_SHARE)
 
 
 def _texts(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:

@@ -25,7 +25,8 @@ REQUEST = pb.GenerateRequest(text="The tide", max_tokens=4)
 
 @pytest.fixture(scope="module")
 def mesh(start_module_mesh: Callable[..., Any]) -> Any:
-    return start_module_mesh("--max-sequences", "1")
+    settings = {"TIDEGATE_SCHEDULER_BATCH_DEADLINE_SECONDS": "1.5"}
+    return start_module_mesh("--max-sequences", "1", settings=settings)
 
 
 @pytest.fixture
@@ -124,13 +125,14 @@ async def test_openais_client_reads_over_the_places(mesh: Any, http: httpx.Async
     headers = {**STATUS, "x-client-request-id": "by-openai"}
     stream = asyncio.create_task(
         opened.chat.completions.create(
-            model="", messages=CHAT["messages"], max_tokens=4, stream=True, extra_headers=headers
+            model="smollm2-135m-instruct", messages=CHAT["messages"], max_tokens=4, stream=True, extra_headers=headers
         )
     )
     await until(lambda: waits(http, "by-openai"))
     chunks = await stream  # The response is open, and all it holds so far is comments.
     busy.free()
-    assert [chunk.choices[0].finish_reason async for chunk in chunks][-1] is not None
+    reasons = [chunk.choices[0].finish_reason async for chunk in chunks]
+    assert reasons[-1] in {"stop", "length"}
 
 
 async def test_typed_streams_tell_their_place_too(mesh: Any, busy: Busy) -> None:
@@ -145,12 +147,18 @@ async def test_typed_streams_tell_their_place_too(mesh: Any, busy: Busy) -> None
     assert (kinds[0], answer[0], answer[-1]) == ("queued", "started", "finished")
 
 
-async def test_a_refusal_after_a_place_was_told_is_the_last_event(busy: Busy) -> None:
-    call = busy.inference.Generate(REQUEST, metadata=tuple(STATUS.items()), timeout=2)
+async def test_a_refusal_after_a_place_was_told_is_the_last_event(http: httpx.AsyncClient, busy: Busy) -> None:
+    request = pb.GenerateRequest(text="The tide", max_tokens=4, service_class=pb.SERVICE_CLASS_BATCH)
+    call = busy.inference.Generate(request, metadata=tuple(STATUS.items()))
     events = [event async for event in call]
     assert events[0].HasField("queued")
     assert events[-1].finished.reason == pb.FINISH_REASON_ERROR
     assert events[-1].finished.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    response = await http.post("/v1/chat/completions", json=CHAT | {"service_tier": "flex"}, headers=STATUS)
+    lines = response.text.strip().splitlines()
+    assert response.status_code == 200
+    assert lines[0].startswith(": queued position=1")
+    assert '"code":"deadline_exceeded"' in lines[-1]
 
 
 @pytest.mark.parametrize("stream", [True, False])

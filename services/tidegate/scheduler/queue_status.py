@@ -29,8 +29,8 @@ from tidegate.scheduler.request import Request, ServiceClass
 
 log = structlog.get_logger()
 
-POSITION_SECONDS: Final = 0.000_02
-"""How old positions may be, for each request that waits: 0.2 s for 10,000. To compute one takes a hundredth of it."""
+POSITION_SECONDS: Final = 0.000_05
+"""How old positions may be, for each request that waits: 0.5 s for 10,000. To compute one takes a small share of it."""
 
 FOLLOWER_LIMIT: Final = 4_096
 """The most that follow a request at once."""
@@ -190,7 +190,7 @@ class QueueStatuses:
     def _position(self, waiting: Waiting, now: float) -> int:
         lanes = self._dispatcher.lanes
         if now >= self._positions_until:
-            self._positions = {each: number for number, each in enumerate(lanes, start=1)}
+            self._positions = lanes.positions()
             self._positions_until = now + len(lanes) * POSITION_SECONDS
         # One that came since stands behind all others of its class.
         return self._positions.get(waiting) or lanes.count_before(waiting.service_class)

@@ -35,7 +35,8 @@ PASSED_ON: Final = (
     headers.TENANT,
     headers.SERVICE_CLASS,
     headers.CLIENT_REQUEST_ID,
-    "x-request-timeout-ms",
+    headers.ASKED_TIMEOUT_MS,
+    "x-stainless-retry-count",
     "traceparent",
     "tracestate",
 )

@@ -43,7 +43,7 @@ class TypedEvents:
     """
 
     ends_with_status = True
-    opening = ()
+    opening: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, request_id: str) -> None:
         self._request_id = request_id
@@ -71,7 +71,7 @@ class ServerSentEvents:
     """
 
     ends_with_status = False
-    opening = (("cache-control", "no-cache"),)
+    opening: tuple[tuple[str, str], ...] = (("cache-control", "no-cache"),)
 
     def __init__(self, request: OpenAIRequest | None, request_id: str, created_unix_seconds: int) -> None:
         self._request = request

@@ -18,6 +18,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from tidegate.common.grpc_clients import open_channel
+from tidegate.common.headers import QUEUE_STATUS
 from tidegate.v1 import inference_pb2 as pb
 from tidegate.v1 import inference_pb2_grpc
 
@@ -29,6 +30,9 @@ RETRY_LIMIT: Final = 5
 
 BROKEN: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL})
 """What gRPC calls a lost connection and a reset stream; without a reason of the mesh they are nobody's answer."""
+
+
+_STATUS_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class RequestFailed(Exception):
@@ -76,24 +80,33 @@ class AsyncClient:
         await self._channel.close()
 
     async def generate(
-        self, request: pb.GenerateRequest, *, timeout_seconds: float | None = None
+        self, request: pb.GenerateRequest, *, timeout_seconds: float | None = None, queue_status: bool = False
     ) -> AsyncIterator[pb.GenerateEvent]:
         """Yields one `started`, the deltas and one `finished`; resumes and retries are not seen.
+
+        Args:
+            queue_status: yields `queued` events, too, while the request waits for its turn.
 
         Raises:
             RequestFailed: refused for good, or failed.
         """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         answer = _Answer(request)
+        metadata = [*self._metadata, (QUEUE_STATUS, "stream")] if queue_status else self._metadata
         resumes = retries = 0
         while True:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            call = self._stub.Generate(answer.next_request(), timeout=remaining, metadata=self._metadata)
+            call = self._stub.Generate(answer.next_request(), timeout=remaining, metadata=metadata)
             try:
                 async for event in call:
+                    refusal = answer.refusal(event)
+                    if refusal is not None:
+                        failure = refusal
+                        break
                     if answer.take(event):
                         yield event
-                return
+                else:
+                    return
             except grpc.aio.AioRpcError as error:
                 failure = failure_of(error)
             finally:
@@ -133,10 +146,10 @@ class Client:
         self._loop.close()
 
     def generate(
-        self, request: pb.GenerateRequest, *, timeout_seconds: float | None = None
+        self, request: pb.GenerateRequest, *, timeout_seconds: float | None = None, queue_status: bool = False
     ) -> Iterator[pb.GenerateEvent]:
         """As AsyncClient.generate; leaving the loop early cancels the request."""
-        events = self._client.generate(request, timeout_seconds=timeout_seconds)
+        events = self._client.generate(request, timeout_seconds=timeout_seconds, queue_status=queue_status)
         try:
             while True:
                 try:
@@ -194,6 +207,7 @@ class _Answer:
     def __init__(self, request: pb.GenerateRequest) -> None:
         self._request = request
         self._started = False
+        self._queued = False
         self.tokens: list[int] = list(request.resume.token_ids)
 
     def next_request(self) -> pb.GenerateRequest:
@@ -204,8 +218,16 @@ class _Answer:
         resumed.resume.token_ids[:] = self.tokens
         return resumed
 
+    def refusal(self, event: pb.GenerateEvent) -> RequestFailed | None:
+        """What a request was refused with while it waited: the status of such a stream was spent on its place."""
+        if not self._queued or not event.HasField("finished") or event.finished.reason != pb.FINISH_REASON_ERROR:
+            return None
+        error = event.finished.error
+        return RequestFailed(_STATUS_CODES[error.code], error.message, *_details(error))
+
     def take(self, event: pb.GenerateEvent) -> bool:
         """Notes the event; False for a second `started`, which the caller must not see."""
+        self._queued = event.HasField("queued")
         if event.HasField("delta"):
             self.tokens.extend(event.delta.token_ids)
         if event.HasField("started"):

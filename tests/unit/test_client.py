@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from tidegate import client
-from tidegate.common.errors import Reason, TidegateError, abort
+from tidegate.common.errors import Reason, TidegateError, abort, to_status
 from tidegate.v1 import inference_pb2 as pb
 from tidegate.v1 import inference_pb2_grpc
 
@@ -22,6 +22,8 @@ Step = pb.GenerateEvent | Exception | grpc.StatusCode | None
 REQUEST = pb.GenerateRequest(text="The tide", max_tokens=4)
 STARTED = pb.GenerateEvent(started=pb.Started(model="fake", prompt_token_count=2))
 FINISHED = pb.GenerateEvent(finished=pb.Finished(reason=pb.FINISH_REASON_LENGTH))
+
+QUEUED = pb.GenerateEvent(queued=pb.Queued(position=3))
 
 
 def delta(token_id: int) -> pb.GenerateEvent:
@@ -181,6 +183,24 @@ async def test_the_callers_time_limit_holds_over_all_attempts(serve: Callable[..
     with pytest.raises(client.RequestFailed) as raised:
         await asyncio.wait_for(events_of(mesh, timeout_seconds=0.5), 10)
     assert raised.value.status is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_places_in_the_queue_are_yielded_to_a_caller_that_wants_them(serve: Callable[..., FakeMesh]) -> None:
+    mesh = serve([QUEUED, STARTED, delta(1), FINISHED])
+    async with client.AsyncClient(mesh.address) as opened:
+        events = [event async for event in opened.generate(REQUEST, queue_status=True)]
+    assert events == [QUEUED, STARTED, delta(1), FINISHED]
+    assert mesh.metadata[0]["x-queue-status"] == "stream"
+
+
+async def test_a_refusal_after_a_place_was_told_is_waited_for_like_any_other(serve: Callable[..., FakeMesh]) -> None:
+    status = to_status(refusal(0.01))
+    refused = pb.GenerateEvent(finished=pb.Finished(reason=pb.FINISH_REASON_ERROR, error=status))
+    mesh = serve([QUEUED, refused], [STARTED, delta(1), FINISHED])
+    assert await events_of(mesh) == [QUEUED, STARTED, delta(1), FINISHED]
+    with pytest.raises(client.RequestFailed) as raised:
+        await events_of(serve([QUEUED, refused]), retries=False)
+    assert (raised.value.reason, raised.value.retry_after_seconds) == ("SERVER_IS_OVERLOADED", 0.01)
 
 
 async def test_the_api_key_is_sent_as_a_bearer_token(serve: Callable[..., FakeMesh]) -> None:

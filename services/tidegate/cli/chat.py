@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -124,10 +125,15 @@ def _answer(options: Options, history: History, question: str) -> tuple[int, str
 async def _stream(options: Options, request: pb.GenerateRequest, parts: list[str]) -> int:
     current = asyncio.current_task()
     assert current is not None
-    with _cancelled_by_ctrl_c(current):
+    place = _PlaceLine()
+    with _cancelled_by_ctrl_c(current), contextlib.closing(place):
         try:
             async with client.AsyncClient(options.address, api_key=options.api_key, retries=False) as mesh:
-                async for event in mesh.generate(request):
+                async for event in mesh.generate(request, queue_status=True):
+                    if event.HasField("queued"):
+                        place.show(event.queued)
+                        continue
+                    place.close()
                     if event.HasField("delta"):
                         parts.append(event.delta.text)
                         sys.stdout.write(event.delta.text)
@@ -136,6 +142,7 @@ async def _stream(options: Options, request: pb.GenerateRequest, parts: list[str
                         talk.fail(f"the answer broke off: {event.finished.error.message}")
                         return talk.EXIT_STATUS_BASE + int(event.finished.error.code)
         except client.RequestFailed as failure:
+            place.close()
             _say_failure(failure, options)
             return talk.EXIT_STATUS_BASE + int(failure.status.value[0])
         except asyncio.CancelledError:
@@ -151,6 +158,40 @@ def _cancelled_by_ctrl_c(task: asyncio.Task[object]) -> Iterator[None]:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGINT)
+
+
+class _PlaceLine:
+    """The place in the queue: one line that changes in place on a terminal, else a line a change."""
+
+    def __init__(self) -> None:
+        console = talk.err()
+        self._console = console
+        self._status = console.status("") if console.is_terminal else None
+        self._shown = ""
+
+    def show(self, queued: pb.Queued) -> None:
+        """Says the place."""
+        text = queue_words(queued)
+        if self._status is not None:
+            self._status.update(Text(text, style="dim"))
+            self._status.start()
+        elif text != self._shown:
+            self._console.print(text)
+        self._shown = text
+
+    def close(self) -> None:
+        """Takes the line away."""
+        if self._status is not None and self._shown:
+            self._status.stop()
+            self._shown = ""
+
+
+def queue_words(queued: pb.Queued) -> str:
+    """A place in the queue in words."""
+    words = f"queued, position {queued.position}"
+    if queued.HasField("expected_wait"):
+        words += f", about {math.ceil(queued.expected_wait.ToMilliseconds() / 1000)} s"
+    return words
 
 
 def _say_failure(failure: client.RequestFailed, options: Options) -> None:

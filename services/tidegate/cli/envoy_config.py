@@ -20,7 +20,7 @@ from tidegate.cli.endpoints import CLUSTERS, endpoints_path, write_endpoints
 from tidegate.cli.local_replies import envoy_replies, local_reply_config
 from tidegate.common.errors import Reason, TidegateError, openai_json
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
-from tidegate.v1 import batch_pb2, inference_pb2
+from tidegate.v1 import batch_pb2, inference_pb2, scheduler_pb2
 
 TEMPLATE_PATH: Final = Path(__file__).parents[3] / "mesh" / "envoy.yaml"
 
@@ -191,7 +191,7 @@ def descriptor_set() -> bytes:
             visit(dependency)
         files.setdefault(file.name, file)
 
-    for module in (inference_pb2, batch_pb2):
+    for module in (inference_pb2, batch_pb2, scheduler_pb2):
         visit(module.DESCRIPTOR)
     result = descriptor_pb2.FileDescriptorSet()
     for file in files.values():

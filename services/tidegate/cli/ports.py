@@ -24,10 +24,12 @@ FIXED: Final[Mapping[str, int]] = {
     "preprocess": 50052,
     "cache": 50053,
     "batch": 50054,
+    "waiting": 50055,
     "scheduler-metrics": 51051,
     "preprocess-metrics": 51052,
     "cache-metrics": 51053,
     "batch-metrics": 51054,
+    "waiting-metrics": 51055,
 }
 """The processes of which there is one."""
 

@@ -27,7 +27,7 @@ from tidegate.cli.triton_runtime import (
     triton_command,
 )
 
-CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache", "batch")
+CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache", "batch", "waiting")
 
 DEFAULT_STEP_TOKEN_BUDGET: Final = 128
 """The engine's own; it refuses to start when that is below the sequences that it runs at once."""

@@ -54,16 +54,21 @@ class Server:
         self._host = host
         self.port = port
         self._names: list[str] = []
+        self._described: list[str] = []
 
     def add_service_name(self, name: str) -> None:
         """Makes a service known to health and reflection; its servicer is added to `grpc` by the caller."""
         self._names.append(name)
 
+    def describe(self, name: str) -> None:
+        """Tells reflection of a service that Envoy leads elsewhere, so that tools at the ingress can call it."""
+        self._described.append(name)
+
     async def start(self) -> None:
         """Starts to listen; raises OSError with the address when the port is taken."""
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
         channelz.add_channelz_servicer(self.grpc)
-        _add_reflection(self.grpc, (*self._names, health.SERVICE_NAME))
+        _add_reflection(self.grpc, (*self._names, *self._described, health.SERVICE_NAME))
         try:
             self.port = self.grpc.add_insecure_port(f"{self._host}:{self.port}")
         except RuntimeError as error:

@@ -8,6 +8,12 @@ from typing import Final
 REQUEST_ID: Final = "x-request-id"
 """Envoy makes it, every response and log line carries it."""
 
+CLIENT_REQUEST_ID: Final = "x-client-request-id"
+"""The client's own name for its request, as OpenAI's clients send it; at most 128 characters count."""
+
+QUEUE_STATUS: Final = "x-queue-status"
+"""`stream` from a client that wants to read its place in the queue on the stream of its answer."""
+
 TENANT: Final = "x-tidegate-tenant"
 """Whose request it is; Envoy writes it from the API key. Absent: DEFAULT_TENANT."""
 

@@ -17,7 +17,7 @@ import yaml
 
 CONFIG_FILE_VARIABLE: Final = "TIDEGATE_CONFIG"
 
-SECTIONS: Final = frozenset({"scheduler", "preprocess", "cache", "batch", "model", "up"})
+SECTIONS: Final = frozenset({"scheduler", "preprocess", "cache", "batch", "waiting", "model", "up"})
 """The sections that a configuration file may have."""
 
 _Settings = TypeVar("_Settings", bound=msgspec.Struct)

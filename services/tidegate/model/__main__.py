@@ -35,7 +35,7 @@ from tidegate.model.sources import ResumeTerms, TokenSource
 from tidegate.model.triton_client import TritonClient
 from tidegate.text.model_files import ModelFileError, TextModel, load_text_model
 from tidegate.v1 import batch_pb2 as _batch_pb2  # noqa: F401 - the ingress's reflection is answered here for Batch, too.
-from tidegate.v1 import inference_pb2, inference_pb2_grpc, replica_pb2, replica_pb2_grpc
+from tidegate.v1 import inference_pb2, inference_pb2_grpc, replica_pb2, replica_pb2_grpc, scheduler_pb2
 
 log = structlog.get_logger()
 
@@ -164,6 +164,8 @@ class ModelService:
         self.server.add_service_name(inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name)
         self.server.add_service_name(replica_pb2.DESCRIPTOR.services_by_name["Replica"].full_name)
         self.server.add_service_name(orca.SERVICE_NAME)
+        # The ingress leads reflection to a replica, and the places in the queue to the scheduler.
+        self.server.describe(scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].full_name)
 
     async def start(self) -> None:
         """Listens, and begins to look for Triton; health says NOT_SERVING until it is there."""

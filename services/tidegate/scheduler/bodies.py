@@ -23,6 +23,12 @@ _GRPC_KINDS: Final = {
 _FRAME_HEADER: Final = struct.Struct(">BI")
 """gRPC's: whether the message is compressed, and its length in bytes."""
 
+_REQUEST_ID_TAG: Final = 0x0A
+"""Field 1, length-delimited."""
+
+LONGEST_SHORT_LENGTH: Final = 0x7F
+"""A length that takes one byte. The service refuses an id of more than 128 characters."""
+
 
 def body_kind(request: Request) -> preprocess_pb2.BodyKind.ValueType | None:
     """What the body is; None where it is not for the scheduler to read: another path, compressed, base64."""
@@ -30,6 +36,20 @@ def body_kind(request: Request) -> preprocess_pb2.BodyKind.ValueType | None:
         return None
     kinds = _GRPC_KINDS if request.is_grpc else _JSON_KINDS
     return kinds.get(request.path)
+
+
+def client_request_id(kind: preprocess_pb2.BodyKind.ValueType, message: bytes) -> str:
+    """The request_id of a GenerateRequest; empty for none, and for any other body.
+
+    It is the message's first field, and every known implementation writes fields in their order, so a look at the
+    beginning is enough: a long prompt need not be decoded for it.
+    """
+    if kind != preprocess_pb2.BODY_KIND_GENERATE or len(message) < 2 or message[0] != _REQUEST_ID_TAG:
+        return ""
+    byte_count = message[1]
+    if byte_count > LONGEST_SHORT_LENGTH:
+        return ""
+    return message[2 : 2 + byte_count].decode("utf-8", "replace")
 
 
 def message_of(request: Request, body: bytes) -> bytes | None:

@@ -75,9 +75,13 @@ class Dispatcher:
         if replica is not None:
             replica.book.put_back(placement.credit_id)
 
-    def expected_wait(self, waiting: Waiting, now: float) -> float | None:
-        """Seconds until a waiting request leaves, by the measured rate; None when that is not known."""
-        return expected_wait(self.lanes.position(waiting), self.drain.rate(now))
+    def expected_wait(self, waiting: Waiting, now: float, *, position: int | None = None) -> float | None:
+        """Seconds until a waiting request leaves, by the measured rate; None when that is not known.
+
+        Args:
+            position: of the request, where the caller knows it; to find it takes time.
+        """
+        return expected_wait(position or self.lanes.position(waiting), self.drain.rate(now))
 
     def _note_backlog(self, now: float) -> None:
         self.drain.set_backlog(len(self.lanes) > 0, now)

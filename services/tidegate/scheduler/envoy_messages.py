@@ -64,6 +64,9 @@ def refuse(error: TidegateError, request: Request) -> ext_proc.ProcessingRespons
             ("grpc-status", str(error.surface.grpc_status.value[0])),
             ("grpc-message", grpc_message(error)),
             ("grpc-status-details-bin", base64.b64encode(to_status(error).SerializeToString()).rstrip(b"=").decode()),
+            # For a request that came in as HTTP; the ingress takes these two from all other responses.
+            (headers.ERROR_BODY, openai_json(error)),
+            (headers.HTTP_STATUS, str(error.surface.http_status)),
         ]
     else:
         fields.append(("content-type", "application/json"))

@@ -242,6 +242,14 @@ class Lanes:
         urgent = sum(len(lane) for other, lane in self._lanes.items() if other < waiting.service_class)
         return urgent + self._lanes[waiting.service_class].queue.place_of(waiting) + 1
 
+    def positions(self) -> dict[Waiting, int]:
+        """`position` of everything that waits, at once."""
+        found: dict[Waiting, int] = {}
+        for lane in self._lanes.values():
+            urgent = len(found)
+            found.update((waiting, urgent + place + 1) for waiting, place in lane.queue.places())
+        return found
+
 
 def _broken(share: float, limits: LaneLimits, requests: int, tokens: int, size: int) -> str:
     if requests >= max(1, share * limits.request_limit):

@@ -12,7 +12,7 @@ from tidegate.common.arena import encode_tensor_header
 from tidegate.common.errors import Reason, TidegateError
 from tidegate.scheduler.admission import Admission, Conditions
 from tidegate.scheduler.anomalies import Anomalies
-from tidegate.scheduler.bodies import body_kind, message_of
+from tidegate.scheduler.bodies import body_kind, client_request_id, message_of
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.config import Settings
@@ -130,6 +130,7 @@ class Pipeline:
         kind, message = body_kind(request), message_of(request, body)
         if kind is None or message is None:
             return False
+        request.client_request_id = client_request_id(kind, message) or request.client_request_id
         await self._prepare(request, kind, message)
         request.service_class = self._anomalies.class_of(request)
         self._expect(request)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from tidegate.common.errors import TidegateError
 from tidegate.scheduler.admission import deadline_passed, latest_start
@@ -25,9 +26,17 @@ class Queue:
     Args:
         clock: monotonic seconds.
         on_change: called after what waits has changed, to tell the replicas the new demand.
+        following: entered for each request that has to wait, and left as the wait ends.
     """
 
-    def __init__(self, dispatcher: Dispatcher, clock: Clock, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        clock: Clock,
+        on_change: Callable[[], None],
+        following: Callable[[Request, Waiting], AbstractContextManager[None]] = lambda request, waiting: nullcontext(),
+    ) -> None:
+        self._following = following
         self.dispatcher = dispatcher
         self._clock = clock
         self._on_change = on_change
@@ -48,7 +57,8 @@ class Queue:
         if future.done():
             return future.result()
         self._on_change()
-        return await self._wait_for(request, waiting, future)
+        with self._following(request, waiting):
+            return await self._wait_for(request, waiting, future)
 
     def match(self) -> None:
         """Gives the credits in hand to what waits; called when either has grown."""

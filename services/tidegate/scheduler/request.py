@@ -34,6 +34,9 @@ LONGEST_DEADLINE_MARGIN_SECONDS: Final = 0.02
 LARGEST_RETRY_COUNT: Final = 100
 """More tries than this count as many."""
 
+LONGEST_CLIENT_REQUEST_ID: Final = 128
+"""Characters; what a client names its request with is cut there."""
+
 _MILLISECONDS: Final = re.compile(r"[0-9]{1,10}")
 _GRPC_TIMEOUT: Final = re.compile(r"([0-9]{1,8})([HMSmun])")
 _GRPC_TIMEOUT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -72,6 +75,7 @@ class Request:
     retry_count: int = 0
     cost: float = 1.0
     expected_seconds: float = 0.0
+    client_request_id: str = ""
 
     @property
     def is_grpc(self) -> bool:
@@ -101,6 +105,7 @@ def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
         deadline=deadline,
         retry_count=_retry_count(fields),
         header_fault=_header_fault(fields),
+        client_request_id=fields.get(headers.CLIENT_REQUEST_ID, "")[:LONGEST_CLIENT_REQUEST_ID],
         named_class=CLASSES_BY_LABEL.get(fields.get(headers.SERVICE_CLASS, "")),
     )
 

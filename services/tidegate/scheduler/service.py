@@ -36,6 +36,7 @@ from tidegate.scheduler.pipeline import Expectations, Pipeline
 from tidegate.scheduler.placement import Weights
 from tidegate.scheduler.preprocess_client import PreprocessClient
 from tidegate.scheduler.queue import Queue
+from tidegate.scheduler.queue_status import QueueStatuses
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
 from tidegate.scheduler.replicas import CreditStream, CreditStreams, ended
 from tidegate.scheduler.request import ServiceClass
@@ -100,7 +101,8 @@ class SchedulerService:
         )
         self.expectations = _expectations(settings, lanes, table, work, clock())
         self.streams = CreditStreams(table, self._open_stream, self._spawn)
-        self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed)
+        self.queue_statuses = QueueStatuses(self.dispatcher, clock)
+        self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed, self.queue_statuses.following)
         self._channel = open_channel(settings.mesh_address)
         self.preprocess = PreprocessClient(
             self._channel,
@@ -163,7 +165,9 @@ class SchedulerService:
         """Connects to the rest of the mesh and listens; raises OSError when the port is taken."""
         processor = ExternalProcessor(self.pipeline, self.outcomes, self._clock)
         ext_proc_grpc.add_ExternalProcessorServicer_to_server(processor, self.server.grpc)
-        scheduler_pb2_grpc.add_SchedulerServicer_to_server(Scheduler(self.snapshots), self.server.grpc)
+        scheduler_pb2_grpc.add_SchedulerServicer_to_server(
+            Scheduler(self.snapshots, self.queue_statuses), self.server.grpc
+        )
         for name in (EXT_PROC_NAME, SCHEDULER_NAME):
             self.server.add_service_name(name)
         await self.server.start()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, Final
 
-import grpc
+from google.api import httpbody_pb2
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from tidegate.common.errors import Reason, TidegateError, abort
+from tidegate.scheduler import queue_messages
 from tidegate.scheduler.anomalies import Anomalies, Flag
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
@@ -18,6 +20,7 @@ from tidegate.scheduler.lanes import Waiting
 from tidegate.scheduler.outcomes import Outcome, Outcomes
 from tidegate.scheduler.placement import Weights, scores
 from tidegate.scheduler.preprocess_client import PreprocessClient
+from tidegate.scheduler.queue_status import QueueStatuses, Status, not_found
 from tidegate.scheduler.replicas import CreditStreams
 from tidegate.scheduler.request import ServiceClass
 from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -83,22 +86,6 @@ class Snapshots:
             looks_for_anomalies=self._anomalies.enabled,
         )
 
-    def queue_status(self, request_id: str) -> scheduler_pb2.QueueStatus | None:
-        """Where a request stands; None when it does not wait here."""
-        waiting = self._dispatcher.lanes.find(request_id)
-        if waiting is None:
-            return None
-        now = self._clock()
-        expected = self._dispatcher.expected_wait(waiting, now)
-        return scheduler_pb2.QueueStatus(
-            request_id=request_id,
-            service_class=_proto_class(waiting.service_class),
-            position=self._dispatcher.lanes.position(waiting),
-            waited=_duration(now - waiting.since),
-            # Infinite is as good as not known: nothing has left for long.
-            expected_wait=None if expected is None or expected == float("inf") else _duration(expected),
-        )
-
     def _lane(self, service_class: ServiceClass, now: float) -> scheduler_pb2.LaneSnapshot:
         lane = self._dispatcher.lanes.lane(service_class)
         oldest: Waiting | None = lane.oldest
@@ -144,19 +131,18 @@ class Snapshots:
 
 
 class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
-    """Serves the snapshots."""
+    """Serves the snapshots, and the places of those who wait."""
 
-    def __init__(self, snapshots: Snapshots) -> None:
+    def __init__(self, snapshots: Snapshots, statuses: QueueStatuses) -> None:
         self._snapshots = snapshots
+        self._statuses = statuses
 
     async def Watch(self, request: scheduler_pb2.WatchRequest, context: Any) -> AsyncIterator[scheduler_pb2.Snapshot]:
         """Sends a snapshot at once, and one each interval after the last was written: a slow reader skips some."""
-        interval_seconds = DEFAULT_INTERVAL_SECONDS
-        if request.HasField("interval"):
-            interval_seconds = request.interval.ToMilliseconds() / 1000
-        if not SHORTEST_INTERVAL_SECONDS <= interval_seconds <= LONGEST_INTERVAL_SECONDS:
-            message = f"interval is {interval_seconds} s, must be from 0.1 s to 60 s"
-            await abort(context, TidegateError(Reason.INVALID_VALUE, message, field="interval"))
+        try:
+            interval_seconds = _interval_seconds(request)
+        except TidegateError as error:
+            await abort(context, error)
         yield self._snapshots.take()
         while not request.once:
             await asyncio.sleep(interval_seconds)
@@ -166,11 +152,49 @@ class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
         self, request: scheduler_pb2.GetQueueStatusRequest, context: Any
     ) -> scheduler_pb2.QueueStatus:
         """Says where a request stands."""
-        status = self._snapshots.queue_status(request.request_id)
+        return queue_messages.to_proto(await self._status(request, context))
+
+    async def QueueStatusPage(
+        self, request: scheduler_pb2.GetQueueStatusRequest, context: Any
+    ) -> httpbody_pb2.HttpBody:
+        """The same for HTTP."""
+        data = queue_messages.to_json(request.request_id, await self._status(request, context))
+        return httpbody_pb2.HttpBody(content_type="application/json", data=data)
+
+    async def WatchQueueStatus(  # type: ignore[override]  # grpc.aio takes a coroutine that writes by itself, too.
+        self, request: scheduler_pb2.WatchQueueStatusRequest, context: Any
+    ) -> None:
+        """Sends a status each interval, and the last one when the request has left."""
+        try:
+            interval_seconds = _interval_seconds(request)
+            patience_seconds = queue_messages.patience_seconds(request)
+            statuses = self._statuses.follow(
+                request.request_id,
+                queue_messages.tenant_of(context),
+                interval_seconds=interval_seconds,
+                patience_seconds=patience_seconds,
+            )
+            async with aclosing(statuses):
+                async for status in statuses:
+                    await context.write(queue_messages.to_proto(status))
+        except TidegateError as error:
+            await abort(context, error)
+
+    async def _status(self, request: scheduler_pb2.GetQueueStatusRequest, context: Any) -> Status:
+        status = self._statuses.status(request.request_id, queue_messages.tenant_of(context))
         if status is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"Request {request.request_id!r} does not wait here")
-            raise AssertionError("abort does not return")
+            await abort(context, not_found(request.request_id))
         return status
+
+
+def _interval_seconds(request: scheduler_pb2.WatchRequest | scheduler_pb2.WatchQueueStatusRequest) -> float:
+    if not request.HasField("interval"):
+        return DEFAULT_INTERVAL_SECONDS
+    seconds = request.interval.ToMilliseconds() / 1000
+    if not SHORTEST_INTERVAL_SECONDS <= seconds <= LONGEST_INTERVAL_SECONDS:
+        message = f"interval is {seconds} s, must be from 0.1 s to 60 s"
+        raise TidegateError(Reason.INVALID_VALUE, message, field="interval")
+    return seconds
 
 
 def _flagged(flag: Flag, now: float) -> scheduler_pb2.FlaggedTenant:

@@ -1,6 +1,7 @@
 """What chat sends."""
 
-from tidegate.cli.chat import History, Options
+from tidegate.cli.chat import History, Options, queue_words
+from tidegate.v1 import inference_pb2 as pb
 
 
 def test_the_whole_conversation_goes_with_each_question():
@@ -22,3 +23,10 @@ def test_what_was_not_said_on_the_command_line_is_left_to_the_mesh():
     assert not request.sampling.HasField("temperature")
     assert not request.sampling.HasField("seed")
     assert request.model == ""
+
+
+def test_a_place_in_the_queue_is_told_in_words():
+    queued = pb.Queued(position=3)
+    assert queue_words(queued) == "queued, position 3"
+    queued.expected_wait.FromMilliseconds(3_200)
+    assert queue_words(queued) == "queued, position 3, about 4 s"

@@ -172,3 +172,14 @@ def test_counts_are_sums_and_order_holds_in_random_runs(seed):
             assert len(lane) == len(expected) <= lane.limits.request_limit
             assert lane.token_count == sum(each.token_count for each in expected) <= lane.limits.token_limit
             assert lane.byte_count == sum(each.byte_count for each in expected) <= lane.limits.byte_limit
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_positions_at_once_are_those_that_each_is_told_alone(seed):
+    chance = random.Random(seed)
+    lanes = new_lanes(LaneLimits(request_limit=1000, token_limit=10**6, byte_limit=10**6))
+    for number in range(60):
+        waiting = place(str(number), chance.choice(list(ServiceClass)))
+        waiting.tenant = chance.choice("aab")
+        lanes.add(waiting)
+    assert lanes.positions() == {waiting: lanes.position(waiting) for waiting in lanes}

@@ -17,6 +17,7 @@ import structlog
 from tidegate.common.grpc_clients import open_channel
 from tidegate.scheduler.lanes import Lanes
 from tidegate.scheduler.replica_table import Replica, ReplicaLoad, ReplicaTable
+from tidegate.scheduler.request import ServiceClass
 from tidegate.v1 import replica_pb2, replica_pb2_grpc
 
 log = structlog.get_logger()
@@ -32,6 +33,7 @@ class CreditStream:
 
     Args:
         on_credits: called after credits have come that something may wait for.
+        on_outcome: called with each outcome, while its credit still counts as in flight.
         demand_interval_seconds: the least time between two messages to the replica.
     """
 
@@ -45,6 +47,7 @@ class CreditStream:
         demand_interval_seconds: float,
         clock: Callable[[], float],
         on_credits: Callable[[], None],
+        on_outcome: Callable[[Replica, replica_pb2.Outcome], None] = lambda replica, outcome: None,
     ) -> None:
         self.replica = replica
         self.last_load = replica_pb2.Load(replica=replica.address)
@@ -54,6 +57,7 @@ class CreditStream:
         self._demand_interval_seconds = demand_interval_seconds
         self._clock = clock
         self._on_credits = on_credits
+        self._on_outcome = on_outcome
         self._changed = asyncio.Event()
         self._give_back: list[str] = []
 
@@ -89,7 +93,7 @@ class CreditStream:
             call.cancel()
 
     async def _write(self, call: _Call) -> None:
-        told: tuple[int, int] | None = None
+        told: tuple[int, int, int] | None = None
         hello = replica_pb2.SchedulerHello(scheduler_id=self._scheduler_id)
         try:
             await call.write(replica_pb2.SchedulerMessage(hello=hello))
@@ -99,7 +103,8 @@ class CreditStream:
                 if given_back:
                     credit_ids = replica_pb2.CreditIds(credit_ids=given_back)
                     await call.write(replica_pb2.SchedulerMessage(give_back=credit_ids))
-                demand = (len(self._lanes), self._lanes.token_count)
+                realtime_count = len(self._lanes.lane(ServiceClass.REALTIME))
+                demand = (len(self._lanes), self._lanes.token_count, realtime_count)
                 if demand != told:
                     await call.write(_demand(demand))
                     told = demand
@@ -121,12 +126,13 @@ class CreditStream:
                 self._hear(message.load, now)
             case "grant":
                 lease_seconds = message.grant.lease.ToMilliseconds() / 1000
-                book.grant(message.grant.credit_ids, lease_seconds, now)
+                book.grant(message.grant.credit_ids, lease_seconds, now, preempting=message.grant.preempting)
                 self._on_credits()
             case "revoke":
                 self._give_back += book.revoke(message.revoke.credit_ids)
                 self._changed.set()
             case "outcome":
+                self._on_outcome(self.replica, message.outcome)
                 book.finish(message.outcome.credit_id)
 
     def _hear(self, load: replica_pb2.Load, now: float) -> None:
@@ -199,11 +205,16 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         slot_count=load.slot_count,
         seconds_per_output_token=load.time_per_output_token.ToNanoseconds() / 1e9,
         time_to_first_token_seconds=load.time_to_first_token.ToNanoseconds() / 1e9,
+        reuses_prefixes=load.reuses_prefixes,
     )
 
 
-def _demand(demand: tuple[int, int]) -> replica_pb2.SchedulerMessage:
-    request_count, token_count = demand
+def _demand(demand: tuple[int, int, int]) -> replica_pb2.SchedulerMessage:
+    request_count, token_count, realtime_count = demand
     return replica_pb2.SchedulerMessage(
-        demand=replica_pb2.Demand(waiting_request_count=request_count, waiting_token_count=token_count)
+        demand=replica_pb2.Demand(
+            waiting_request_count=request_count,
+            waiting_token_count=token_count,
+            realtime_request_count=realtime_count,
+        )
     )

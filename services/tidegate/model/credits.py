@@ -423,7 +423,8 @@ class CreditLedger:
             return
         while self._preempting_count < wanted:
             session = min(
-                self._sessions, key=lambda key: len(self._sessions[key].preempting) - self._sessions[key].realtime_demand
+                self._sessions,
+                key=lambda key: len(self._sessions[key].preempting) - self._sessions[key].realtime_demand,
             )
             fresh.setdefault(session, []).append(self._issue(session, held_since=now, now=now, preempting=True))
 

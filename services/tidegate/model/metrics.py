@@ -244,7 +244,9 @@ class StateCollector(Collector):
                 "tidegate_preempting_credits_granted", "Preempting credits out and not spent.", ledger.preempting_count
             ),
             GaugeMetricFamily("tidegate_slots_paused", "Batch requests paused for realtime ones.", ledger.paused_count),
-            GaugeMetricFamily("tidegate_credits_ahead", "Credits that may stand above the slots.", self._load.ahead_count),
+            GaugeMetricFamily(
+                "tidegate_credits_ahead", "Credits that may stand above the slots.", self._load.ahead_count
+            ),
             GaugeMetricFamily(
                 "tidegate_credit_gap_seconds",
                 "From a freed slot's credit to the request that spent it, while requests wait.",

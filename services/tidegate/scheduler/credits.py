@@ -43,9 +43,7 @@ class CreditBook:
         """Credits spent, without an outcome yet."""
         return len(self._spent)
 
-    def grant(
-        self, credit_ids: Iterable[str], lease_seconds: float, now: float, *, preempting: bool = False
-    ) -> None:
+    def grant(self, credit_ids: Iterable[str], lease_seconds: float, now: float, *, preempting: bool = False) -> None:
         """Takes new credits, or renews the lease of those in hand. One that is spent stays spent."""
         hand = self._preempting if preempting else self._in_hand
         for credit_id in credit_ids:

@@ -1,16 +1,16 @@
 """Brings what waits and what is free together. Pure; seconds are monotonic.
 
-Invariant: after `match`, either nothing waits or no ready replica has a credit to spend.
+Invariant: after `match`, either nothing waits or no candidate has a credit that what is next may spend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from tidegate.scheduler.forecast import DrainRate, expected_wait
 from tidegate.scheduler.lanes import Lanes, Waiting
-from tidegate.scheduler.placement import Placement, Weights, choose, order
-from tidegate.scheduler.replica_table import Replica, ReplicaTable
+from tidegate.scheduler.placement import Placement, Weights
+from tidegate.scheduler.placer import Placer
+from tidegate.scheduler.replica_table import ReplicaTable
+from tidegate.scheduler.request import ServiceClass
 
 
 class Dispatcher:
@@ -19,21 +19,27 @@ class Dispatcher:
     Args:
         weights: of the placement score.
         alternative_count: how many next best replicas a placement names.
+        placer: takes the credits; None: one by these weights.
     """
 
     def __init__(
-        self, lanes: Lanes, table: ReplicaTable, drain: DrainRate, *, weights: Weights, alternative_count: int
+        self,
+        lanes: Lanes,
+        table: ReplicaTable,
+        drain: DrainRate,
+        *,
+        weights: Weights,
+        alternative_count: int,
+        placer: Placer | None = None,
     ) -> None:
         self.lanes = lanes
         self.table = table
         self.drain = drain
-        self._weights = weights
-        self._alternative_count = alternative_count
-        self._dispatch_count = 0
+        self.placer = placer or Placer(table, weights, alternative_count=alternative_count)
 
     def can_dispatch(self, now: float) -> bool:
         """Whether a request that came now would be dispatched at once."""
-        return self.lanes.next is None and self._has_credit(self.table.ready(now), now)
+        return self.lanes.next is None and self.placer.can_place(now)
 
     def add(self, waiting: Waiting) -> None:
         """Lets a request wait; the caller then calls `match`."""
@@ -59,26 +65,12 @@ class Dispatcher:
 
     def put_back(self, placement: Placement) -> None:
         """Takes back the credit of a request that was placed and not sent; the caller then calls `match`."""
-        replica = self.table.get(placement.address)
-        if replica is not None:
-            replica.book.put_back(placement.credit_id)
+        self.placer.put_back(placement)
 
     def expected_wait(self, waiting: Waiting, now: float) -> float | None:
         """Seconds until a waiting request leaves, by the measured rate; None when that is not known."""
         return expected_wait(self.lanes.position(waiting), self.drain.rate(now))
 
     def _place(self, waiting: Waiting, now: float) -> Placement | None:
-        ready = self.table.ready(now)
-        if not self._has_credit(ready, now):
-            return None
-        ordered = order(ready, self._weights, waiting.answer_token_count)
-        chosen = choose(ordered, now)
-        assert chosen is not None
-        self._dispatch_count += 1
-        chosen.dispatch_number = self._dispatch_count
-        alternatives = [replica.address for replica in ordered if replica is not chosen]
-        return Placement(chosen.address, chosen.book.spend(now), tuple(alternatives[: self._alternative_count]))
-
-    @staticmethod
-    def _has_credit(replicas: Iterable[Replica], now: float) -> bool:
-        return any(replica.book.can_spend(now) for replica in replicas)
+        urgent = waiting.service_class is ServiceClass.REALTIME
+        return self.placer.place(waiting.answer_token_count, now, urgent=urgent, block_hashes=waiting.block_hashes)

@@ -36,6 +36,7 @@ class Waiting:
     byte_count: int
     since: float
     deadline: float
+    block_hashes: tuple[int, ...] = ()
 
 
 class Lane:

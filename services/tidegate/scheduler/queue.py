@@ -118,4 +118,5 @@ def _waiting(request: Request, now: float) -> Waiting:
         byte_count=request.body_byte_count,
         since=now,
         deadline=request.deadline,
+        block_hashes=request.block_hashes,
     )

@@ -15,7 +15,9 @@ import grpc
 import structlog
 
 from tidegate.common.grpc_clients import open_channel
+from tidegate.scheduler.breakers import Result
 from tidegate.scheduler.lanes import Lanes
+from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.replica_table import Replica, ReplicaLoad, ReplicaTable
 from tidegate.scheduler.request import ServiceClass
 from tidegate.v1 import replica_pb2, replica_pb2_grpc
@@ -206,6 +208,30 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         seconds_per_output_token=load.time_per_output_token.ToNanoseconds() / 1e9,
         time_to_first_token_seconds=load.time_to_first_token.ToNanoseconds() / 1e9,
         reuses_prefixes=load.reuses_prefixes,
+    )
+
+
+def note_outcome(placer: Placer, replica: Replica, outcome: replica_pb2.Outcome, now: float) -> None:
+    """Tells the placer what an outcome says of its replica: an answer's time, a failure, or nothing."""
+    has_begun = outcome.HasField("time_to_first_token")
+    match outcome.outcome:
+        case replica_pb2.REQUEST_OUTCOME_FAILED:
+            result = Result.FAILED
+        case replica_pb2.REQUEST_OUTCOME_COMPLETED:
+            result = Result.GOOD
+        case replica_pb2.REQUEST_OUTCOME_DEADLINE_EXCEEDED if has_begun:
+            # It kept its pace or it did not; the deadline was the client's.
+            result = Result.GOOD
+        case _:
+            result = Result.NOTHING
+    placer.note(
+        replica.address,
+        outcome.credit_id,
+        result,
+        now,
+        seconds=0.0 if outcome.paused else outcome.duration.ToNanoseconds() / 1e9,
+        prompt_token_count=outcome.prompt_token_count,
+        answer_token_count=outcome.completion_token_count,
     )
 
 

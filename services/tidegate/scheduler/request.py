@@ -60,6 +60,7 @@ class Request:
     prompt_token_count: int = 0
     answer_token_count: int = 0
     answer_key: bytes = b""
+    block_hashes: tuple[int, ...] = ()
     tokens: tensor_pb2.Tensor | None = None
     queue_seconds: float = 0.0
 

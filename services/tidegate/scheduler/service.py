@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -17,6 +18,7 @@ from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.scheduler.admission import Admission
+from tidegate.scheduler.breakers import BreakerTerms
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.circuit import Circuit
 from tidegate.scheduler.config import Settings
@@ -27,16 +29,17 @@ from tidegate.scheduler.gauges import Gauges
 from tidegate.scheduler.lanes import LaneLimits, Lanes
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.pipeline import Pipeline
-from tidegate.scheduler.placement import Weights
+from tidegate.scheduler.placement import Policy, Weights
+from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.preprocess_client import PreprocessClient
 from tidegate.scheduler.queue import Queue
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
-from tidegate.scheduler.replicas import CreditStream, CreditStreams
+from tidegate.scheduler.replicas import CreditStream, CreditStreams, note_outcome
 from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.servicer import ExternalProcessor
 from tidegate.scheduler.shedding import Shedder
 from tidegate.scheduler.watch import Scheduler, Snapshots
-from tidegate.v1 import scheduler_pb2_grpc
+from tidegate.v1 import replica_pb2, scheduler_pb2_grpc
 
 log = structlog.get_logger()
 
@@ -65,7 +68,7 @@ class SchedulerService:
         self._clock = clock
         self._on_fault = on_fault
         self.scheduler_id = uuid.uuid4().hex
-        weights = Weights(settings.latency_weight, settings.queue_weight)
+        weights = Weights(settings.latency_weight, settings.queue_weight, settings.prefix_weight)
         self.outcomes = Outcomes()
         lanes = Lanes(_lane_limits(settings))
         table = ReplicaTable(
@@ -79,6 +82,7 @@ class SchedulerService:
             DrainRate(settings.drain_half_life_seconds),
             weights=weights,
             alternative_count=settings.alternative_count,
+            placer=_placer(settings, table, weights),
         )
         self.streams = CreditStreams(table, self._open_stream, self._spawn)
         self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed)
@@ -165,6 +169,7 @@ class SchedulerService:
             self.dispatcher.table.note_presence(now)
             for replica in self.dispatcher.table:
                 replica.book.drop_expired(now)
+            self.dispatcher.placer.keep({replica.address for replica in self.dispatcher.table})
             conditions = self.pipeline.conditions()
             if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
@@ -207,10 +212,33 @@ class SchedulerService:
             demand_interval_seconds=self._settings.demand_interval_seconds,
             clock=self._clock,
             on_credits=self.queue.match,
+            on_outcome=self._note_outcome,
         )
+
+    def _note_outcome(self, replica: Replica, outcome: replica_pb2.Outcome) -> None:
+        note_outcome(self.dispatcher.placer, replica, outcome, self._clock())
 
     def _circuit(self) -> Circuit:
         return Circuit(self._settings.dependency_failure_limit, self._settings.dependency_pause_seconds)
+
+
+def _placer(settings: Settings, table: ReplicaTable, weights: Weights) -> Placer:
+    return Placer(
+        table,
+        weights,
+        alternative_count=settings.alternative_count,
+        policy=Policy(settings.placement_policy),
+        random_index=random.randrange,
+        breaker_terms=BreakerTerms(
+            failure_limit=settings.breaker_failure_limit,
+            slow_limit=settings.breaker_slow_limit,
+            slow_factor=settings.breaker_slow_factor,
+            open_seconds=settings.breaker_open_seconds,
+            probe_limit=settings.breaker_probe_limit,
+        ),
+        slow_start_seconds=settings.slow_start_seconds,
+        prefix_memory_blocks=settings.prefix_memory_blocks,
+    )
 
 
 def _lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:

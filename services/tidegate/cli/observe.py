@@ -44,6 +44,10 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     kv_block_count: int
     generated_tokens_per_second: float
     score: float
+    breaker: str
+    breaker_reason: str
+    slow_start_share: float
+    preempting_credit_count: int
     last_error: str
 
 
@@ -153,6 +157,10 @@ def _replica_view(replica: scheduler_pb2.ReplicaSnapshot) -> ReplicaView:
         kv_block_count=load.kv_block_count,
         generated_tokens_per_second=load.generated_tokens_per_second,
         score=replica.score,
+        breaker=replica.breaker,
+        breaker_reason=replica.breaker_reason,
+        slow_start_share=replica.slow_start_share,
+        preempting_credit_count=replica.preempting_credit_count,
         last_error=replica.last_error or load.not_ready_reason,
     )
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tidegate.cli import config, observe, state, talk
-from tidegate.cli.observe import MeshView
+from tidegate.cli.observe import MeshView, ReplicaView
 
 
 def run(output: str) -> int:
@@ -63,7 +63,7 @@ def _processes(view: MeshView) -> Table:
 
 
 def _replicas(view: MeshView) -> Table:
-    table = _table("REPLICA", "STATE", "RUN", "WAIT", "CREDITS", "SENT", "KV", "TOK/S", "SCORE")
+    table = _table("REPLICA", "STATE", "RUN", "WAIT", "CREDITS", "SENT", "KV", "TOK/S", "SCORE", "BREAKER")
     for each in view.replicas:
         red = not (each.connected and each.ready)
         word = "ready" if not red else "not ready" if each.connected else "away"
@@ -73,13 +73,23 @@ def _replicas(view: MeshView) -> Table:
             Text(word, style="red" if red else "green"),
             f"{each.running_request_count}/{each.slot_count}",
             str(each.waiting_request_count),
-            str(each.credit_count),
+            f"{each.credit_count}+{each.preempting_credit_count}"
+            if each.preempting_credit_count
+            else str(each.credit_count),
             str(each.in_flight_count),
             f"{used:.0%}",
             f"{each.generated_tokens_per_second:.0f}",
             f"{each.score:.2f}",
+            _breaker(each),
         )
     return table
+
+
+def _breaker(replica: ReplicaView) -> Text:
+    if replica.breaker != "closed":
+        return Text(f"{replica.breaker} ({replica.breaker_reason})", style="red")
+    share = replica.slow_start_share
+    return Text(f"closed, slow start {share:.0%}" if 0 < share < 1 else "closed")
 
 
 def _lanes(view: MeshView) -> Table:

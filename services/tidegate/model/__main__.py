@@ -7,6 +7,7 @@ import random
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 import grpc
@@ -19,11 +20,13 @@ from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
 from tidegate.model import orca, servicer
 from tidegate.model.answers import Answers
+from tidegate.model.capacity import Capacity
 from tidegate.model.config import Settings
 from tidegate.model.credits import CreditLedger
 from tidegate.model.credits import Terms as CreditTerms
 from tidegate.model.engine_watch import EngineWatch
 from tidegate.model.load import ReplicaLoad
+from tidegate.model.look_ahead import LookAhead
 from tidegate.model.metrics import Metrics, StateCollector
 from tidegate.model.peers import Peers
 from tidegate.model.prompts import PromptSource
@@ -101,6 +104,10 @@ class ModelService:
         self.load = ReplicaLoad(settings.address, settings.model_name, lambda: triton.latest_load)
         self.slots = Slots(CreditLedger(_credit_terms(settings), life), self.load.retry_after_seconds)
         self.load.slots = self.slots
+        self.load.capacity = Capacity(settings.tpot_target_seconds)
+        self.load.look_ahead = look_ahead = LookAhead(settings.credit_ahead_limit, time.monotonic())
+        self.slots.on_gap = lambda seconds: look_ahead.add_gap(seconds, time.monotonic())
+        self.slots.on_turnover = lambda: look_ahead.add_turnover(time.monotonic())
         self._prompts = PromptSource(
             model,
             region=settings.arena_region,
@@ -204,6 +211,7 @@ def _credit_terms(settings: Settings) -> CreditTerms:
         protected_seconds=settings.credit_protected_seconds,
         queue_limit=settings.queue_limit,
         overflow_slot_count=settings.overflow_slot_count,
+        preempting_share=settings.preempting_share,
     )
 
 

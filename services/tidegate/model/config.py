@@ -54,6 +54,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     overflow_slot_count: Annotated[int, Meta(ge=0, le=1_000)] = 8
     """Resumed requests that may run above the slots; their clients were promised an answer."""
 
+    tpot_target_seconds: Annotated[float, Meta(ge=0, le=60)] = 0.0
+    """Fewer requests run at once while a token takes longer than this. 0: no target, the default, for a processor's
+    tokens take 50 ms where a GPU's take 5; no number suits both, and a wrong one would throw throughput away."""
+    credit_ahead_limit: Annotated[int, Meta(ge=0, le=64)] = 4
+    """The most credits above the slots, while requests wait: as many as slots would stand empty on average between
+    two requests. 0: none."""
+    preempting_share: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """The share of the slots whose batch requests may be paused for realtime ones at once; the rest of batch goes on.
+    0: none."""
+
     default_timeout_seconds: Seconds = 600.0
     """The deadline of a request that has none."""
     longest_timeout_seconds: Seconds = 7_200.0

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import structlog
 
 from tidegate.common.errors import Reason, TidegateError
+from tidegate.model.capacity import Bounds
 from tidegate.model.load import ReplicaLoad
 from tidegate.model.prompts import PromptSource
 from tidegate.model.slots import Slots
 from tidegate.model.triton_client import ArenaUnavailable, EngineLoad, TritonClient
 
 log = structlog.get_logger()
+
+
+class Planned(NamedTuple):
+    """What the slots are told."""
+
+    slot_count: int
+    can_start: bool
+    ahead_count: int
 
 
 class EngineWatch:
@@ -44,7 +54,7 @@ class EngineWatch:
         self._set_serving = set_serving
         self._poll_seconds = poll_seconds
         self._others_count = 0
-        self._capacity = (0, False)
+        self._capacity = Planned(0, False, 0)
         self._ready_changed = asyncio.Event()
 
     def start(self) -> None:
@@ -56,12 +66,21 @@ class EngineWatch:
         """Takes the engine's figures, as often as each step; a change alone costs more than a comparison."""
         if not self._triton.ready:
             return
-        others_count = max(0, load.running + load.waiting - self._slots.ledger.running_count)
+        ledger = self._slots.ledger
+        others_count = max(0, load.running + load.waiting - ledger.engine_count)
         # A cancelled sequence counts in the engine until its next step; other clients' sequences stay.
         foreign_count = min(others_count, self._others_count)
         self._others_count = others_count
-        slot_count = max(0, min(load.max_sequences, self._slot_limit or load.max_sequences) - foreign_count)
-        self._set_capacity((slot_count, load.waiting == 0))
+        bounds = Bounds(
+            max_sequences=max(0, min(load.max_sequences, self._slot_limit or load.max_sequences) - foreign_count),
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            block_token_count=load.block_token_count,
+        )
+        slot_count, ahead_count = self._load.plan(bounds, ledger.engine_count)
+        # What is paused waits in the engine, and what was promised ahead.
+        allowed_count = ledger.paused_count + ahead_count
+        self._set_capacity(Planned(slot_count, load.waiting <= allowed_count, ahead_count))
 
     def take_ready(self, ready: bool) -> None:
         """Takes a change of readiness."""
@@ -70,7 +89,7 @@ class EngineWatch:
             if self._triton.latest_load is not None:
                 self.take_load(self._triton.latest_load)
         else:
-            self._set_capacity((0, False))
+            self._set_capacity(Planned(0, False, 0))
             self._slots.fail_waiting(
                 TidegateError(Reason.REPLICA_UNAVAILABLE, "The replica's engine went away.", retry_after_seconds=1.0)
             )
@@ -98,7 +117,7 @@ class EngineWatch:
         except ArenaUnavailable as error:
             log.debug("arena_not_registered", error=str(error))
 
-    def _set_capacity(self, capacity: tuple[int, bool]) -> None:
+    def _set_capacity(self, capacity: Planned) -> None:
         if capacity != self._capacity:
             self._capacity = capacity
-            self._slots.set_capacity(capacity[0], can_start=capacity[1])
+            self._slots.set_capacity(capacity.slot_count, can_start=capacity.can_start, ahead=capacity.ahead_count)

@@ -12,6 +12,8 @@ from typing import Final
 
 from xds.data.orca.v3 import orca_load_report_pb2
 
+from tidegate.model.capacity import Bounds, Capacity
+from tidegate.model.look_ahead import LookAhead
 from tidegate.model.moving_averages import MovingAverage, MovingRate
 from tidegate.model.slots import Slots
 from tidegate.model.triton_messages import EngineLoad
@@ -52,6 +54,9 @@ class ReplicaLoad:
         self._new_gap_seconds = 0.0
         self._new_gap_token_count = 0
         self.slots: Slots | None = None
+        self.capacity = Capacity()
+        self.look_ahead = LookAhead(0, clock())
+        self.ahead_count = 0
         self.not_ready_reason = "starting"
         self.latest = replica_pb2.Load(replica=address, models=[model_name], not_ready_reason=self.not_ready_reason)
         """The last snapshot, for readers in other threads."""
@@ -71,6 +76,21 @@ class ReplicaLoad:
         """Counts a request that ended."""
         self._requests.add(1, self._clock())
         self._errors.add(1 if failed else 0, self._clock())
+
+    def add_need(self, token_count: int) -> None:
+        """Takes the tokens, of prompt and answer, of a request that ran to its end."""
+        self.capacity.kv.add_request(token_count, self._clock())
+
+    def seconds_per_output_token(self) -> float | None:
+        """The moving average of the time per output token; None before the first."""
+        return self._per_token.value(self._fold())
+
+    def plan(self, bounds: Bounds, engine_count: int) -> tuple[int, int]:
+        """The slots that the engine should have now, and the credits ahead of them."""
+        tpot_seconds, now = self.seconds_per_output_token(), self._clock()
+        slot_count = self.capacity.slots(bounds, engine_count=engine_count, tpot_seconds=tpot_seconds, now=now)
+        self.ahead_count = self.look_ahead.ahead(slot_count, tpot_seconds, now)
+        return slot_count, self.ahead_count
 
     def retry_after_seconds(self) -> float:
         """When the queue should have moved on, by the measured rate at which requests end."""
@@ -93,6 +113,8 @@ class ReplicaLoad:
             load.running_request_count = self.slots.ledger.running_count
             load.waiting_request_count = self.slots.ledger.waiting_count
             load.slot_count = self.slots.ledger.slot_count
+            load.paused_request_count = self.slots.ledger.paused_count
+            load.ahead_count = self.ahead_count
         if engine is not None:
             load.running_request_count = max(load.running_request_count, engine.running)
             load.waiting_request_count += engine.waiting
@@ -103,6 +125,8 @@ class ReplicaLoad:
             load.time_per_output_token.FromNanoseconds(int(per_token * 1e9))
         if (first_token := self._first_token.value(now)) is not None:
             load.time_to_first_token.FromNanoseconds(int(first_token * 1e9))
+        if self.look_ahead.gap_seconds is not None:
+            load.credit_gap.FromMicroseconds(round(self.look_ahead.gap_seconds * 1e4) * 100)
         self.latest = load
         return load
 

@@ -241,6 +241,18 @@ class StateCollector(Collector):
             GaugeMetricFamily("tidegate_slots_used", "Requests that have a slot.", ledger.running_count),
             GaugeMetricFamily("tidegate_credits_granted", "Credits out and not spent.", ledger.granted_count),
             GaugeMetricFamily(
+                "tidegate_preempting_credits_granted", "Preempting credits out and not spent.", ledger.preempting_count
+            ),
+            GaugeMetricFamily("tidegate_slots_paused", "Batch requests paused for realtime ones.", ledger.paused_count),
+            GaugeMetricFamily(
+                "tidegate_credits_ahead", "Credits that may stand above the slots.", self._load.ahead_count
+            ),
+            GaugeMetricFamily(
+                "tidegate_credit_gap_seconds",
+                "From a freed slot's credit to the request that spent it, while requests wait.",
+                self._load.look_ahead.gap_seconds or 0.0,
+            ),
+            GaugeMetricFamily(
                 "tidegate_fail_open_waiting", "Requests without a credit that wait for a slot.", ledger.waiting_count
             ),
             GaugeMetricFamily("tidegate_schedulers", "Connected schedulers.", len(self._slots.sessions)),

@@ -70,7 +70,11 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServicer):
             async for message in messages:
                 match message.WhichOneof("message"):
                     case "demand":
-                        self._slots.ledger.set_demand(session.key, max(0, message.demand.waiting_request_count))
+                        self._slots.ledger.set_demand(
+                            session.key,
+                            max(0, message.demand.waiting_request_count),
+                            max(0, message.demand.realtime_request_count),
+                        )
                     case "give_back":
                         self._slots.ledger.give_back(session.key, message.give_back.credit_ids)
                     case _:

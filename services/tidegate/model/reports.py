@@ -57,6 +57,8 @@ class Reports:
         """Reports a request whose record is complete."""
         self._metrics.add_request(record)
         self._load.add_request(failed=record.outcome == replica_pb2.REQUEST_OUTCOME_FAILED)
+        if record.outcome == replica_pb2.REQUEST_OUTCOME_COMPLETED:
+            self._load.add_need(record.prompt_token_count + record.completion_token_count)
         if spent is not None:
             self._slots.report(spent, outcome_message(record))
         log.info("request", **log_fields(record))

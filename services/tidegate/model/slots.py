@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from tidegate.common.errors import Reason, TidegateError
-from tidegate.model.credits import Admitted, CreditLedger, Decision, Granted, Revoked, Spent
+from tidegate.model.credits import Admitted, CreditLedger, Decision, Granted, Revoked, Spent, Urgency
 from tidegate.v1 import replica_pb2
 
 OUTBOX_LIMIT: Final = 10_000
@@ -80,15 +80,19 @@ class Slots:
         self._keys = itertools.count(1)
         self._sessions: dict[int, SchedulerSession] = {}
         self._waiters: dict[int, asyncio.Future[None]] = {}
+        self.on_gap: Callable[[float], None] = lambda seconds: None
+        """Called with the time from a wanted credit to the request that spent it."""
+        self.on_turnover: Callable[[], None] = lambda: None
+        """Called when a slot was freed."""
 
-    async def take(self, *, credit_id: str, resumed: bool) -> Slot:
+    async def take(self, *, credit_id: str, resumed: bool, urgency: Urgency = Urgency.STANDARD) -> Slot:
         """Takes a slot, waiting in the bounded queue where there is none.
 
         Raises:
             TidegateError: SERVER_IS_OVERLOADED when the queue is full.
         """
         holder = next(self._keys)
-        decision = self.ledger.take(holder, credit_id, resumed=resumed, now=self._clock())
+        decision = self.ledger.take(holder, credit_id, resumed=resumed, now=self._clock(), urgency=urgency)
         if decision is Decision.REFUSE:
             raise TidegateError(
                 Reason.SERVER_IS_OVERLOADED,
@@ -99,7 +103,10 @@ class Slots:
             await self._wait(holder)
         else:
             self.update()
-        return Slot(self, holder, self.ledger.spent_by(holder))
+        spent = self.ledger.spent_by(holder)
+        if spent is not None and spent.gap_seconds is not None:
+            self.on_gap(spent.gap_seconds)
+        return Slot(self, holder, spent)
 
     async def _wait(self, holder: int) -> None:
         future = asyncio.get_running_loop().create_future()
@@ -118,11 +125,12 @@ class Slots:
     def release(self, holder: int) -> None:
         """Gives back what a holder has: its slot or its place in the queue."""
         self.ledger.release(holder)
+        self.on_turnover()
         self.update()
 
-    def set_capacity(self, slot_count: int, *, can_start: bool) -> None:
+    def set_capacity(self, slot_count: int, *, can_start: bool, ahead: int = 0) -> None:
         """Passes on what the engine says."""
-        self.ledger.set_capacity(slot_count, can_start=can_start)
+        self.ledger.set_capacity(slot_count, can_start=can_start, ahead=ahead)
         self.update()
 
     def fail_waiting(self, error: TidegateError) -> None:
@@ -155,6 +163,7 @@ class Slots:
         session = self._sessions.get(spent.session)
         if session is not None:
             outcome.credit_id = spent.credit_id
+            outcome.paused = spent.was_paused
             session.put(replica_pb2.ReplicaMessage(outcome=outcome))
 
     def update(self) -> None:
@@ -163,8 +172,8 @@ class Slots:
             match action:
                 case Admitted(holder):
                     self._admit(holder)
-                case Granted(key, credit_ids, lease_seconds):
-                    grant = replica_pb2.Grant(credit_ids=credit_ids)
+                case Granted(key, credit_ids, lease_seconds, preempting):
+                    grant = replica_pb2.Grant(credit_ids=credit_ids, preempting=preempting)
                     grant.lease.FromNanoseconds(int(lease_seconds * 1e9))
                     self._sessions[key].put(replica_pb2.ReplicaMessage(grant=grant))
                 case Revoked(key, credit_ids):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tidegate.common.arena import HandleError
 from tidegate.common.errors import Reason, TidegateError
 from tidegate.model.call import ENGINE_PRIORITIES, Job
+from tidegate.model.credits import Urgency
 from tidegate.model.peers import Peers
 from tidegate.model.prompts import HeldPrompt, PromptSource
 from tidegate.model.slots import Slots
@@ -168,7 +169,11 @@ class TokenSource:
             raise TidegateError(
                 Reason.REPLICA_UNAVAILABLE, "The replica's engine is not ready.", retry_after_seconds=1.0
             )
-        slot = await self._slots.take(credit_id=credit_id, resumed=resumed or job.call.resumed)
+        slot = await self._slots.take(
+            credit_id=credit_id,
+            resumed=resumed or job.call.resumed,
+            urgency=Urgency(ENGINE_PRIORITIES[job.service_class]),
+        )
         job.record.slot_at = self._clock()
         job.spent = job.spent or slot.spent
         try:

@@ -162,6 +162,38 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     queue_weight: Annotated[float, Meta(ge=0, le=1)] = 0.4
     """What the replica's own queue counts in its score."""
 
+    prefix_weight: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """What the part of a prompt counts that a replica does not hold and another does. It acts only on replicas that say
+    that they reuse prefixes."""
+
+    prefix_block_limit: Annotated[int, Meta(ge=1, le=4_096)] = 256
+    """The blocks of a prompt, from its beginning, that are compared: 256 are 4,096 tokens, and 2 KiB a request."""
+
+    prefix_memory_blocks: Annotated[int, Meta(ge=1, le=10_000_000)] = 65_536
+    """The blocks remembered of each replica; about 10 MB each."""
+
+    placement_policy: Literal["score", "two_choices", "round_robin", "least_request"] = "score"
+    """score looks at all replicas; two_choices at two that are drawn, for very many; the others are for comparison."""
+
+    breaker_failure_limit: Count = 5
+    """A replica's breaker opens after so many failures in a row."""
+
+    breaker_slow_limit: Count = 10
+    """The same after so many slow answers in a row; a healthy one is called slow less than once in ten answers."""
+
+    breaker_slow_factor: Annotated[float, Meta(ge=0, le=100)] = 1.2
+    """Slow is more than so many times the time that nine tenths of the other replicas' answers kept (T90), by size.
+    0: only failures count; for replicas of very different speed on purpose."""
+
+    breaker_open_seconds: Seconds = 5.0
+    """For how long it gets nothing; twice as long each time, up to 60 s."""
+
+    breaker_probe_limit: Count = 2
+    """Requests at once that probe it then; as many good answers close the breaker."""
+
+    slow_start_seconds: Annotated[float, Meta(ge=0, le=600)] = 5.0
+    """Until a new or returned replica may use all its slots, while another has been here longer. 0: at once."""
+
     alternative_count: Annotated[int, Meta(ge=0, le=16)] = 2
     """How many next best replicas are named beside the best, for Envoy's retries."""
 

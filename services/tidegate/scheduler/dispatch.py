@@ -1,16 +1,15 @@
 """Brings what waits and what is free together. Pure; seconds are monotonic.
 
-Invariant: after `match`, either nothing waits or no ready replica has a credit to spend.
+Invariant: after `match`, either nothing waits or no candidate has a credit that what is next may spend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from tidegate.scheduler.forecast import DrainRate, WorkRates, expected_wait
 from tidegate.scheduler.lanes import Lanes, Waiting
-from tidegate.scheduler.placement import Placement, Weights, choose, order
-from tidegate.scheduler.replica_table import Replica, ReplicaTable
+from tidegate.scheduler.placement import Placement, Weights
+from tidegate.scheduler.placer import Placer
+from tidegate.scheduler.replica_table import ReplicaTable
 from tidegate.scheduler.request import ServiceClass
 
 
@@ -21,6 +20,7 @@ class Dispatcher:
         weights: of the placement score.
         alternative_count: how many next best replicas a placement names.
         work: counts what leaves the lanes in cost, as `drain` does in requests.
+        placer: takes the credits; None: one by these weights.
     """
 
     def __init__(
@@ -32,18 +32,17 @@ class Dispatcher:
         weights: Weights,
         alternative_count: int,
         work: WorkRates | None = None,
+        placer: Placer | None = None,
     ) -> None:
         self.lanes = lanes
         self.table = table
         self.drain = drain
         self._work = work
-        self._weights = weights
-        self._alternative_count = alternative_count
-        self._dispatch_count = 0
+        self.placer = placer or Placer(table, weights, alternative_count=alternative_count)
 
     def can_dispatch(self, now: float) -> bool:
         """Whether a request that came now would be dispatched at once."""
-        return self.lanes.next is None and self._has_credit(self.table.ready(now), now)
+        return self.lanes.next is None and self.placer.can_place(now)
 
     def add(self, waiting: Waiting) -> None:
         """Lets a request wait; the caller then calls `match`."""
@@ -52,10 +51,8 @@ class Dispatcher:
     def match(self, now: float) -> list[tuple[Waiting, Placement]]:
         """Takes from the lanes whatever a credit is there for, in order, and says where each goes."""
         matched = []
-        while (waiting := self.lanes.next) is not None:
-            placement = self._place(waiting, now)
-            if placement is None:
-                break
+        while (found := self._next(now)) is not None:
+            waiting, placement = found
             self.lanes.take(waiting)
             self.drain.count_dispatch(now)
             if self._work is not None:
@@ -71,9 +68,7 @@ class Dispatcher:
 
     def put_back(self, placement: Placement) -> None:
         """Takes back the credit of a request that was placed and not sent; the caller then calls `match`."""
-        replica = self.table.get(placement.address)
-        if replica is not None:
-            replica.book.put_back(placement.credit_id)
+        self.placer.put_back(placement)
 
     def expected_wait(self, waiting: Waiting, now: float, *, position: int | None = None) -> float | None:
         """Seconds until a waiting request leaves, by the measured rate; None when that is not known.
@@ -88,18 +83,18 @@ class Dispatcher:
         if self._work is not None:
             self._work.set_backlog((one for one in ServiceClass if len(self.lanes.lane(one))), now)
 
-    def _place(self, waiting: Waiting, now: float) -> Placement | None:
-        ready = self.table.ready(now)
-        if not self._has_credit(ready, now):
+    def _next(self, now: float) -> tuple[Waiting, Placement] | None:
+        """The next one that a credit is there for, and its placement."""
+        waiting = self.lanes.next
+        if waiting is None:
             return None
-        ordered = order(ready, self._weights, waiting.answer_token_count)
-        chosen = choose(ordered, now)
-        assert chosen is not None
-        self._dispatch_count += 1
-        chosen.dispatch_number = self._dispatch_count
-        alternatives = [replica.address for replica in ordered if replica is not chosen]
-        return Placement(chosen.address, chosen.book.spend(now), tuple(alternatives[: self._alternative_count]))
+        placement = self._place(waiting, now)
+        if placement is None and waiting.service_class is not ServiceClass.REALTIME:
+            # What is next may not spend the credits that are left; a realtime request may.
+            waiting = self.lanes.next_of(ServiceClass.REALTIME)
+            placement = None if waiting is None else self._place(waiting, now)
+        return None if waiting is None or placement is None else (waiting, placement)
 
-    @staticmethod
-    def _has_credit(replicas: Iterable[Replica], now: float) -> bool:
-        return any(replica.book.can_spend(now) for replica in replicas)
+    def _place(self, waiting: Waiting, now: float) -> Placement | None:
+        urgent = waiting.service_class is ServiceClass.REALTIME
+        return self.placer.place(waiting.answer_token_count, now, urgent=urgent, block_hashes=waiting.block_hashes)

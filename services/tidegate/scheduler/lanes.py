@@ -58,6 +58,7 @@ class Waiting:
     cost: float = 1.0
     expected_seconds: float = 0.0
     retry_count: int = 0
+    block_hashes: tuple[int, ...] = ()
 
 
 class Lane:

@@ -191,6 +191,8 @@ class Pipeline:
         )
         request.service_class = request.named_class or _service_class(prepared)
         request.answer_key = prepared.answer_key
+        if self._settings.prefix_weight:
+            request.block_hashes = tuple(prepared.block_hashes[: self._settings.prefix_block_limit])
         if prepared.HasField("tokens"):
             # A copy, for a part of a message keeps the whole of it, and the hashes of a long prompt are many.
             request.tokens = tensor_pb2.Tensor()

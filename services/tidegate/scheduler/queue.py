@@ -131,4 +131,5 @@ def _waiting(request: Request, now: float) -> Waiting:
         cost=request.cost,
         expected_seconds=request.expected_seconds,
         retry_count=request.retry_count,
+        block_hashes=request.block_hashes,
     )

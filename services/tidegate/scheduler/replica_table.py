@@ -22,6 +22,7 @@ class ReplicaLoad:
     slot_count: int
     seconds_per_output_token: float
     time_to_first_token_seconds: float
+    reuses_prefixes: bool = False
 
     @property
     def busy_count(self) -> int:
@@ -38,6 +39,7 @@ class Replica:
     is_connected: bool = False
     load: ReplicaLoad | None = None
     heard_at: float = 0.0
+    ready_since: float = 0.0
     dispatch_number: int = 0
     last_error: str = field(default="not connected yet")
 
@@ -99,6 +101,8 @@ class ReplicaTable:
 
     def hear(self, replica: Replica, load: ReplicaLoad, now: float) -> None:
         """It said how it is."""
+        if not self.is_ready(replica, now):
+            replica.ready_since = now
         replica.load = load
         replica.heard_at = now
         replica.book.reconcile(load.busy_count, now)

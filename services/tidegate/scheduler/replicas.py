@@ -15,9 +15,12 @@ import grpc
 import structlog
 
 from tidegate.common.grpc_clients import open_channel
+from tidegate.scheduler.breakers import Result
 from tidegate.scheduler.lanes import Lanes
 from tidegate.scheduler.observations import Ended
+from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.replica_table import Replica, ReplicaLoad, ReplicaTable
+from tidegate.scheduler.request import ServiceClass
 from tidegate.v1 import replica_pb2, replica_pb2_grpc
 
 log = structlog.get_logger()
@@ -33,7 +36,7 @@ class CreditStream:
 
     Args:
         on_credits: called after credits have come that something may wait for.
-        on_outcome: called with how a request ended that had spent a credit of this stream.
+        on_outcome: called with each outcome, while its credit still counts as in flight.
         demand_interval_seconds: the least time between two messages to the replica.
     """
 
@@ -93,7 +96,7 @@ class CreditStream:
             call.cancel()
 
     async def _write(self, call: _Call) -> None:
-        told: tuple[int, int] | None = None
+        told: tuple[int, int, int] | None = None
         hello = replica_pb2.SchedulerHello(scheduler_id=self._scheduler_id)
         try:
             await call.write(replica_pb2.SchedulerMessage(hello=hello))
@@ -103,7 +106,8 @@ class CreditStream:
                 if given_back:
                     credit_ids = replica_pb2.CreditIds(credit_ids=given_back)
                     await call.write(replica_pb2.SchedulerMessage(give_back=credit_ids))
-                demand = (len(self._lanes), self._lanes.token_count)
+                realtime_count = len(self._lanes.lane(ServiceClass.REALTIME))
+                demand = (len(self._lanes), self._lanes.token_count, realtime_count)
                 if demand != told:
                     await call.write(_demand(demand))
                     told = demand
@@ -125,14 +129,14 @@ class CreditStream:
                 self._hear(message.load, now)
             case "grant":
                 lease_seconds = message.grant.lease.ToMilliseconds() / 1000
-                book.grant(message.grant.credit_ids, lease_seconds, now)
+                book.grant(message.grant.credit_ids, lease_seconds, now, preempting=message.grant.preempting)
                 self._on_credits()
             case "revoke":
                 self._give_back += book.revoke(message.revoke.credit_ids)
                 self._changed.set()
             case "outcome":
-                book.finish(message.outcome.credit_id)
                 self._on_outcome(self.replica, message.outcome)
+                book.finish(message.outcome.credit_id)
 
     def _hear(self, load: replica_pb2.Load, now: float) -> None:
         was_ready = self._table.is_ready(self.replica, now)
@@ -204,6 +208,7 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         slot_count=load.slot_count,
         seconds_per_output_token=load.time_per_output_token.ToNanoseconds() / 1e9,
         time_to_first_token_seconds=load.time_to_first_token.ToNanoseconds() / 1e9,
+        reuses_prefixes=load.reuses_prefixes,
     )
 
 
@@ -220,8 +225,36 @@ def ended(outcome: replica_pb2.Outcome) -> Ended:
     )
 
 
-def _demand(demand: tuple[int, int]) -> replica_pb2.SchedulerMessage:
-    request_count, token_count = demand
+def note_outcome(placer: Placer, replica: Replica, outcome: replica_pb2.Outcome, now: float) -> None:
+    """Tells the placer what an outcome says of its replica: an answer's time, a failure, or nothing."""
+    has_begun = outcome.HasField("time_to_first_token")
+    match outcome.outcome:
+        case replica_pb2.REQUEST_OUTCOME_FAILED:
+            result = Result.FAILED
+        case replica_pb2.REQUEST_OUTCOME_COMPLETED:
+            result = Result.GOOD
+        case replica_pb2.REQUEST_OUTCOME_DEADLINE_EXCEEDED if has_begun:
+            # It kept its pace or it did not; the deadline was the client's.
+            result = Result.GOOD
+        case _:
+            result = Result.NOTHING
+    placer.note(
+        replica.address,
+        outcome.credit_id,
+        result,
+        now,
+        seconds=0.0 if outcome.paused else outcome.duration.ToNanoseconds() / 1e9,
+        prompt_token_count=outcome.prompt_token_count,
+        answer_token_count=outcome.completion_token_count,
+    )
+
+
+def _demand(demand: tuple[int, int, int]) -> replica_pb2.SchedulerMessage:
+    request_count, token_count, realtime_count = demand
     return replica_pb2.SchedulerMessage(
-        demand=replica_pb2.Demand(waiting_request_count=request_count, waiting_token_count=token_count)
+        demand=replica_pb2.Demand(
+            waiting_request_count=request_count,
+            waiting_token_count=token_count,
+            realtime_request_count=realtime_count,
+        )
     )

@@ -70,6 +70,7 @@ class Request:
     answer_token_count: int = 0
     max_tokens: int = 0
     answer_key: bytes = b""
+    block_hashes: tuple[int, ...] = ()
     tokens: tensor_pb2.Tensor | None = None
     queue_seconds: float = 0.0
     retry_count: int = 0

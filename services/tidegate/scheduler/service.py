@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,7 @@ from tidegate.scheduler.admission import Admission
 from tidegate.scheduler.anomalies import Anomalies
 from tidegate.scheduler.anomalies import Terms as AnomalyTerms
 from tidegate.scheduler.answer_lengths import AnswerLengths
+from tidegate.scheduler.breakers import BreakerTerms
 from tidegate.scheduler.brownout import Brownout, Signs, Terms
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.circuit import Circuit
@@ -33,18 +35,19 @@ from tidegate.scheduler.observations import Observations
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.outlook import Outlook
 from tidegate.scheduler.pipeline import Expectations, Pipeline
-from tidegate.scheduler.placement import Weights
+from tidegate.scheduler.placement import Policy, Weights
+from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.preprocess_client import PreprocessClient
 from tidegate.scheduler.queue import Queue
 from tidegate.scheduler.queue_status import QueueStatuses
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
-from tidegate.scheduler.replicas import CreditStream, CreditStreams, ended
+from tidegate.scheduler.replicas import CreditStream, CreditStreams, ended, note_outcome
 from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.servicer import ExternalProcessor
 from tidegate.scheduler.shedding import Shedder
 from tidegate.scheduler.tenant_habits import TenantHabits
 from tidegate.scheduler.watch import Scheduler, Snapshots
-from tidegate.v1 import scheduler_pb2_grpc
+from tidegate.v1 import replica_pb2, scheduler_pb2_grpc
 
 log = structlog.get_logger()
 
@@ -76,7 +79,7 @@ class SchedulerService:
         self._clock = clock
         self._on_fault = on_fault
         self.scheduler_id = uuid.uuid4().hex
-        weights = Weights(settings.latency_weight, settings.queue_weight)
+        weights = Weights(settings.latency_weight, settings.queue_weight, settings.prefix_weight)
         self.anomalies = Anomalies(_anomaly_terms(settings), clock)
         self.outcomes = Outcomes(self.anomalies)
         lanes = Lanes(
@@ -98,6 +101,7 @@ class SchedulerService:
             weights=weights,
             alternative_count=settings.alternative_count,
             work=work,
+            placer=_placer(settings, table, weights),
         )
         self.expectations = _expectations(settings, lanes, table, work, clock())
         self.streams = CreditStreams(table, self._open_stream, self._spawn)
@@ -198,6 +202,7 @@ class SchedulerService:
             self.dispatcher.table.note_presence(now)
             for replica in self.dispatcher.table:
                 replica.book.drop_expired(now)
+            self.dispatcher.placer.keep({replica.address for replica in self.dispatcher.table})
             conditions = self.pipeline.conditions()
             if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
@@ -255,8 +260,13 @@ class SchedulerService:
             demand_interval_seconds=self._settings.demand_interval_seconds,
             clock=self._clock,
             on_credits=self.queue.match,
-            on_outcome=lambda _, outcome: self.expectations.observations.end(ended(outcome), self._clock()),
+            on_outcome=self._note_outcome,
         )
+
+    def _note_outcome(self, replica: Replica, outcome: replica_pb2.Outcome) -> None:
+        now = self._clock()
+        note_outcome(self.dispatcher.placer, replica, outcome, now)
+        self.expectations.observations.end(ended(outcome), now)
 
     def _circuit(self) -> Circuit:
         return Circuit(self._settings.dependency_failure_limit, self._settings.dependency_pause_seconds)
@@ -286,6 +296,25 @@ def _anomaly_terms(settings: Settings) -> AnomalyTerms:
         tenant_minimum=settings.anomaly_tenant_minimum,
         sample_minimum=settings.anomaly_sample_minimum,
         tenant_limit=settings.anomaly_tenant_limit,
+    )
+
+
+def _placer(settings: Settings, table: ReplicaTable, weights: Weights) -> Placer:
+    return Placer(
+        table,
+        weights,
+        alternative_count=settings.alternative_count,
+        policy=Policy(settings.placement_policy),
+        random_index=random.randrange,
+        breaker_terms=BreakerTerms(
+            failure_limit=settings.breaker_failure_limit,
+            slow_limit=settings.breaker_slow_limit,
+            slow_factor=settings.breaker_slow_factor,
+            open_seconds=settings.breaker_open_seconds,
+            probe_limit=settings.breaker_probe_limit,
+        ),
+        slow_start_seconds=settings.slow_start_seconds,
+        prefix_memory_blocks=settings.prefix_memory_blocks,
     )
 
 

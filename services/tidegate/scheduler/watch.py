@@ -105,6 +105,8 @@ class Snapshots:
     def _replicas(self, now: float) -> list[scheduler_pb2.ReplicaSnapshot]:
         table = self._dispatcher.table
         ready = table.ready(now)
+        placer = self._dispatcher.placer
+        slow_start_shares = placer.slow_start_shares(now)
         score_of = dict(zip(ready, scores(ready, self._weights, self._answer_token_count), strict=True))
         return [
             scheduler_pb2.ReplicaSnapshot(
@@ -114,6 +116,10 @@ class Snapshots:
                 in_flight_count=replica.book.in_flight_count,
                 score=score_of.get(replica, 0.0),
                 last_error=replica.last_error,
+                breaker=placer.breakers.state(replica.address, now).value,
+                breaker_reason=placer.breakers.reason(replica.address),
+                slow_start_share=slow_start_shares.get(replica.address, 0.0),
+                preempting_credit_count=replica.book.preempting_count,
             )
             for replica in table
         ]

@@ -35,6 +35,12 @@ RETRY_JITTER: Final = 0.5
 FULL_PRESSURE: Final = 4.0
 """At so many times of what can be served the allowed wait is the shortest."""
 
+SHARING_PRESSURE: Final = 1.1
+"""From here on tenants are held to their shares."""
+
+MODEST_FACTOR: Final = 0.5
+"""A tenant that asks for less than its share has the pressure of the others counted by half."""
+
 SHORTEST_WAIT_SECONDS: Final = 0.03
 SHORTEST_WAIT_SHARE: Final = 0.05
 """The shortest allowed wait: this, and this share of the answer's own time. Enough that no slot is idle."""
@@ -144,6 +150,10 @@ class Admission:
     def _late(self, request: Request, conditions: Conditions) -> TidegateError | None:
         """Why a request could not be finished by its deadline; None when it could, or when that is not known."""
         assert request.deadline is not None
+        if not self._is_within_share(request, conditions):
+            return self._overloaded(
+                "This tenant asks for more than its share, and more is asked for than can be answered", conditions
+            )
         wait = self._wait_seconds(request, conditions)
         left = request.deadline - conditions.now
         allowed = self._allowed_wait(request, left, conditions)
@@ -163,6 +173,16 @@ class Admission:
             retry_after_seconds=_retry_seconds(wait - allowed, conditions),
         )
 
+    def _is_within_share(self, request: Request, conditions: Conditions) -> bool:
+        """Whether the tenant may have one more request that has a deadline; patient ones take turns in the queue."""
+        outlook, now = conditions.outlook, conditions.now
+        if outlook is None or request.client_deadline is None:
+            return True
+        if outlook.pressure(request.service_class, now) < SHARING_PRESSURE:
+            return True
+        capacity = outlook.lane_capacity(request.service_class, now)
+        return outlook.shares[request.service_class].is_within(request.tenant, capacity, now)
+
     def _wait_seconds(self, request: Request, conditions: Conditions) -> float | None:
         if conditions.outlook is None:
             return expected_wait(self._lanes.count_before(request.service_class), conditions.drain_rate)
@@ -176,7 +196,10 @@ class Admission:
         if slack <= 0:
             return slack
         shortest = min(slack, SHORTEST_WAIT_SECONDS + SHORTEST_WAIT_SHARE * request.expected_seconds)
-        pressed = min(1.0, max(0.0, (conditions.outlook.pressure(conditions.now) - 1) / (FULL_PRESSURE - 1)))
+        pressure = conditions.outlook.pressure(request.service_class, conditions.now)
+        pressed = min(1.0, max(0.0, (pressure - 1) / (FULL_PRESSURE - 1)))
+        if conditions.outlook.shares[request.service_class].is_modest(request.tenant):
+            pressed *= MODEST_FACTOR
         return float(slack ** (1 - pressed) * shortest**pressed)
 
     def _refusal_by_habit(self, request: Request, conditions: Conditions) -> TidegateError | None:

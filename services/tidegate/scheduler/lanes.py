@@ -157,6 +157,7 @@ class Lanes:
         def weight_of(tenant: str) -> float:
             return tenant_weights.get(tenant, 1.0)
 
+        self.weight_of = weight_of
         self._floors = floors
         self._lanes = {one: Lane(limits[one], ORDERS[order], weight_of) for one in ServiceClass}
         self._by_request_id: dict[str, Waiting] = {}

@@ -6,6 +6,7 @@ replicas say of themselves.
 
 from __future__ import annotations
 
+from tidegate.scheduler.fair_shares import FairShares
 from tidegate.scheduler.forecast import Arrivals, WorkRates, expected_wait
 from tidegate.scheduler.lanes import Lanes
 from tidegate.scheduler.observations import Observations
@@ -16,14 +17,18 @@ from tidegate.scheduler.request import ServiceClass
 class Outlook:
     """The expectations of one scheduler; seconds are monotonic, cost is in tokens (see `observations.cost_of`)."""
 
-    def __init__(
-        self, lanes: Lanes, table: ReplicaTable, work: WorkRates, observations: Observations, arrivals: Arrivals
-    ) -> None:
+    def __init__(self, lanes: Lanes, table: ReplicaTable, work: WorkRates, observations: Observations) -> None:
         self._lanes = lanes
         self._table = table
         self._work = work
         self._observations = observations
-        self._arrivals = arrivals
+        self._arrivals = {one: Arrivals() for one in ServiceClass}
+        self.shares = {one: FairShares(lanes.weight_of) for one in ServiceClass}
+
+    def ask(self, service_class: ServiceClass, tenant: str, cost: float, now: float) -> None:
+        """A request came, whatever becomes of it."""
+        self._arrivals[service_class].count(cost, now)
+        self.shares[service_class].ask(tenant, cost, now)
 
     def capacity(self, now: float) -> float | None:
         """Cost per second that can be served: as measured while something waited, else by slots and times of answers.
@@ -40,9 +45,17 @@ class Outlook:
         """Requests that the ready replicas run at once."""
         return sum(replica.load.slot_count for replica in self._table.ready(now) if replica.load is not None)
 
-    def pressure(self, now: float) -> float:
-        """How many times of what can be served arrives; 1 where that is not known."""
-        return self._arrivals.pressure(self.capacity(now), now)
+    def lane_capacity(self, service_class: ServiceClass, now: float) -> float | None:
+        """The same for one class, with what the others take; None when not known."""
+        measured = self._work.lane_rate(service_class, now)
+        return self.capacity(now) if measured is None else measured
+
+    def pressure(self, service_class: ServiceClass, now: float) -> float:
+        """How many times of what can be served arrives of a class and those more urgent; 1 where that is not known."""
+        capacity = self.capacity(now)
+        if capacity is None:
+            return 1.0
+        return sum(arrivals.pressure(capacity, now) for one, arrivals in self._arrivals.items() if one <= service_class)
 
     def wait_seconds(self, service_class: ServiceClass, tenant: str, cost: float, now: float) -> float | None:
         """How long one more request would wait; None when not known."""

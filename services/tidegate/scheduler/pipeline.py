@@ -17,7 +17,6 @@ from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.dispatch import Dispatcher
-from tidegate.scheduler.forecast import Arrivals
 from tidegate.scheduler.observations import Observations, cost_of
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.outlook import Outlook
@@ -48,7 +47,6 @@ class Expectations:
 
     outlook: Outlook
     observations: Observations
-    arrivals: Arrivals
     habits: TenantHabits
     brownout: Brownout
 
@@ -110,8 +108,7 @@ class Pipeline:
             raise TidegateError(Reason.INVALID_VALUE, message, field=field)
         refusal = self._admission.refusal_of_headers(request, self.conditions())
         if refusal is not None:
-            habit = self._expectations.habits.get(request.tenant)
-            self._expectations.arrivals.count(request.cost if habit is None else habit.cost, now)
+            self._count_unread(request, now)
             raise refusal
 
     def hold_seconds(self, request: Request) -> float:
@@ -206,7 +203,14 @@ class Pipeline:
         request.cost = cost_of(request.prompt_token_count, usual)
         request.expected_seconds = outlook.service_seconds(request.answer_token_count, now)
         self._expectations.habits.see(request)
-        self._expectations.arrivals.count(request.cost, now)
+        outlook.ask(request.service_class, request.tenant, request.cost, now)
+
+    def _count_unread(self, request: Request, now: float) -> None:
+        """Counts a request that was refused from its headers for what its tenant's usually are."""
+        habit = self._expectations.habits.get(request.tenant)
+        service_class = request.named_class or (ServiceClass.STANDARD if habit is None else habit.service_class)
+        cost = request.cost if habit is None else habit.cost
+        self._expectations.outlook.ask(service_class, request.tenant, cost, now)
 
     def _set_deadline(self, request: Request) -> None:
         last = request.arrived_at + self._settings.longest_hold_seconds
@@ -218,6 +222,7 @@ class Pipeline:
         refusal = self._admission.refusal(request, self.conditions())
         if refusal is not None:
             raise refusal
+        self._expectations.outlook.shares[request.service_class].admit(request.tenant, request.cost)
 
     def _replay(self, request: Request) -> Decision:
         fields = ((headers.ROUTE, "cache"), *self._common_fields(request))

@@ -28,7 +28,7 @@ from tidegate.scheduler.circuit import Circuit
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.endpoints import EndpointsFile
-from tidegate.scheduler.forecast import Arrivals, DrainRate, WorkRates
+from tidegate.scheduler.forecast import DrainRate, WorkRates
 from tidegate.scheduler.gauges import Gauges
 from tidegate.scheduler.lanes import LaneLimits, Lanes
 from tidegate.scheduler.observations import Observations
@@ -274,15 +274,14 @@ class SchedulerService:
 
 def _expectations(settings: Settings, lanes: Lanes, table: ReplicaTable, work: WorkRates, now: float) -> Expectations:
     observations = Observations(lanes, AnswerLengths(settings.expected_answer_token_count))
-    arrivals = Arrivals()
     terms = Terms(
         settings.brownout_queue_delay_seconds,
         settings.brownout_first_token_seconds,
         settings.brownout_up_seconds,
         settings.brownout_down_seconds,
     )
-    outlook = Outlook(lanes, table, work, observations, arrivals)
-    return Expectations(outlook, observations, arrivals, TenantHabits(), Brownout(terms, now))
+    outlook = Outlook(lanes, table, work, observations)
+    return Expectations(outlook, observations, TenantHabits(), Brownout(terms, now))
 
 
 def _anomaly_terms(settings: Settings) -> AnomalyTerms:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections import Counter
+
 import pytest
 
 from tidegate.common.errors import Reason
 from tidegate.scheduler.admission import Admission, Conditions, latest_start
 from tidegate.scheduler.answer_lengths import TENANT_LIMIT, AnswerLengths
 from tidegate.scheduler.brownout import Brownout, Signs, Terms
+from tidegate.scheduler.fair_shares import FairShares, max_min_shares
 from tidegate.scheduler.forecast import Arrivals, WorkRates
 from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
 from tidegate.scheduler.observations import Ended, Observations, cost_of
@@ -85,8 +90,8 @@ class World:
     def __init__(self):
         self.lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10**6, 10**9, 10**12)))
         self.observations = Observations(self.lanes, AnswerLengths(256))
-        self.arrivals, self.work = Arrivals(), WorkRates(5.0)
-        self.outlook = Outlook(self.lanes, ready_table(), self.work, self.observations, self.arrivals)
+        self.work = WorkRates(5.0)
+        self.outlook = Outlook(self.lanes, ready_table(), self.work, self.observations)
         self.habits = TenantHabits()
         self.brownout = Brownout(Terms(2.0, 0.5, 2.0, 2.0), 0.0)
         self.admission = Admission(
@@ -114,10 +119,11 @@ class World:
         for _ in range(count):
             self.lanes.add(Waiting("", service_class, 1, 1, 1, NOW, NOW + 60, tenant=tenant, cost=210))
 
-    def press(self, times):
+    def press(self, times=0, service_class=STANDARD, **times_of_tenants):
         capacity = self.outlook.capacity(NOW)
         for number in range(500):
-            self.arrivals.count(capacity * times / 100, NOW - 5 + number * 0.01)
+            for tenant, its_times in {"t": times, **times_of_tenants}.items():
+                self.outlook.ask(service_class, tenant, capacity * its_times / 100, NOW - 5 + number * 0.01)
 
     def refusal(self, request):
         return self.admission.refusal(request, self.conditions())
@@ -143,9 +149,8 @@ class TestAdmission:
     def test_under_a_flood_the_queue_is_kept_short(self):
         world = World()
         world.press(10)
-        world.wait(1)
         assert world.refusal(world.request(timeout=5)) is None
-        world.wait(5)
+        world.wait(3)
         assert world.refusal(world.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
 
     def test_who_gave_no_deadline_may_wait_all_the_same(self):
@@ -162,9 +167,29 @@ class TestAdmission:
 
     def test_a_modest_tenant_is_let_in_where_a_greedy_one_is_not(self):
         world = World()
-        world.press(10)
+        world.press(greedy=10, modest=0.1)
         world.wait(50, tenant="greedy")
         assert world.refusal(world.request(timeout=5, tenant="greedy")) is not None
+        assert world.refusal(world.request(timeout=5, tenant="modest")) is None
+
+    def test_a_flood_of_a_less_urgent_class_does_not_press_the_urgent(self):
+        world = World()
+        world.press(12, service_class=BATCH)
+        assert world.outlook.pressure(REALTIME, NOW) < 0.1
+        assert world.outlook.pressure(BATCH, NOW) > 8
+
+    def test_a_tenant_over_its_share_is_refused_and_those_within_theirs_are_not(self):
+        world = World()
+        world.press(greedy=3, modest=0.3)
+        outcomes = []
+        for _ in range(30):
+            request = world.request(timeout=5, tenant="greedy")
+            refused = world.refusal(request)
+            outcomes.append(refused is None)
+            if refused is None:
+                world.outlook.shares[STANDARD].admit("greedy", request.cost)
+        assert 3 <= sum(outcomes) <= 12
+        assert "more than its share" in refused.message
         assert world.refusal(world.request(timeout=5, tenant="modest")) is None
 
     def test_headers_alone_are_refused_where_a_tenants_requests_are_all_alike(self):
@@ -273,6 +298,42 @@ class TestBrownout:
             (["batch"], ["standard", "batch"]),
             (["standard", "batch"], ["standard", "batch"]),
         ]
+
+
+class TestShares:
+    def test_what_the_modest_leave_is_divided_between_the_others(self):
+        shares = max_min_shares({"a": 10, "b": 100, "c": 100}, {"a": 1, "b": 1, "c": 1}, 100)
+        assert shares == {"a": math.inf, "b": 45, "c": 45}
+
+    def test_weights_divide(self):
+        shares = max_min_shares({"a": 999, "b": 999, "c": 999}, {"a": 1, "b": 2, "c": 4}, 70)
+        assert shares == {"a": 10, "b": 20, "c": 40}
+
+    def test_with_enough_for_all_nobody_is_held(self):
+        assert set(max_min_shares({"a": 10, "b": 20}, {"a": 1, "b": 1}, 31).values()) == {math.inf}
+
+    def test_a_tenant_that_is_alone_is_never_held(self):
+        shares = FairShares(lambda name: 1.0)
+        for number in range(100):
+            shares.ask("alone", 1000, number / 100)
+            assert shares.is_within("alone", 10, number / 100)
+            shares.admit("alone", 1000)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_over_time_each_gets_its_share_whoever_asks_most_often(self, seed):
+        chance, shares, got = random.Random(seed), FairShares(lambda name: 1.0), Counter()
+        rates = {"loud": 100, "usual": 20, "quiet": 2}
+        for step in range(3_000):
+            for name, rate in rates.items():
+                if chance.random() < rate * 0.01:
+                    now = step * 0.01
+                    shares.ask(name, 10, now)
+                    if shares.is_within(name, 100, now):
+                        shares.admit(name, 10)
+                        got[name] += 10 * (now >= 5)
+        assert got["quiet"] == pytest.approx(20 * 25, rel=0.4)
+        assert got["loud"] == pytest.approx(got["usual"], rel=0.15)
+        assert sum(got.values()) == pytest.approx(110 * 25, rel=0.1)
 
 
 @pytest.mark.parametrize(

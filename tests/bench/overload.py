@@ -38,6 +38,7 @@ from tidegate.bench.scenarios import Shape
 from tidegate.bench.statistics import percentile
 from tidegate.bench.summary import fairness, summary
 from tidegate.bench.workers import Workers
+from tidegate.scheduler.observations import OUTPUT_TOKEN_COST
 from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 REPLICAS: Final = 2
@@ -175,8 +176,11 @@ async def fair(bench: Bench) -> None:
         bench.flow("quiet", 2.7, tenants=quiet),
         bench.flow("loud", 3.0, tenants={"tenant-0": 1.0}, answer_tokens=ConstantLength(160)),
     )
-    index = fairness(columns_of(ledger.records), bench.seconds)[1:]
-    how = f"mean {np.mean(index):.3f}; nine ask for 0.3 C each, one for 3 C with longer answers"
+    columns = columns_of(ledger.records)
+    prompts = np.array([record.prompt_tokens for record in ledger.records])
+    columns.tokens[:] = np.where(columns.of(Outcome.IN_TIME), prompts + OUTPUT_TOKEN_COST * columns.tokens, 0)
+    index = fairness(columns, bench.seconds)[1:]
+    how = f"mean {np.mean(index):.3f}; nine ask for 0.3 C each, one for 3 C, longer answers; output tokens count twice"
     bench.table.at_least("Jain's index of tokens per 10 s, lowest", min(index), 0.95, "", how)
     flows = [bench.flow(name, 1.5, tenants={name: 1.0}) for name in ("one", "two", "four")]
     shares = cost_shares(

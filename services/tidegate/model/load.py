@@ -113,6 +113,7 @@ class ReplicaLoad:
             load.running_request_count = self.slots.ledger.running_count
             load.waiting_request_count = self.slots.ledger.waiting_count
             load.slot_count = self.slots.ledger.slot_count
+            load.starting_request_count = self.slots.starting_count
             load.paused_request_count = self.slots.ledger.paused_count
             load.ahead_count = self.ahead_count
         if engine is not None:

@@ -46,16 +46,24 @@ class SchedulerSession:
 
 
 class Slot:
-    """One slot in use. `release` may be called more than once."""
+    """One slot in use. `start` and `release` may be called more than once."""
 
     def __init__(self, slots: Slots, holder: int, spent: Spent | None) -> None:
         self._slots = slots
         self._holder = holder
         self._held = True
+        self._is_starting = True
         self.spent = spent
+
+    def start(self) -> None:
+        """The first token is there: the prompt is computed."""
+        if self._is_starting:
+            self._is_starting = False
+            self._slots.note_start()
 
     def release(self) -> None:
         """Gives the slot back at once."""
+        self.start()
         if self._held:
             self._held = False
             self._slots.release(self._holder)
@@ -80,6 +88,8 @@ class Slots:
         self._keys = itertools.count(1)
         self._sessions: dict[int, SchedulerSession] = {}
         self._waiters: dict[int, asyncio.Future[None]] = {}
+        self.starting_count = 0
+        """Requests that have a slot and no token yet."""
         self.on_gap: Callable[[float], None] = lambda seconds: None
         """Called with the time from a wanted credit to the request that spent it."""
         self.on_turnover: Callable[[], None] = lambda: None
@@ -106,7 +116,14 @@ class Slots:
         spent = self.ledger.spent_by(holder)
         if spent is not None and spent.gap_seconds is not None:
             self.on_gap(spent.gap_seconds)
+        self.starting_count += 1
         return Slot(self, holder, spent)
+
+    def note_start(self) -> None:
+        """One prompt less is computed; schedulers that wait with the next ones hear of it."""
+        self.starting_count -= 1
+        for session in self._sessions.values():
+            session.wake.set()
 
     async def _wait(self, holder: int) -> None:
         future = asyncio.get_running_loop().create_future()

@@ -180,6 +180,7 @@ class TokenSource:
             outputs = self._triton.generate(await self._engine_request(job, answer_token_ids))
             async with aclosing(outputs):
                 async for output in outputs:
+                    slot.start()
                     if output.finish_reason:
                         # The engine's slot is free now, however slowly the client reads what is left.
                         slot.release()

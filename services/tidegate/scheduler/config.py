@@ -191,6 +191,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     breaker_probe_limit: Count = 2
     """Requests at once that probe it then; as many good answers close the breaker."""
 
+    start_share: Share = 0.25
+    """Of a replica's slots, how many prompts are computed at once (8 at least): each makes the first tokens of the
+    others later, and a replica that fills up computes them one after the other anyway."""
+
+    batch_start_share: Share = 0.0625
+    """A batch request goes to a replica only while fewer prompts than this share of its slots (2 at least) are computed
+    there, so that realtime ones that come find it nearly free."""
+
     slow_start_seconds: Annotated[float, Meta(ge=0, le=600)] = 5.0
     """Until a new or returned replica may use all its slots, while another has been here longer. 0: at once."""
 

@@ -89,12 +89,20 @@ class Dispatcher:
         if waiting is None:
             return None
         placement = self._place(waiting, now)
-        if placement is None and waiting.service_class is not ServiceClass.REALTIME:
-            # What is next may not spend the credits that are left; a realtime request may.
-            waiting = self.lanes.next_of(ServiceClass.REALTIME)
-            placement = None if waiting is None else self._place(waiting, now)
-        return None if waiting is None or placement is None else (waiting, placement)
+        if placement is not None:
+            return waiting, placement
+        # What is next may not spend the credits that are left; one of another class may.
+        for service_class in ServiceClass:
+            other = self.lanes.next_of(service_class)
+            if other is not None and other is not waiting and (placement := self._place(other, now)) is not None:
+                return other, placement
+        return None
 
     def _place(self, waiting: Waiting, now: float) -> Placement | None:
-        urgent = waiting.service_class is ServiceClass.REALTIME
-        return self.placer.place(waiting.answer_token_count, now, urgent=urgent, block_hashes=waiting.block_hashes)
+        return self.placer.place(
+            waiting.answer_token_count,
+            now,
+            urgent=waiting.service_class is ServiceClass.REALTIME,
+            is_batch=waiting.service_class is ServiceClass.BATCH,
+            block_hashes=waiting.block_hashes,
+        )

@@ -10,12 +10,17 @@ Seconds are monotonic; randomness is an argument.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from tidegate.scheduler.breakers import Breakers, BreakerTerms, Result, State, size_of
 from tidegate.scheduler.placement import Placement, Policy, Weights, choose, order
 from tidegate.scheduler.prefixes import PrefixMemory
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
 from tidegate.scheduler.slow_start import has_room, shares
+
+FEWEST_STARTS: Final = 8
+FEWEST_BATCH_STARTS: Final = 2
+"""So many prompts may be computed at once on any replica."""
 
 
 class Placer:
@@ -26,6 +31,8 @@ class Placer:
         random_index: draws a number from 0 to below its argument.
         slow_start_seconds: until a new replica may use all its slots; 0: at once.
         prefix_memory_blocks: block hashes remembered a replica, where the weights count prefixes.
+        start_share: of a replica's slots, how many prompts may be computed at once; 1: all. Realtime ones may always.
+        batch_start_share: how many there may be for one more batch request.
     """
 
     def __init__(
@@ -39,7 +46,11 @@ class Placer:
         breaker_terms: BreakerTerms | None = None,
         slow_start_seconds: float = 0.0,
         prefix_memory_blocks: int = 0,
+        start_share: float = 1.0,
+        batch_start_share: float = 1.0,
     ) -> None:
+        self._start_share = start_share
+        self._batch_start_share = batch_start_share
         self.weights = weights
         self.breakers = Breakers(breaker_terms or BreakerTerms())
         self._table = table
@@ -55,15 +66,24 @@ class Placer:
         return any(replica.book.can_spend(now, urgent=urgent) for replica in self.candidates(now))
 
     def place(
-        self, answer_token_count: int, now: float, *, urgent: bool = False, block_hashes: Sequence[int] = ()
+        self,
+        answer_token_count: int,
+        now: float,
+        *,
+        urgent: bool = False,
+        is_batch: bool = False,
+        block_hashes: Sequence[int] = (),
     ) -> Placement | None:
         """Spends the best replica's credit on a request; None where none can be spent.
 
         Args:
             urgent: a realtime request, for which batch ones may be paused.
+            is_batch: a batch request, which waits until few prompts are computed.
             block_hashes: of the prompt, first block first.
         """
         candidates = self.candidates(now)
+        if not urgent:
+            candidates = [replica for replica in candidates if self._may_start(replica, is_batch=is_batch)]
         if not any(replica.book.can_spend(now, urgent=urgent) for replica in candidates):
             return None
         held = [self._prefixes.share(each.address, block_hashes) for each in candidates] if block_hashes else ()
@@ -123,6 +143,14 @@ class Placer:
             replica for replica, share in zip(trusted, self._shares(trusted, now), strict=True)
             if has_room(replica.busy_count, replica.load.slot_count if replica.load else 0, share)
         ]  # fmt: skip
+
+    def _may_start(self, replica: Replica, *, is_batch: bool) -> bool:
+        """Whether one more prompt may be computed there: each makes the first tokens of all the others later."""
+        share, least = (
+            (self._batch_start_share, FEWEST_BATCH_STARTS) if is_batch else (self._start_share, FEWEST_STARTS)
+        )
+        slot_count = replica.load.slot_count if replica.load else 0
+        return share >= 1 or replica.starting_count < max(least, share * slot_count)
 
     def slow_start_shares(self, now: float) -> dict[str, float]:
         """The share of its slots that each ready replica may use."""

@@ -23,6 +23,7 @@ class ReplicaLoad:
     seconds_per_output_token: float
     time_to_first_token_seconds: float
     reuses_prefixes: bool = False
+    starting_request_count: int = 0
 
     @property
     def busy_count(self) -> int:
@@ -47,6 +48,13 @@ class Replica:
     def busy_count(self) -> int:
         """Requests there: what it said, or what was sent since if that is more."""
         return max(self.load.busy_count if self.load else 0, self.book.in_flight_count)
+
+    @property
+    def starting_count(self) -> int:
+        """Requests there without a token yet: what it said, and what is still on its way."""
+        if self.load is None:
+            return self.book.in_flight_count
+        return self.load.starting_request_count + max(0, self.book.in_flight_count - self.load.busy_count)
 
 
 class ReplicaTable:

@@ -146,7 +146,8 @@ class CreditStream:
         if is_ready != was_ready:
             log.info("replica_ready" if is_ready else "replica_not_ready", replica=self.replica.address,
                      reason=load.not_ready_reason)  # fmt: skip
-        if is_ready and not was_ready:
+        # What waits may have waited for a prompt to be computed, with a credit in hand.
+        if is_ready:
             self._on_credits()
 
     def _disconnect(self, error: str) -> None:
@@ -208,6 +209,7 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         slot_count=load.slot_count,
         seconds_per_output_token=load.time_per_output_token.ToNanoseconds() / 1e9,
         time_to_first_token_seconds=load.time_to_first_token.ToNanoseconds() / 1e9,
+        starting_request_count=load.starting_request_count,
         reuses_prefixes=load.reuses_prefixes,
     )
 

@@ -314,6 +314,8 @@ def _placer(settings: Settings, table: ReplicaTable, weights: Weights) -> Placer
         ),
         slow_start_seconds=settings.slow_start_seconds,
         prefix_memory_blocks=settings.prefix_memory_blocks,
+        start_share=settings.start_share,
+        batch_start_share=settings.batch_start_share,
     )
 
 

@@ -83,7 +83,7 @@ class Placer:
         """
         candidates = self.candidates(now)
         if not urgent:
-            candidates = [replica for replica in candidates if self._may_start(replica, is_batch=is_batch)]
+            candidates = [replica for replica in candidates if self._may_start(replica, now, is_batch=is_batch)]
         if not any(replica.book.can_spend(now, urgent=urgent) for replica in candidates):
             return None
         held = [self._prefixes.share(each.address, block_hashes) for each in candidates] if block_hashes else ()
@@ -99,6 +99,7 @@ class Placer:
         assert chosen is not None
         self._dispatch_count += 1
         chosen.dispatch_number = self._dispatch_count
+        chosen.sent_at.append(now)
         credit_id = chosen.book.spend(now, urgent=urgent)
         self.breakers.send(chosen.address, credit_id, now)
         if block_hashes:
@@ -144,13 +145,13 @@ class Placer:
             if has_room(replica.busy_count, replica.load.slot_count if replica.load else 0, share)
         ]  # fmt: skip
 
-    def _may_start(self, replica: Replica, *, is_batch: bool) -> bool:
+    def _may_start(self, replica: Replica, now: float, *, is_batch: bool) -> bool:
         """Whether one more prompt may be computed there: each makes the first tokens of all the others later."""
         share, least = (
             (self._batch_start_share, FEWEST_BATCH_STARTS) if is_batch else (self._start_share, FEWEST_STARTS)
         )
         slot_count = replica.load.slot_count if replica.load else 0
-        return share >= 1 or replica.starting_count < max(least, share * slot_count)
+        return share >= 1 or replica.starting_count(now) < max(least, share * slot_count)
 
     def slow_start_shares(self, now: float) -> dict[str, float]:
         """The share of its slots that each ready replica may use."""

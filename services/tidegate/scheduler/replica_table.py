@@ -6,10 +6,15 @@ of its requests, its first load on the next stream tells.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from tidegate.scheduler.credits import CreditBook
+
+ON_ITS_WAY_SECONDS: Final = 0.25
+"""A request that was sent longer ago has arrived, and is in what the replica says, or never will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class Replica:
     heard_at: float = 0.0
     ready_since: float = 0.0
     dispatch_number: int = 0
+    sent_at: deque[float] = field(default_factory=deque)
     last_error: str = field(default="not connected yet")
 
     @property
@@ -49,12 +55,14 @@ class Replica:
         """Requests there: what it said, or what was sent since if that is more."""
         return max(self.load.busy_count if self.load else 0, self.book.in_flight_count)
 
-    @property
-    def starting_count(self) -> int:
-        """Requests there without a token yet: what it said, and what is still on its way."""
+    def starting_count(self, now: float) -> int:
+        """Requests there without a token yet: what it said, and what may still be on its way."""
+        while self.sent_at and self.sent_at[0] < now - ON_ITS_WAY_SECONDS:
+            self.sent_at.popleft()
         if self.load is None:
-            return self.book.in_flight_count
-        return self.load.starting_request_count + max(0, self.book.in_flight_count - self.load.busy_count)
+            return len(self.sent_at)
+        on_the_way = min(len(self.sent_at), max(0, self.book.in_flight_count - self.load.busy_count))
+        return self.load.starting_request_count + on_the_way
 
 
 class ReplicaTable:

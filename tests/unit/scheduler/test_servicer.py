@@ -523,7 +523,7 @@ async def test_a_class_that_does_not_exist_is_refused_by_name(world):
 
 async def test_envoy_is_told_what_to_refuse_when_all_come_late_and_that_it_is_over(start_world, tmp_path):
     file = tmp_path / "shed.yaml"
-    world = await start_world(shed_file=str(file), shed_interval_seconds=0.05, shed_late_seconds=0.1)
+    world = await start_world(shed_file=str(file), shed_interval_seconds=0.05, shed_late_seconds=0.1, start_share=1.0)
     assert _refused_of(file, "standard") == 0
     world.replica.grant(*map(str, range(1000)))
 

@@ -53,14 +53,13 @@ def test_a_preempting_credit_stands_for_each_batch_holder_up_to_the_share():
     assert fill(make_ledger(share=0.0), [BATCH, BATCH, BATCH, BATCH]) == []
 
 
-def test_none_is_granted_while_a_slot_is_free():
+def test_none_is_granted_while_nothing_was_promised_of_a_free_slot():
     ledger = make_ledger(slots=2)
-    ledger.take(1, "", resumed=False, now=0.0, urgency=BATCH)
     ledger.connect(1)
-    ledger.settle(0.0)
-    assert ledger.preempting_count == 1
-    ledger = make_ledger(slots=2)
-    ledger.take(1, "", resumed=False, now=0.0, urgency=BATCH)
+    first, second = granted(ledger.settle(0.0), 1)
+    ledger.take(1, first, resumed=False, now=0.0, urgency=BATCH)
+    ledger.set_capacity(2, can_start=False)
+    ledger.give_back(1, [second])
     ledger.settle(0.0)
     assert (ledger.free_count, ledger.preempting_count) == (1, 0)
 

@@ -33,7 +33,7 @@ class AnswerLengths:
     """
 
     def __init__(self, default_token_count: int) -> None:
-        self._default_token_count = default_token_count
+        self.default_token_count = default_token_count
         self._all = _Histogram()
         self._tenants: OrderedDict[str, _Histogram] = OrderedDict()
 
@@ -48,12 +48,17 @@ class AnswerLengths:
         histogram.add(token_count)
         self._all.add(token_count)
 
+    def is_known(self, tenant: str) -> bool:
+        """Whether enough answers, of the tenant or of all, were seen to expect anything."""
+        own = self._tenants.get(tenant)
+        return self._all.weight >= FEWEST_ANSWERS or (own is not None and own.weight >= FEWEST_ANSWERS)
+
     def expected(self, tenant: str, max_tokens: int, quantile: float) -> int:
         """So many tokens an answer has, at most, in this share of the cases."""
         for histogram in (self._tenants.get(tenant), self._all):
             if histogram is not None and histogram.weight >= FEWEST_ANSWERS:
                 return max(1, min(max_tokens, histogram.quantile(quantile)))
-        return max(1, min(max_tokens, self._default_token_count))
+        return max(1, min(max_tokens, self.default_token_count))
 
 
 class _Histogram:

@@ -199,7 +199,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A batch request goes to a replica only while fewer prompts than this share of its slots (2 at least) are computed
     there, so that realtime ones that come find it nearly free."""
 
-    slow_start_seconds: Annotated[float, Meta(ge=0, le=600)] = 5.0
+    slow_start_seconds: Annotated[float, Meta(ge=0, le=600)] = 3.0
     """Until a new or returned replica may use all its slots, while another has been here longer. 0: at once."""
 
     alternative_count: Annotated[int, Meta(ge=0, le=16)] = 2

@@ -6,6 +6,7 @@ expected length of answers, the times of an answer, and the corrections of what 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,9 @@ WINDOW_SECONDS: Final = 5.0
 
 WINDOW_LIMIT: Final = 2_000
 """So many of them count at most, of each class."""
+
+MEMORY_SECONDS: Final = 5.0
+"""Times of answers that ended longer ago say nothing of the next one."""
 
 NEWEST_WEIGHT: Final = 0.1
 """What the newest outcome counts in the averages."""
@@ -70,6 +74,7 @@ class Observations:
         self._per_token = _Average()
         self._duration = _Average()
         self._cost = _Average()
+        self._completed_at = -math.inf
         self._windows: dict[ServiceClass, deque[tuple[float, float]]] = {
             one: deque(maxlen=WINDOW_LIMIT) for one in ServiceClass
         }
@@ -98,6 +103,7 @@ class Observations:
             self._windows[dispatched.service_class].append((now, waited))
         if not ended.is_completed or ended.first_token_seconds is None:
             return
+        self._completed_at = now
         self.lengths.see(dispatched.tenant, ended.completion_token_count)
         self._first_token.add(ended.first_token_seconds)
         self._duration.add(ended.duration_seconds)
@@ -118,8 +124,13 @@ class Observations:
             return None
         return self._cost.value / max(1e-6, self._duration.value)
 
-    def service_seconds(self, answer_token_count: int) -> float:
-        """How long an answer of this length takes on a replica; 0 when not known."""
+    def service_seconds(self, answer_token_count: int, now: float) -> float:
+        """How long an answer of this length takes on a replica; 0 when not known, or not any more.
+
+        What was once slow must not be believed for ever: those who are refused for it could never tell otherwise.
+        """
+        if now - self._completed_at > MEMORY_SECONDS:
+            return 0.0
         return (self._first_token.value or 0.0) + answer_token_count * (self._per_token.value or 0.0)
 
     def first_token_percentile(self, service_class: ServiceClass, share: float, now: float) -> float | None:

@@ -74,11 +74,11 @@ class Outlook:
         """How long an answer of this length takes on a replica; 0 when nothing is known."""
         loads = [replica.load for replica in self._table.ready(now) if replica.load is not None]
         if not loads:
-            return self._observations.service_seconds(answer_token_count)
+            return self._observations.service_seconds(answer_token_count, now)
         said = sum(
             load.time_to_first_token_seconds + answer_token_count * load.seconds_per_output_token for load in loads
         )
-        return max(self._observations.service_seconds(answer_token_count), said / len(loads))
+        return max(self._observations.service_seconds(answer_token_count, now), said / len(loads))
 
 
 def _seconds(cost: float, rate: float | None) -> float | None:

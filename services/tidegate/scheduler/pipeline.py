@@ -13,19 +13,16 @@ from tidegate.common.errors import Reason, TidegateError
 from tidegate.scheduler.admission import Admission, Conditions
 from tidegate.scheduler.anomalies import Anomalies
 from tidegate.scheduler.bodies import body_kind, client_request_id, message_of
-from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.dispatch import Dispatcher
-from tidegate.scheduler.observations import Observations, cost_of
+from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.outcomes import Outcomes
-from tidegate.scheduler.outlook import Outlook
 from tidegate.scheduler.placement import Placement
 from tidegate.scheduler.preprocess_client import Prepared, PreprocessClient
 from tidegate.scheduler.queue import Queue
 from tidegate.scheduler.request import Request, ServiceClass
 from tidegate.scheduler.shedding import Shedder
-from tidegate.scheduler.tenant_habits import TenantHabits
 from tidegate.v1 import preprocess_pb2, tensor_pb2
 
 
@@ -39,16 +36,6 @@ class Decision:
     header_fields: tuple[tuple[str, str], ...] = ()
     changes_route: bool = False
     placement: Placement | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Expectations:
-    """All that the scheduler learns from what passes, and goes by."""
-
-    outlook: Outlook
-    observations: Observations
-    habits: TenantHabits
-    brownout: Brownout
 
 
 PASS_THROUGH: Final = Decision()
@@ -108,7 +95,7 @@ class Pipeline:
             raise TidegateError(Reason.INVALID_VALUE, message, field=field)
         refusal = self._admission.refusal_of_headers(request, self.conditions())
         if refusal is not None:
-            self._count_unread(request, now)
+            self._expectations.count_unread(request, now)
             raise refusal
 
     def hold_seconds(self, request: Request) -> float:
@@ -130,7 +117,7 @@ class Pipeline:
         request.client_request_id = client_request_id(kind, message) or request.client_request_id
         await self._prepare(request, kind, message)
         request.service_class = self._anomalies.class_of(request)
-        self._expect(request)
+        self._expectations.expect(request, self._clock())
         self._set_deadline(request)
         return True
 
@@ -175,17 +162,12 @@ class Pipeline:
             deadline=request.deadline,
             can_dispatch=lambda: self._queue.dispatcher.can_dispatch(self._clock()),
         )
-        expected = self._settings.expected_answer_token_count
         if prepared is None:
             request.prompt_token_count = int(len(message) / self._settings.bytes_per_token)
-            request.answer_token_count = expected
             request.service_class = request.named_class or ServiceClass.STANDARD
             return
         request.prompt_token_count = prepared.prompt_token_count
         request.max_tokens = prepared.max_tokens
-        request.answer_token_count = self._expectations.observations.lengths.expected(
-            request.tenant, prepared.max_tokens, self._settings.answer_quantile
-        )
         request.service_class = request.named_class or _service_class(prepared)
         request.answer_key = prepared.answer_key
         if self._settings.prefix_weight:
@@ -194,23 +176,6 @@ class Pipeline:
             # A copy, for a part of a message keeps the whole of it, and the hashes of a long prompt are many.
             request.tokens = tensor_pb2.Tensor()
             request.tokens.CopyFrom(prepared.tokens)
-
-    def _expect(self, request: Request) -> None:
-        """Works out what the request will take, and counts it among what comes."""
-        now = self._clock()
-        observations, outlook = self._expectations.observations, self._expectations.outlook
-        usual = observations.lengths.expected(request.tenant, request.max_tokens or request.answer_token_count, 0.5)
-        request.cost = cost_of(request.prompt_token_count, usual)
-        request.expected_seconds = outlook.service_seconds(request.answer_token_count, now)
-        self._expectations.habits.see(request)
-        outlook.ask(request.service_class, request.tenant, request.cost, now)
-
-    def _count_unread(self, request: Request, now: float) -> None:
-        """Counts a request that was refused from its headers for what its tenant's usually are."""
-        habit = self._expectations.habits.get(request.tenant)
-        service_class = request.named_class or (ServiceClass.STANDARD if habit is None else habit.service_class)
-        cost = request.cost if habit is None else habit.cost
-        self._expectations.outlook.ask(service_class, request.tenant, cost, now)
 
     def _set_deadline(self, request: Request) -> None:
         last = request.arrived_at + self._settings.longest_hold_seconds

@@ -49,7 +49,7 @@ class Queue:
             TidegateError: DEADLINE_EXCEEDED, or what `refuse_all` was given.
         """
         now = self._clock()
-        waiting = _waiting(request, now)
+        waiting = waiting_of(request, now)
         future: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._futures[waiting] = future
         self.dispatcher.add(waiting)
@@ -118,7 +118,8 @@ class Queue:
             self.put_back(future.result())
 
 
-def _waiting(request: Request, now: float) -> Waiting:
+def waiting_of(request: Request, now: float) -> Waiting:
+    """The place of a request that begins to wait."""
     return Waiting(
         request_id=request.request_id,
         service_class=request.service_class,

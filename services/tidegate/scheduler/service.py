@@ -28,13 +28,14 @@ from tidegate.scheduler.circuit import Circuit
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.endpoints import EndpointsFile
+from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.forecast import DrainRate, WorkRates
 from tidegate.scheduler.gauges import Gauges
 from tidegate.scheduler.lanes import LaneLimits, Lanes
 from tidegate.scheduler.observations import Observations
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.outlook import Outlook
-from tidegate.scheduler.pipeline import Expectations, Pipeline
+from tidegate.scheduler.pipeline import Pipeline
 from tidegate.scheduler.placement import Policy, Weights
 from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.preprocess_client import PreprocessClient
@@ -83,7 +84,7 @@ class SchedulerService:
         self.anomalies = Anomalies(_anomaly_terms(settings), clock)
         self.outcomes = Outcomes(self.anomalies)
         lanes = Lanes(
-            _lane_limits(settings),
+            lane_limits(settings),
             floors={ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor},
             order=settings.order,
             weights=settings.tenant_weights,
@@ -101,9 +102,9 @@ class SchedulerService:
             weights=weights,
             alternative_count=settings.alternative_count,
             work=work,
-            placer=_placer(settings, table, weights),
+            placer=placer_of(settings, table, weights),
         )
-        self.expectations = _expectations(settings, lanes, table, work, clock())
+        self.expectations = expectations_of(settings, lanes, table, work, clock())
         self.streams = CreditStreams(table, self._open_stream, self._spawn)
         self.queue_statuses = QueueStatuses(self.dispatcher, clock)
         self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed, self.queue_statuses.following)
@@ -211,17 +212,9 @@ class SchedulerService:
 
     def _look_at_brownout(self, now: float) -> None:
         brownout, before = self.expectations.brownout, self.expectations.brownout.step
-        if brownout.look({one: self._signs(one, now) for one in ServiceClass}, now):
+        lanes, observations = self.dispatcher.lanes, self.expectations.observations
+        if brownout.look({one: signs_of(one, lanes, observations, now) for one in ServiceClass}, now):
             log.warning("brownout", step=brownout.step, before=before)
-
-    def _signs(self, service_class: ServiceClass, now: float) -> Signs:
-        oldest = self.dispatcher.lanes.lane(service_class).oldest
-        observations = self.expectations.observations
-        return Signs(
-            queue_delay_seconds=0.0 if oldest is None else now - oldest.since,
-            first_token_seconds=observations.first_token_percentile(service_class, FIRST_TOKEN_PERCENTILE, now),
-            unloaded_seconds=observations.first_token_seconds,
-        )
 
     async def _shed(self, file: Path) -> None:
         """Tells Envoy what to refuse before it asks here; nothing, at the start and at the end."""
@@ -272,7 +265,18 @@ class SchedulerService:
         return Circuit(self._settings.dependency_failure_limit, self._settings.dependency_pause_seconds)
 
 
-def _expectations(settings: Settings, lanes: Lanes, table: ReplicaTable, work: WorkRates, now: float) -> Expectations:
+def signs_of(service_class: ServiceClass, lanes: Lanes, observations: Observations, now: float) -> Signs:
+    """How a class fares."""
+    oldest = lanes.lane(service_class).oldest
+    return Signs(
+        queue_delay_seconds=0.0 if oldest is None else now - oldest.since,
+        first_token_seconds=observations.first_token_percentile(service_class, FIRST_TOKEN_PERCENTILE, now),
+        unloaded_seconds=observations.first_token_seconds,
+    )
+
+
+def expectations_of(settings: Settings, lanes: Lanes, table: ReplicaTable, work: WorkRates, now: float) -> Expectations:
+    """What the scheduler knows at its start, by these settings."""
     observations = Observations(lanes, AnswerLengths(settings.expected_answer_token_count))
     terms = Terms(
         settings.brownout_queue_delay_seconds,
@@ -281,7 +285,7 @@ def _expectations(settings: Settings, lanes: Lanes, table: ReplicaTable, work: W
         settings.brownout_down_seconds,
     )
     outlook = Outlook(lanes, table, work, observations)
-    return Expectations(outlook, observations, TenantHabits(), Brownout(terms, now))
+    return Expectations(outlook, observations, TenantHabits(), Brownout(terms, now), settings.answer_quantile)
 
 
 def _anomaly_terms(settings: Settings) -> AnomalyTerms:
@@ -298,7 +302,8 @@ def _anomaly_terms(settings: Settings) -> AnomalyTerms:
     )
 
 
-def _placer(settings: Settings, table: ReplicaTable, weights: Weights) -> Placer:
+def placer_of(settings: Settings, table: ReplicaTable, weights: Weights) -> Placer:
+    """What chooses replicas, by these settings."""
     return Placer(
         table,
         weights,
@@ -319,7 +324,8 @@ def _placer(settings: Settings, table: ReplicaTable, weights: Weights) -> Placer
     )
 
 
-def _lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:
+def lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:
+    """The bounds of the lanes, by these settings."""
     request_limits = {
         ServiceClass.REALTIME: settings.realtime_request_limit,
         ServiceClass.STANDARD: settings.standard_request_limit,

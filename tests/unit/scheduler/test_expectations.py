@@ -12,6 +12,7 @@ from tidegate.common.errors import Reason
 from tidegate.scheduler.admission import Admission, Conditions, latest_start
 from tidegate.scheduler.answer_lengths import TENANT_LIMIT, AnswerLengths
 from tidegate.scheduler.brownout import Brownout, Signs, Terms
+from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.fair_shares import FairShares, max_min_shares
 from tidegate.scheduler.forecast import Arrivals, WorkRates
 from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
@@ -87,7 +88,7 @@ def ready_table(slot_count=10):
 class World:
     """Admission and all it goes by, with answers of 100 tokens that take 1 s in each of ten slots."""
 
-    def __init__(self):
+    def __init__(self, answers_seen=200):
         self.lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10**6, 10**9, 10**12)))
         self.observations = Observations(self.lanes, AnswerLengths(256))
         self.work = WorkRates(5.0)
@@ -102,9 +103,12 @@ class World:
             habits=self.habits,
             brownout=self.brownout,
         )
-        for number in range(200):
+        for number in range(answers_seen):
             self.observations.dispatch(self.request(), str(number), 210)
-            self.observations.end(Ended(str(number), True, 0.01, 1.0, 10, 100), NOW - 50)
+            self.observations.end(Ended(str(number), True, 0.01, 1.0, 10, 100), NOW - 1)
+
+    def expectations(self):
+        return Expectations(self.outlook, self.observations, self.habits, self.brownout, 0.8)
 
     def request(self, *, timeout=None, service_class=STANDARD, tenant="t"):
         fields = {} if timeout is None else {"grpc-timeout": f"{int(timeout * 1000)}m"}
@@ -191,6 +195,19 @@ class TestAdmission:
         assert 3 <= sum(outcomes) <= 12
         assert "more than its share" in refused.message
         assert world.refusal(world.request(timeout=5, tenant="modest")) is None
+
+    def test_a_length_that_nobody_has_seen_is_no_reason_to_refuse(self):
+        world = World(answers_seen=3)
+        request = world.request(timeout=2)
+        request.prompt_token_count = 10
+        world.expectations().expect(request, NOW)
+        assert request.answer_token_count == 256
+        assert world.refusal(request) is None
+
+    def test_what_was_once_slow_is_not_believed_for_ever(self):
+        world = World()
+        assert world.observations.service_seconds(1000, NOW) > 5
+        assert world.observations.service_seconds(1000, NOW + 10) == 0
 
     def test_headers_alone_are_refused_where_a_tenants_requests_are_all_alike(self):
         world = World()

@@ -23,10 +23,10 @@ def make(names="abc", weights=None, **settings) -> tuple[Placer, ReplicaTable]:
     ), table
 
 
-def arrive(table, replica, now, load=LOAD, credits=100):
+def arrive(table, replica, now, load=LOAD, credit_count=100):
     table.connect(replica, now)
     table.hear(replica, load, now)
-    replica.book.grant([f"{replica.address}{index}" for index in range(credits)], 1e6, now)
+    replica.book.grant([f"{replica.address}{index}" for index in range(credit_count)], 1e6, now)
 
 
 def fail(placer, *addresses, now=0.0):

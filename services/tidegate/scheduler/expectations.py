@@ -1,0 +1,49 @@
+"""All that the scheduler learns from what passes, and what it expects of the next request by it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from tidegate.scheduler.brownout import Brownout
+from tidegate.scheduler.observations import Observations, cost_of
+from tidegate.scheduler.outlook import Outlook
+from tidegate.scheduler.request import Request, ServiceClass
+from tidegate.scheduler.tenant_habits import TenantHabits
+
+USUAL_QUANTILE: Final = 0.5
+"""What a request counts between tenants follows from the usual length of answers, and is corrected by what came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expectations:
+    """What is known, and by whom.
+
+    Args:
+        answer_quantile: an answer is expected to be no longer than this share of the tenant's answers were.
+    """
+
+    outlook: Outlook
+    observations: Observations
+    habits: TenantHabits
+    brownout: Brownout
+    answer_quantile: float
+
+    def expect(self, request: Request, now: float) -> None:
+        """Works out what a prepared request will take, and counts it among what comes."""
+        lengths = self.observations.lengths
+        max_tokens = request.max_tokens or lengths.default_token_count
+        request.answer_token_count = lengths.expected(request.tenant, max_tokens, self.answer_quantile)
+        usual = lengths.expected(request.tenant, max_tokens, USUAL_QUANTILE)
+        request.cost = cost_of(request.prompt_token_count, usual)
+        # A length that nobody has seen yet is no reason to refuse: then nobody ever would.
+        counted = request.answer_token_count if lengths.is_known(request.tenant) else 1
+        request.expected_seconds = self.outlook.service_seconds(counted, now)
+        self.habits.see(request)
+        self.outlook.ask(request.service_class, request.tenant, request.cost, now)
+
+    def count_unread(self, request: Request, now: float) -> None:
+        """Counts a request that was refused from its headers for what its tenant's usually are."""
+        habit = self.habits.get(request.tenant)
+        service_class = request.named_class or (ServiceClass.STANDARD if habit is None else habit.service_class)
+        self.outlook.ask(service_class, request.tenant, request.cost if habit is None else habit.cost, now)

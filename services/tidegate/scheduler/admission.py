@@ -9,8 +9,8 @@ How long a request may wait follows from its slack, the time that its deadline l
 more arrives than leaves, all of the slack may be used: a queue is what makes use of a lull. When more arrives than
 leaves, a long queue makes all that pass it late and serves nobody more (CoDel, Nichols and Jacobson, ACM Queue 2012),
 so the allowed wait shrinks, from all of the slack at the capacity to a small share of the answer's own time at four
-times of it. Batch requests, and those without a deadline of their client's, are patient: theirs is a place in the
-queue.
+times of it. Batch requests, those without a deadline of their client's, and those whose deadline is far, are patient:
+theirs is a place in the queue.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ RETRY_JITTER: Final = 0.5
 FULL_PRESSURE: Final = 4.0
 """At so many times of what can be served the allowed wait is the shortest."""
 
-BATCH_SLACK_SHARE: Final = 0.75
-"""A batch request may wait for this share of its slack whatever presses; the rest is for what it cannot foresee."""
+PATIENT_SLACK_SECONDS: Final = 30.0
+"""Who leaves this much time beside the answer itself wants a place in the queue rather than a quick refusal."""
+
+PATIENT_SHARE: Final = 0.75
+"""A patient request may wait for this share of its slack whatever presses; the rest is for what nobody can foresee."""
 
 SHARING_PRESSURE: Final = 1.1
 """From here on tenants are held to their shares."""
@@ -182,6 +185,8 @@ class Admission:
         outlook, now = conditions.outlook, conditions.now
         if outlook is None or request.client_deadline is None:
             return True
+        if _is_patient(request, request.client_deadline - now - request.expected_seconds):
+            return True
         if outlook.pressure(request.service_class, now) < SHARING_PRESSURE:
             return True
         capacity = outlook.lane_capacity(request.service_class, now)
@@ -199,9 +204,8 @@ class Admission:
         slack = left - request.expected_seconds
         if slack <= 0:
             return slack
-        if request.service_class is ServiceClass.BATCH:
-            # Nobody watches it come, and its lane gets its floor only while something waits in it.
-            return BATCH_SLACK_SHARE * slack
+        if _is_patient(request, slack):
+            return PATIENT_SHARE * slack
         shortest = min(slack, SHORTEST_WAIT_SECONDS + SHORTEST_WAIT_SHARE * request.expected_seconds)
         pressure = conditions.outlook.pressure(request.service_class, conditions.now)
         pressed = min(1.0, max(0.0, (pressure - 1) / (FULL_PRESSURE - 1)))
@@ -269,6 +273,14 @@ class Admission:
             message,
             retry_after_seconds=_retry_seconds(self._default_retry_seconds if seconds is None else seconds, conditions),
         )
+
+
+def _is_patient(request: Request, slack: float) -> bool:
+    """Whether a request would rather wait than be refused.
+
+    Nobody watches a batch request come, and its lane gets its floor only while something waits in it.
+    """
+    return request.service_class is ServiceClass.BATCH or slack >= PATIENT_SLACK_SECONDS
 
 
 def latest_start(request: Request, now: float) -> float:

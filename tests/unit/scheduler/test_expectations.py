@@ -163,6 +163,15 @@ class TestAdmission:
         world.wait(1000)
         assert world.refusal(world.request()) is None
 
+    def test_who_left_much_time_may_wait_for_most_of_it(self):
+        world = World()
+        world.press(10)
+        world.wait(400)
+        assert world.refusal(world.request(timeout=300)) is None
+        assert world.refusal(world.request(timeout=20)) is not None
+        world.wait(2000)
+        assert world.refusal(world.request(timeout=300)) is not None
+
     def test_what_could_not_be_answered_in_time_at_all_is_told_so(self):
         world = World()
         refused = world.refusal(world.request(timeout=0.5))

@@ -24,6 +24,13 @@ def stop_with_the_tests() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+NO_BROWNOUT = {
+    "TIDEGATE_SCHEDULER_BROWNOUT_QUEUE_DELAY_SECONDS": "1000",
+    "TIDEGATE_SCHEDULER_BROWNOUT_FIRST_TOKEN_SECONDS": "1000",
+}
+"""Tests fill the slots for long with the most urgent class, which would leave the others out."""
+
+
 class MeshProcess:
     """One `tidegate up` and what it wrote down; `settings` are environment variables for it."""
 
@@ -52,7 +59,7 @@ class MeshProcess:
     @property
     def environment(self) -> dict[str, str]:
         """What a `tidegate` command needs to find this mesh."""
-        return os.environ | self.settings | {"TIDEGATE_HOME": str(self.home)}
+        return os.environ | NO_BROWNOUT | self.settings | {"TIDEGATE_HOME": str(self.home)}
 
     def state(self) -> dict:
         """run/mesh.json, empty as long as there is none of this process."""

@@ -25,10 +25,11 @@ def stop_with_the_tests() -> None:
 
 
 NO_BROWNOUT = {
+    "TIDEGATE_MODEL_CREDIT_AHEAD_LIMIT": "0",
     "TIDEGATE_SCHEDULER_BROWNOUT_QUEUE_DELAY_SECONDS": "1000",
     "TIDEGATE_SCHEDULER_BROWNOUT_FIRST_TOKEN_SECONDS": "1000",
 }
-"""Tests fill the slots for long with the most urgent class, which would leave the others out."""
+"""Tests fill the slots for long with the most urgent class, and count what waits."""
 
 
 class MeshProcess:

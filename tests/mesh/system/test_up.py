@@ -90,7 +90,8 @@ def test_status_shows_every_process_and_replica(mesh):
     answer = mesh.run("status", "-o", "json")
     view = json.loads(answer.stdout)
     assert {each["name"]: each["health"] for each in view["processes"]} == dict.fromkeys(
-        ["triton-0", "triton-1", "envoy", "scheduler", "preprocess", "cache", "batch", "model-0", "model-1"], "ok"
+        ["triton-0", "triton-1", "envoy", "scheduler", "preprocess", "cache", "batch", "waiting", "model-0", "model-1"],
+        "ok",
     )
     assert sorted(each["address"] for each in view["replicas"]) == sorted(
         [mesh.address("model-0"), mesh.address("model-1")]

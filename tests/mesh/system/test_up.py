@@ -89,9 +89,9 @@ def test_a_taken_port_is_named_with_the_flag_that_changes_it(mesh, tmp_path):
 def test_status_shows_every_process_and_replica(mesh):
     answer = mesh.run("status", "-o", "json")
     view = json.loads(answer.stdout)
-    names = ["triton-0", "triton-1", "envoy", "scheduler", "preprocess", "cache", "batch", "waiting", "model-0", "model-1"]
+    services = ["scheduler", "preprocess", "cache", "batch", "waiting"]
+    names = ["triton-0", "triton-1", "envoy", *services, "model-0", "model-1"]
     assert {each["name"]: each["health"] for each in view["processes"]} == dict.fromkeys(names, "ok")
-    )
     assert sorted(each["address"] for each in view["replicas"]) == sorted(
         [mesh.address("model-0"), mesh.address("model-1")]
     )

@@ -37,6 +37,7 @@ class World:
         self.ledger.set_capacity(SLOTS, can_start=True)
         self.books = {key: CreditBook(0.25) for key in range(1, scheduler_count + 1)}
         self.waiting: dict[int, deque[Urgency]] = {key: deque() for key in self.books}
+        self.realtime_waiting = dict.fromkeys(self.books, 0)
         self.served = dict.fromkeys(self.books, 0)
         self.spent: set[str] = set()
         self.asked_count = 0
@@ -60,18 +61,20 @@ class World:
     def ask(self, key: int, urgency: Urgency) -> None:
         self.asked_count += 1
         self.waiting[key].append(urgency)
+        self.realtime_waiting[key] += urgency is Urgency.REALTIME
         self.match(key)
 
     def match(self, key: int) -> None:
         book, lane = self.books[key], self.waiting[key]
         while lane and book.can_spend(self.now, urgent=lane[0] is Urgency.REALTIME):
             urgency = lane.popleft()
+            self.realtime_waiting[key] -= urgency is Urgency.REALTIME
             credit_id = book.spend(self.now, urgent=urgency is Urgency.REALTIME)
             assert credit_id not in self.spent
             self.spent.add(credit_id)
             if self.dice.random() >= self._lost_share:
                 self.after(self.dice.uniform(0.001, 0.02), lambda u=urgency, c=credit_id: self.arrive(key, u, c))
-        demand = (len(lane), sum(urgency is Urgency.REALTIME for urgency in lane))
+        demand = (len(lane), self.realtime_waiting[key])
         if demand != self._told.get(key):
             self._told[key] = demand
             self.after(0.002, lambda: (self.ledger.set_demand(key, *demand), self.settle()))

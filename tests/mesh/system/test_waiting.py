@@ -42,9 +42,12 @@ async def http(mesh: Any) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def busy(mesh: Any) -> AsyncIterator[Busy]:
-    async with open_channel(mesh.ingress) as channel:
-        opened = Busy(channel)
+    """The mesh with its one slot taken, so that all that comes has to wait."""
+    async with open_channel(mesh.ingress) as channel, open_channel(mesh.address("mesh")) as inside:
+        opened = Busy(channel, inside)
+        await until(lambda: opened.has(running=0, credits=1))
         await opened.fill()
+        await until(lambda: opened.has(running=1, credits=0))
         yield opened
         opened.free()
 
@@ -52,7 +55,8 @@ async def busy(mesh: Any) -> AsyncIterator[Busy]:
 class Busy:
     """Holds the engine's one slot until the test lets go of it."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, inside: grpc.aio.Channel) -> None:
+        self._inside = scheduler_pb2_grpc.SchedulerStub(inside)
         self.inference = inference_pb2_grpc.InferenceStub(channel)
         self.scheduler = scheduler_pb2_grpc.SchedulerStub(channel)
         self._blocker: Any = None
@@ -65,6 +69,11 @@ class Busy:
 
     def free(self) -> None:
         self._blocker.cancel()
+
+    async def has(self, *, running: int, credits: int) -> bool:
+        snapshot = await anext(aiter(self._inside.Watch(scheduler_pb2.WatchRequest(once=True), timeout=10)))
+        [replica] = snapshot.replicas
+        return (replica.load.running_request_count, replica.credit_count) == (running, credits)
 
     def wait_as(self, request_id: str) -> asyncio.Task[list[pb.GenerateEvent]]:
         request = pb.GenerateRequest(request_id=request_id, text="The tide", max_tokens=1)
@@ -104,7 +113,7 @@ async def test_a_client_names_its_request_and_asks_for_it_by_that_name(http: htt
     assert response.status_code == 200
     assert (await named)[-1].HasField("finished")
     gone = await http.get("/v1/queue/my-1")
-    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "request_not_found")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "not_found")
 
 
 async def test_http_streams_tell_falling_places_and_then_the_text(http: httpx.AsyncClient, busy: Busy) -> None:

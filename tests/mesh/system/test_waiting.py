@@ -25,12 +25,7 @@ REQUEST = pb.GenerateRequest(text="The tide", max_tokens=4)
 
 @pytest.fixture(scope="module")
 def mesh(start_module_mesh: Callable[..., Any]) -> Any:
-    # One slot that is held for long looks like an overload; what is told of it is not under test here.
-    settings = {
-        "TIDEGATE_SCHEDULER_BATCH_DEADLINE_SECONDS": "1.5",
-        "TIDEGATE_SCHEDULER_BROWNOUT_QUEUE_DELAY_SECONDS": "600",
-        "TIDEGATE_SCHEDULER_BROWNOUT_FIRST_TOKEN_SECONDS": "600",
-    }
+    settings = {"TIDEGATE_SCHEDULER_BATCH_DEADLINE_SECONDS": "1.5"}
     return start_module_mesh("--max-sequences", "1", settings=settings)
 
 
@@ -45,9 +40,9 @@ async def busy(mesh: Any) -> AsyncIterator[Busy]:
     """The mesh with its one slot taken, so that all that comes has to wait."""
     async with open_channel(mesh.ingress) as channel, open_channel(mesh.address("mesh")) as inside:
         opened = Busy(channel, inside)
-        await until(lambda: opened.has(running=0, credits=1))
+        await until(lambda: opened.has(running=0, in_hand=1))
         await opened.fill()
-        await until(lambda: opened.has(running=1, credits=0))
+        await until(lambda: opened.has(running=1, in_hand=0))
         yield opened
         opened.free()
 
@@ -70,10 +65,10 @@ class Busy:
     def free(self) -> None:
         self._blocker.cancel()
 
-    async def has(self, *, running: int, credits: int) -> bool:
+    async def has(self, *, running: int, in_hand: int) -> bool:
         snapshot = await anext(aiter(self._inside.Watch(scheduler_pb2.WatchRequest(once=True), timeout=10)))
         [replica] = snapshot.replicas
-        return (replica.load.running_request_count, replica.credit_count) == (running, credits)
+        return (replica.load.running_request_count, replica.credit_count) == (running, in_hand)
 
     def wait_as(self, request_id: str) -> asyncio.Task[list[pb.GenerateEvent]]:
         request = pb.GenerateRequest(request_id=request_id, text="The tide", max_tokens=1)

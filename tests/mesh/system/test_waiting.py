@@ -185,9 +185,9 @@ async def test_an_answer_that_is_no_stream_has_no_places(http: httpx.AsyncClient
 async def test_a_client_that_leaves_its_place_leaves_the_queue(http: httpx.AsyncClient, busy: Busy) -> None:
     headers = {**STATUS, "x-client-request-id": "leaver"}
     async with http.stream("POST", "/v1/chat/completions", json=CHAT, headers=headers) as response:
-        async for line in response.aiter_lines():
-            if line.startswith(": queued"):
-                break
+        lines = response.aiter_lines()  # Kept: the connection ends with it.
+        while not (await anext(lines)).startswith(": queued"):
+            pass
         assert await waits(http, "leaver")
 
     async def has_left() -> bool:

@@ -113,10 +113,12 @@ class Stream:
             if first.done():
                 return
             place.changed.clear()
-            if place.status is not None:
+            # The place may be lost while the response is being opened.
+            status = place.status
+            if status is not None:
                 if not self.is_open:
                     await self._client.send_initial_metadata(self._surface.opening)
-                await self._write(self._surface.queued(place.status))
+                await self._write(self._surface.queued(status))
                 self._on_told()
             told_at = self._clock()
             await asyncio.wait({first}, timeout=self._least_interval_seconds)

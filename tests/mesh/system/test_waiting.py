@@ -37,9 +37,12 @@ async def http(mesh: Any) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def busy(mesh: Any) -> AsyncIterator[Busy]:
-    async with open_channel(mesh.ingress) as channel:
-        opened = Busy(channel)
+    """The mesh with its one slot taken, so that all that comes has to wait."""
+    async with open_channel(mesh.ingress) as channel, open_channel(mesh.address("mesh")) as inside:
+        opened = Busy(channel, inside)
+        await until(lambda: opened.has(running=0, in_hand=1))
         await opened.fill()
+        await until(lambda: opened.has(running=1, in_hand=0))
         yield opened
         opened.free()
 
@@ -47,7 +50,8 @@ async def busy(mesh: Any) -> AsyncIterator[Busy]:
 class Busy:
     """Holds the engine's one slot until the test lets go of it."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, inside: grpc.aio.Channel) -> None:
+        self._inside = scheduler_pb2_grpc.SchedulerStub(inside)
         self.inference = inference_pb2_grpc.InferenceStub(channel)
         self.scheduler = scheduler_pb2_grpc.SchedulerStub(channel)
         self._blocker: Any = None
@@ -61,11 +65,16 @@ class Busy:
     def free(self) -> None:
         self._blocker.cancel()
 
+    async def has(self, *, running: int, in_hand: int) -> bool:
+        snapshot = await anext(aiter(self._inside.Watch(scheduler_pb2.WatchRequest(once=True), timeout=10)))
+        [replica] = snapshot.replicas
+        return (replica.load.running_request_count, replica.credit_count) == (running, in_hand)
+
     def wait_as(self, request_id: str) -> asyncio.Task[list[pb.GenerateEvent]]:
         request = pb.GenerateRequest(request_id=request_id, text="The tide", max_tokens=1)
 
         async def run() -> list[pb.GenerateEvent]:
-            return [event async for event in self.inference.Generate(request, timeout=100)]
+            return [event async for event in self.inference.Generate(request)]
 
         return asyncio.create_task(run())
 
@@ -99,7 +108,7 @@ async def test_a_client_names_its_request_and_asks_for_it_by_that_name(http: htt
     assert response.status_code == 200
     assert (await named)[-1].HasField("finished")
     gone = await http.get("/v1/queue/my-1")
-    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "request_not_found")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "not_found")
 
 
 async def test_http_streams_tell_falling_places_and_then_the_text(http: httpx.AsyncClient, busy: Busy) -> None:
@@ -138,7 +147,7 @@ async def test_openais_client_reads_over_the_places(mesh: Any, http: httpx.Async
 async def test_typed_streams_tell_their_place_too(mesh: Any, busy: Busy) -> None:
     kinds = []
     async with client.AsyncClient(mesh.ingress) as opened:
-        async for event in opened.generate(REQUEST, queue_status=True, timeout_seconds=60):
+        async for event in opened.generate(REQUEST, queue_status=True):
             kinds.append(event.WhichOneof("event"))
             if kinds == ["queued"]:
                 assert event.queued.position == 1
@@ -176,9 +185,9 @@ async def test_an_answer_that_is_no_stream_has_no_places(http: httpx.AsyncClient
 async def test_a_client_that_leaves_its_place_leaves_the_queue(http: httpx.AsyncClient, busy: Busy) -> None:
     headers = {**STATUS, "x-client-request-id": "leaver"}
     async with http.stream("POST", "/v1/chat/completions", json=CHAT, headers=headers) as response:
-        async for line in response.aiter_lines():
-            if line.startswith(": queued"):
-                break
+        lines = response.aiter_lines()  # Kept: the connection ends with it.
+        while not (await anext(lines)).startswith(": queued"):
+            pass
         assert await waits(http, "leaver")
 
     async def has_left() -> bool:

@@ -33,6 +33,7 @@ class FakeClient:
         self.reads = asyncio.Event()
         self.reads.set()
         self.wrote = asyncio.Condition()
+        self.on_open = lambda: None
 
     async def write(self, message: bytes) -> None:
         await self.reads.wait()
@@ -42,6 +43,7 @@ class FakeClient:
 
     async def send_initial_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> None:
         self.metadata = metadata
+        self.on_open()
 
     async def has(self, count: int) -> None:
         async with asyncio.timeout(5), self.wrote:
@@ -128,6 +130,15 @@ async def test_places_are_told_as_they_change_and_then_the_answer_follows():
     bench.call.say(b"answer", grpc.aio.EOF)
     assert await bench.end() == [b"position 3", b"position 1", b"answer"]
     assert bench.client.metadata == (("opened", "early"),)
+
+
+async def test_a_place_that_is_lost_as_the_response_opens_is_still_told():
+    bench = Bench()
+    bench.client.on_open = lambda: bench.place.move(None)
+    bench.place.move(1)
+    await bench.client.has(1)
+    bench.call.say(b"answer", grpc.aio.EOF)
+    assert await bench.end() == [b"position 1", b"answer"]
 
 
 async def test_changes_that_come_too_fast_are_told_as_one():

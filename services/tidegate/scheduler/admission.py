@@ -39,7 +39,7 @@ FULL_PRESSURE: Final = 4.0
 PATIENT_SLACK_SECONDS: Final = 30.0
 """Who leaves this much time beside the answer itself wants a place in the queue rather than a quick refusal."""
 
-PATIENT_SHARE: Final = 0.75
+PATIENT_SHARE: Final = 0.5
 """A patient request may wait for this share of its slack whatever presses; the rest is for what nobody can foresee."""
 
 SHARING_PRESSURE: Final = 1.1

@@ -103,7 +103,7 @@ class CreditBook:
         return self._in_hand.pop(credit_id, None) or self._preempting.pop(credit_id, None)
 
     def _has_fresh(self, hand: OrderedDict[str, float], now: float) -> bool:
-        return any(end - now > self._margin_seconds for end in hand.values())
+        return bool(hand) and any(end - now > self._margin_seconds for end in hand.values())
 
     def reconcile(self, busy_count: int, now: float) -> int:
         """Drops spent credits that cannot be with the replica; returns how many.

@@ -81,6 +81,9 @@ class Placer:
             is_batch: a batch request, which waits until few prompts are computed.
             block_hashes: of the prompt, first block first.
         """
+        # Most calls of a full mesh end here, so it comes first.
+        if not any(replica.book.can_spend(now, urgent=urgent) for replica in self._table):
+            return None
         candidates = self.candidates(now)
         if not urgent:
             candidates = [replica for replica in candidates if self._may_start(replica, now, is_batch=is_batch)]

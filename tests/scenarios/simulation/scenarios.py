@@ -403,7 +403,7 @@ def hour(length: float, seed: int) -> list[Figure]:
         Figure("requests", len(mesh.jobs)),
         Figure("events", mesh.simulator.event_count),
         Figure("goodput / full", goodput(mesh.jobs, window) / full, ">= 0.9"),
-        Figure("wasted", wasted_share(mesh.jobs), "<= 0.02"),
+        Figure("wasted", wasted_share([job for job in mesh.jobs if job.end is not None]), "<= 0.02"),
     ]
 
 

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +23,8 @@ import grpc
 import numpy as np
 from overload_peers import PEERS, peers
 from overload_rows import cost_shares, recovery_seconds, seconds_to_rate
+from overload_streams import live_streams, many_waiting
+from second_scheduler import second_scheduler
 from table import Table
 
 from tidegate.bench.arrivals import Poisson, Square
@@ -30,7 +32,7 @@ from tidegate.bench.calibrate import calibrate
 from tidegate.bench.columns import Columns, columns_of
 from tidegate.bench.flows import Flow, Load
 from tidegate.bench.ledger import Ledger, Outcome
-from tidegate.bench.lengths import ConstantLength
+from tidegate.bench.lengths import ConstantLength, LogNormalLength
 from tidegate.bench.own_mesh import OwnMesh
 from tidegate.bench.plan import Plan
 from tidegate.bench.running import run
@@ -46,7 +48,14 @@ TENANTS: Final = (*(f"tenant-{number}" for number in range(10)), "one", "two", "
 CALM_SECONDS: Final = 0.5
 """A mesh is as before when nothing waits and the time to first token is as it was, for so long."""
 
-PARTS: Final = ("goodput", "storm", "fairness", "floor", "square", "bursts", "retries", "schedulers", "drift", "peers")
+PARTS: Final = (
+    "goodput", "storm", "fairness", "floor", "square", "bursts", "retries", "schedulers", "drift", "streams", "waiting",
+    "peers",
+)  # fmt: skip
+
+SHAPE: Final = Shape(answer_tokens=LogNormalLength(median=96, sigma=0.6, high=256, low=8))
+"""Long enough that at ten times of C the engine is what there is too little of, not the two cores that the mesh and the
+load generator share."""
 
 
 @dataclass
@@ -57,7 +66,7 @@ class Bench:
     workers: Workers
     table: Table
     seconds: float
-    shape: Shape = field(default_factory=Shape)
+    shape: Shape = SHAPE
     capacity: float = 0.0
     calm: Columns | None = None
     """At 0.9 C."""
@@ -264,23 +273,35 @@ async def _engine_requests(bench: Bench) -> int:
 
 
 async def schedulers(bench: Bench) -> None:
-    """A flood in which the scheduler is killed."""
+    """Floods on two schedulers that share nothing, and one of the two is killed; then on the only one."""
 
-    async def kill() -> None:
+    async def kill(pid: int) -> None:
         await asyncio.sleep(bench.seconds / 2)
-        pid = next(process.pid for process in bench.mesh.state.processes if process.name == "scheduler")
         os.kill(pid, signal.SIGKILL)
 
-    killing = asyncio.create_task(kill())
-    ledger = await bench.run("5 C, the scheduler killed in the middle", bench.flow("flood", 5.0))
-    await killing
-    columns = columns_of(ledger.records)
-    share = 100 * float(columns.of(Outcome.IN_TIME).sum()) / bench.seconds / bench.capacity
-    bench.table.at_least(
-        "goodput at 5 C with the scheduler killed once", share, 85, "% of C", "it is back after seconds"
-    )
-    failed = int(columns.of(Outcome.FAILED).sum())
-    bench.table.at_most("requests that failed by it", failed, 0, "requests", str(summary(ledger).failures)[:200])
+    async def flood(name: str, pid: int, begin: float) -> None:
+        killing = asyncio.create_task(kill(pid))
+        ledger = await bench.run(f"5 C, {name}", bench.flow("flood", 5.0))
+        await killing
+        columns = columns_of(ledger.records)
+        in_time = columns.of(Outcome.IN_TIME)
+        for what, of in (
+            ("before", columns.ended < bench.seconds / 2),
+            ("after", (columns.ended >= bench.seconds / 2) & (columns.ended < bench.seconds)),
+        ):
+            share = 100 * float((in_time & of).sum()) / (bench.seconds / 2) / bench.capacity
+            bench.table.at_least(f"goodput at 5 C, {name}, {what}", share, begin, "% of C")
+        failed = int(columns.of(Outcome.FAILED).sum())
+        wrong = int(columns.of(Outcome.WRONG_TEXT).sum())
+        how = str(summary(ledger).failures)[:200]
+        bench.table.at_most(f"the same, {name}: failed or wrong", failed + wrong, 0, "requests", how)
+
+    async with second_scheduler(bench.mesh) as pid:
+        await flood("one of two schedulers killed", pid, 95)
+    await asyncio.sleep(5.0)
+    first = next(process.pid for process in bench.mesh.state.processes if process.name == "scheduler")
+    await flood("the only scheduler killed", first, 85)
+    await asyncio.sleep(5.0)
 
 
 async def drift(bench: Bench) -> None:
@@ -325,6 +346,10 @@ async def measure(arguments: argparse.Namespace) -> int:
             for part in PARTS:
                 if part in wanted and part in MEASURES:
                     await MEASURES[part](bench)
+        if "streams" in wanted:
+            await live_streams(table)
+        if "waiting" in wanted:
+            await many_waiting(table)
         if "peers" in wanted:
             await peers(table, workers, bench.capacity, bench.shape, arguments.seconds, arguments.peers)
     return table.finish(arguments.json)

@@ -67,7 +67,7 @@ class RunningMesh(OwnMesh):
         deadline = time.monotonic() + seconds
         names = ["scheduler", "preprocess", "cache", *(f"model-{index}" for index in range(self.replica_count))]
         for name in names:
-            while not await _serves(self.address(name)):
+            while not await serves(self.address(name)):
                 if time.monotonic() > deadline:
                     raise SystemExit(f"{name} did not come back within {seconds} s")
                 await asyncio.sleep(0.2)
@@ -117,7 +117,8 @@ def _with_children(pid: int) -> list[int]:
     return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
 
 
-async def _serves(address: str) -> bool:
+async def serves(address: str) -> bool:
+    """Whether a gRPC server there says that it serves."""
     async with grpc.aio.insecure_channel(address) as channel:
         try:
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1)

@@ -91,7 +91,7 @@ _BOUNDS = (
     ("base_step_seconds", 1e-4, 60),
     ("seconds_per_sequence", 0, 60),
     ("seconds_per_prefill_token", 0, 60),
-    ("max_sequences", 1, 4096),
+    ("max_sequences", 1, 65_536),
     ("kv_block_count", 1, 1 << 24),
     ("step_token_budget", 1, 1 << 20),
     ("max_waiting", 0, 1_000_000),

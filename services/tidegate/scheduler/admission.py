@@ -45,8 +45,8 @@ PATIENT_SHARE: Final = 0.5
 SHARING_PRESSURE: Final = 1.1
 """From here on tenants are held to their shares."""
 
-MODEST_FACTOR: Final = 0.5
-"""A tenant that asks for less than its share has the pressure of the others counted by half."""
+OWED_DISCOUNT: Final = 0.4
+"""A tenant that has had nothing of its share has the pressure counted by so much less; in between, in proportion."""
 
 SHORTEST_WAIT_SECONDS: Final = 0.03
 SHORTEST_WAIT_SHARE: Final = 0.05
@@ -209,8 +209,8 @@ class Admission:
         shortest = min(slack, SHORTEST_WAIT_SECONDS + SHORTEST_WAIT_SHARE * request.expected_seconds)
         pressure = conditions.outlook.pressure(request.service_class, conditions.now)
         pressed = min(1.0, max(0.0, (pressure - 1) / (FULL_PRESSURE - 1)))
-        if conditions.outlook.shares[request.service_class].is_modest(request.tenant):
-            pressed *= MODEST_FACTOR
+        owed = conditions.outlook.shares[request.service_class].owed_share(request.tenant)
+        pressed *= 1 - OWED_DISCOUNT * owed
         return float(slack ** (1 - pressed) * shortest**pressed)
 
     def _refusal_by_habit(self, request: Request, conditions: Conditions) -> TidegateError | None:
@@ -232,6 +232,8 @@ class Admission:
     def _left_out(self, service_class: ServiceClass, conditions: Conditions) -> TidegateError | None:
         if self._brownout is None or not self._brownout.refuses(service_class):
             return None
+        if self._lanes.floor(service_class) > 0 and not len(self._lanes.lane(service_class)):
+            return None  # A floor is what no brownout takes, and one that waits is enough to use it.
         message = f"No {service_class.label} requests are taken while more urgent ones wait too long"
         return self._overloaded(f"{message} (brownout step {self._brownout.step})", conditions)
 

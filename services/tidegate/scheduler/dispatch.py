@@ -104,5 +104,6 @@ class Dispatcher:
             now,
             urgent=waiting.service_class is ServiceClass.REALTIME,
             is_batch=waiting.service_class is ServiceClass.BATCH,
+            is_owed=self.lanes.is_owed(waiting),
             block_hashes=waiting.block_hashes,
         )

@@ -82,10 +82,14 @@ class FairShares:
         tenant = self._tenants.get(name)
         return tenant is None or tenant.share == math.inf or tenant.bucket > 0
 
-    def is_modest(self, name: str) -> bool:
-        """Whether a tenant asks for less than its share."""
+    def owed_share(self, name: str) -> float:
+        """How far a tenant is behind what it may have, from 0 (it has all of it) to 1 (it asks for less than that)."""
         tenant = self._tenants.get(name)
-        return tenant is not None and tenant.share == math.inf and len(self._tenants) > 1
+        if tenant is None or len(self._tenants) < 2:
+            return 0.0
+        if tenant.share == math.inf:
+            return 1.0
+        return min(1.0, max(0.0, tenant.bucket / (tenant.share * BURST_SECONDS)))
 
     def admit(self, name: str, cost: float) -> None:
         """A request of a tenant is admitted; its bucket may fall below 0, and is waited for then."""

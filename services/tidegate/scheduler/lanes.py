@@ -196,6 +196,14 @@ class Lanes:
                 owed = (lane.owed, waiting)
         return first if owed is None else owed[1]
 
+    def floor(self, service_class: ServiceClass) -> float:
+        """The share that a class gets at least."""
+        return self._floors.get(service_class, 0.0)
+
+    def is_owed(self, waiting: Waiting) -> bool:
+        """Whether its lane's floor covers it by now."""
+        return self._lanes[waiting.service_class].owed >= waiting.cost
+
     def next_of(self, service_class: ServiceClass) -> Waiting | None:
         """The one of a class that leaves next."""
         return self._lanes[service_class].next

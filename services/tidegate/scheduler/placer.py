@@ -72,6 +72,7 @@ class Placer:
         *,
         urgent: bool = False,
         is_batch: bool = False,
+        is_owed: bool = False,
         block_hashes: Sequence[int] = (),
     ) -> Placement | None:
         """Spends the best replica's credit on a request; None where none can be spent.
@@ -79,13 +80,14 @@ class Placer:
         Args:
             urgent: a realtime request, for which batch ones may be paused.
             is_batch: a batch request, which waits until few prompts are computed.
+            is_owed: its class's floor covers it; then it does not wait for that, or it might for ever.
             block_hashes: of the prompt, first block first.
         """
         # Most calls of a full mesh end here, so it comes first.
         if not any(replica.book.can_spend(now, urgent=urgent) for replica in self._table):
             return None
         candidates = self.candidates(now)
-        if not urgent:
+        if not (urgent or is_owed):
             candidates = [replica for replica in candidates if self._may_start(replica, now, is_batch=is_batch)]
         if not any(replica.book.can_spend(now, urgent=urgent) for replica in candidates):
             return None

@@ -42,8 +42,8 @@ SETTINGS: Final = {
     "TIDEGATE_SCHEDULER_BROWNOUT_FIRST_TOKEN_SECONDS": "1000",
     "TIDEGATE_MODEL_CREDIT_AHEAD_LIMIT": "0",
 }
-"""A queue alone is measured here: without what lower lanes are owed meanwhile, without a brownout that refuses batch, and
-with all that waits in the scheduler, none ahead at the engine. The overload benchmark has these as they are."""
+"""A queue alone is measured here: without what lower lanes are owed meanwhile, without a brownout that refuses batch,
+and with all that waits in the scheduler, none ahead at the engine. The overload benchmark has these as they are."""
 
 CALL_TIMEOUT_SECONDS: Final = 300.0
 """The bound on every single request of the benchmark."""

@@ -50,6 +50,9 @@ MAX_TOKENS: Final = "x-tidegate-max-tokens"
 BROWNOUT: Final = "x-tidegate-brownout"
 """On a request and on what answers it: the step of the brownout that touched it. Absent: none did."""
 
+FLOOR: Final = "x-tidegate-floor"
+"""There on a request that its class's floor pays for: nothing more urgent may pause it, or the floor would be none."""
+
 TIMEOUT_MS: Final = "x-tidegate-timeout-ms"
 """How long the request may still take when it is dispatched, in whole milliseconds. Absent: the client gave no
 deadline, and the model service's own default holds."""

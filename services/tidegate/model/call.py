@@ -45,6 +45,8 @@ class CallHeaders(msgspec.Struct, frozen=True, kw_only=True):
     """A bound that the scheduler sets in a brownout; None for none."""
     brownout: str = ""
     """The step of the brownout that touched the request."""
+    is_owed: bool = False
+    """Its class's floor pays for it."""
     resumed: bool = False
     """Another replica hands the request over."""
 
@@ -64,6 +66,7 @@ def read_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> CallHead
         queue_seconds=_milliseconds(found.get(headers.QUEUE_MS, "")) / 1000,
         max_tokens=_whole(found.get(headers.MAX_TOKENS)),
         brownout=found.get(headers.BROWNOUT, ""),
+        is_owed=headers.FLOOR in found,
         resumed=headers.RESUME in found,
     )
 
@@ -99,6 +102,11 @@ class Job(msgspec.Struct, kw_only=True, eq=False):
     record: Record
     spent: Spent | None = None
     """The credit that it spent, once it has a slot."""
+
+    @property
+    def priority(self) -> int:
+        """The engine's, which pauses lower ones for higher ones."""
+        return ENGINE_PRIORITIES["realtime" if self.call.is_owed else self.service_class]
 
     @property
     def max_tokens(self) -> int:

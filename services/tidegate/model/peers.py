@@ -70,6 +70,7 @@ class Peers:
                 (headers.TENANT, job.call.tenant),
                 (headers.SERVICE_CLASS, job.service_class),
                 (headers.REQUEST_ID, job.record.request_id),
+                *([(headers.FLOOR, "1")] if job.call.is_owed else ()),
             ),
         )
         given_count = len(answer_token_ids)

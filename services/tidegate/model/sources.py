@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tidegate.common.arena import HandleError
 from tidegate.common.errors import Reason, TidegateError
-from tidegate.model.call import ENGINE_PRIORITIES, Job
+from tidegate.model.call import Job
 from tidegate.model.credits import Urgency
 from tidegate.model.peers import Peers
 from tidegate.model.prompts import HeldPrompt, PromptSource
@@ -172,7 +172,7 @@ class TokenSource:
         slot = await self._slots.take(
             credit_id=credit_id,
             resumed=resumed or job.call.resumed,
-            urgency=Urgency(ENGINE_PRIORITIES[job.service_class]),
+            urgency=Urgency(job.priority),
         )
         job.record.slot_at = self._clock()
         job.spent = job.spent or slot.spent
@@ -204,7 +204,7 @@ class TokenSource:
             logprobs=request.logprobs if request.HasField("logprobs") else None,
             stop_token_ids=self._model.eos_token_ids,
             ignore_eos=request.ignore_eos,
-            priority=ENGINE_PRIORITIES[job.service_class],
+            priority=job.priority,
         )
 
     async def _engine_tokens(self, job: Job, answer_token_ids: list[int]) -> ArenaSlice | NDArray[np.int32]:

@@ -201,6 +201,8 @@ class Pipeline:
         ]
         if request.tokens is not None:
             fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
+        if placement.is_owed:
+            fields.append((headers.FLOOR, "1"))
         brownout = self._expectations.brownout
         if brownout.shortens(request.service_class):
             fields.append((headers.MAX_TOKENS, str(self._settings.brownout_max_tokens)))

@@ -45,11 +45,15 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request goes, and the credit it spends there; `alternatives` are the next best, in order."""
+    """Where a request goes, and the credit it spends there; `alternatives` are the next best, in order.
+
+    `is_owed`: its class's floor pays for it.
+    """
 
     address: str
     credit_id: str
     alternatives: tuple[str, ...]
+    is_owed: bool = False
 
 
 def scores(

@@ -110,7 +110,7 @@ class Placer:
         if block_hashes:
             self._prefixes.remember(chosen.address, block_hashes)
         alternatives = [replica.address for replica in ordered if replica is not chosen]
-        return Placement(chosen.address, credit_id, tuple(alternatives[: self._alternative_count]))
+        return Placement(chosen.address, credit_id, tuple(alternatives[: self._alternative_count]), is_owed)
 
     def put_back(self, placement: Placement) -> None:
         """Takes back the credit of a request that was placed and not sent."""

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import grpc
 import numpy as np
 from overload_peers import PEERS, peers
 from overload_rows import cost_shares, recovery_seconds, seconds_to_rate
 from overload_streams import live_streams, many_waiting
+from running_mesh import NO_BUCKET
 from second_scheduler import second_scheduler
 from table import Table
 
@@ -40,8 +40,9 @@ from tidegate.bench.scenarios import Shape
 from tidegate.bench.statistics import percentile
 from tidegate.bench.summary import fairness, summary
 from tidegate.bench.workers import Workers
+from tidegate.cli import probes
 from tidegate.scheduler.observations import OUTPUT_TOKEN_COST
-from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
+from tidegate.v1 import scheduler_pb2
 
 REPLICAS: Final = 2
 TENANTS: Final = (*(f"tenant-{number}" for number in range(10)), "one", "two", "four", "default")
@@ -93,11 +94,7 @@ class Bench:
 
     async def snapshot(self) -> scheduler_pb2.Snapshot:
         """The scheduler now."""
-        async with grpc.aio.insecure_channel(self.mesh.address("scheduler")) as channel:
-            stub = scheduler_pb2_grpc.SchedulerStub(channel)
-            async for snapshot in stub.Watch(scheduler_pb2.WatchRequest(once=True), timeout=5):
-                return snapshot
-        raise AssertionError("the scheduler sent no snapshot")
+        return await probes.snapshot(self.mesh.address("scheduler"), 5)
 
     async def until_idle(self, seconds: float = 30.0) -> float:
         """Waits until nothing is left of a load; returns how long that took, infinite if it did not come."""
@@ -336,7 +333,7 @@ async def measure(arguments: argparse.Namespace) -> int:
     """Runs the parts."""
     table = Table("The mesh under overload, two replicas of the simulated engine (llm_sim, h200-70b)")
     wanted = arguments.only or PARTS
-    settings = {"TIDEGATE_SCHEDULER_TENANT_WEIGHTS": '{"two": 2, "four": 4}', **_no_bucket()}
+    settings = {"TIDEGATE_SCHEDULER_TENANT_WEIGHTS": '{"two": 2, "four": 4}', **NO_BUCKET}
     async with Workers(1) as workers:
         async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=settings) as mesh:
             bench = Bench(mesh, workers, table, arguments.seconds)
@@ -354,11 +351,6 @@ async def measure(arguments: argparse.Namespace) -> int:
         if "peers" in wanted:
             await peers(table, workers, bench.capacity, bench.shape, arguments.seconds, arguments.peers)
     return table.finish(arguments.json)
-
-
-def _no_bucket() -> dict[str, str]:
-    """Tenants' own rates are not what is measured here."""
-    return {"TIDEGATE_UP_TENANT_REQUESTS_PER_SECOND": "1000000", "TIDEGATE_UP_TENANT_BURST_REQUESTS": "10000000"}
 
 
 def main() -> None:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import grpc
-from running_mesh import RunningMesh, resident_bytes
+from mesh import prompt, request
+from running_mesh import NO_BUCKET, RunningMesh, resident_bytes
 from table import Table
 
+from tidegate.cli import probes
 from tidegate.common.grpc_clients import open_channel
 from tidegate.v1 import inference_pb2 as pb
-from tidegate.v1 import inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+from tidegate.v1 import inference_pb2_grpc
 
 LIVE_STREAMS: Final = 10_000
 LIVE_TOKENS: Final = 24
@@ -29,12 +31,12 @@ OPENED_PER_SECOND: Final = 250.0
 
 WAITING_REQUESTS: Final = 20_000
 WAIT_SECONDS: Final = 3_600.0
+PROMPT_TOKENS: Final = 8
 CONNECTIONS: Final = 16
 CLASSES: Final = (pb.SERVICE_CLASS_REALTIME, pb.SERVICE_CLASS_STANDARD, pb.SERVICE_CLASS_BATCH)
 QUIET: Final = {
     # What is measured is what the mesh holds, not what it would refuse.
-    "TIDEGATE_UP_TENANT_REQUESTS_PER_SECOND": "1000000",
-    "TIDEGATE_UP_TENANT_BURST_REQUESTS": "10000000",
+    **NO_BUCKET,
     "TIDEGATE_SCHEDULER_BROWNOUT_QUEUE_DELAY_SECONDS": "3600",
     "TIDEGATE_SCHEDULER_BROWNOUT_FIRST_TOKEN_SECONDS": "3600",
     # As many wait as are asked for, not some of them at the engine.
@@ -126,9 +128,9 @@ async def _wait_together(mesh: RunningMesh, count: int) -> tuple[int, Counter[st
     ended: Counter[str] = Counter()
 
     async def wait(number: int) -> None:
-        request = _request(number, 200, service_class=CLASSES[number % len(CLASSES)])
+        generate = _request(number, 200, service_class=CLASSES[number % len(CLASSES)])
         try:
-            async for _ in stubs[number % CONNECTIONS].Generate(request, timeout=WAIT_SECONDS):
+            async for _ in stubs[number % CONNECTIONS].Generate(generate, timeout=WAIT_SECONDS):
                 pass
         except grpc.aio.AioRpcError as error:
             ended[f"{error.code().name}: {(error.details() or '')[:80]}"] += 1
@@ -159,20 +161,9 @@ async def _memory(mesh: RunningMesh) -> dict[str, int]:
 
 
 async def _waiting(mesh: RunningMesh) -> int:
-    async with open_channel(mesh.address("scheduler")) as channel:
-        stub = scheduler_pb2_grpc.SchedulerStub(channel)
-        async for snapshot in stub.Watch(scheduler_pb2.WatchRequest(once=True), timeout=30):
-            return sum(lane.waiting_request_count for lane in snapshot.lanes)
-    raise AssertionError("the scheduler sent no snapshot")
+    snapshot = await probes.snapshot(mesh.address("scheduler"), 30)
+    return sum(lane.waiting_request_count for lane in snapshot.lanes)
 
 
 def _request(number: int, max_tokens: int, **fields: object) -> pb.GenerateRequest:
-    tokens = pb.TokenIds(token_ids=[1_000 + (number * 7_919 + place * 104_729) % 40_000 for place in range(8)])
-    sampling = pb.SamplingParameters(temperature=1.0)
-    return pb.GenerateRequest(
-        tokens=tokens,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        ignore_eos=True,
-        **fields,  # type: ignore[arg-type]
-    )
+    return request(number, max_tokens, tokens=prompt(number, PROMPT_TOKENS), **fields)

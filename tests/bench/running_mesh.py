@@ -18,6 +18,12 @@ from tidegate.bench.own_mesh import OwnMesh
 from tidegate.cli.config import default_model_path
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
+NO_BUCKET: Final = {
+    "TIDEGATE_UP_TENANT_REQUESTS_PER_SECOND": "1000000",
+    "TIDEGATE_UP_TENANT_BURST_REQUESTS": "10000000",
+}
+"""For benchmarks that do not measure what tenants are allowed a second."""
+
 ENGINE_SECONDS: Final = 300.0
 """The bound on one run of the engine alone."""
 

@@ -37,7 +37,7 @@ async def envoy_is_live(admin_address: str) -> bool:
     return await asyncio.to_thread(_get_text, f"http://{admin_address}/ready") == "LIVE"
 
 
-async def snapshot(scheduler_address: str) -> scheduler_pb2.Snapshot:
+async def snapshot(scheduler_address: str, timeout_seconds: float = PROBE_TIMEOUT_SECONDS) -> scheduler_pb2.Snapshot:
     """The scheduler as it is now.
 
     Raises:
@@ -46,7 +46,7 @@ async def snapshot(scheduler_address: str) -> scheduler_pb2.Snapshot:
     async with open_channel(scheduler_address) as channel:
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         request = scheduler_pb2.WatchRequest(once=True)
-        async for each in stub.Watch(request, timeout=PROBE_TIMEOUT_SECONDS):
+        async for each in stub.Watch(request, timeout=timeout_seconds):
             return each
     raise grpc.aio.UsageError("the scheduler ended its stream without a snapshot")
 

@@ -238,7 +238,7 @@ async def bursts(bench: Bench) -> None:
 async def retries(bench: Bench) -> None:
     """An outage of all replicas, with clients that try three times more at once."""
     outage_begins, outage_seconds = 10.0, 30.0
-    pids = [process.pid for process in bench.mesh.state.processes if process.name.startswith("model-")]
+    pids = [pid for name, pid in bench.mesh.pids().items() if name.startswith("model-")]
 
     async def outage() -> None:
         await asyncio.sleep(outage_begins)
@@ -297,8 +297,7 @@ async def schedulers(bench: Bench) -> None:
     async with second_scheduler(bench.mesh) as pid:
         await flood("one of two schedulers killed", pid, 95)
     await asyncio.sleep(5.0)
-    first = next(process.pid for process in bench.mesh.state.processes if process.name == "scheduler")
-    await flood("the only scheduler killed", first, 85)
+    await flood("the only scheduler killed", bench.mesh.pid("scheduler"), 85)
     await asyncio.sleep(5.0)
 
 

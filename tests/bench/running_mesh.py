@@ -55,14 +55,6 @@ class RunningMesh(OwnMesh):
         """Sequences that one engine generates at once: the engine's own default."""
         return 32
 
-    def pids(self) -> dict[str, int]:
-        """The process id of each process, by name."""
-        return {record.name: record.pid for record in self.state.processes}
-
-    def pid(self, name: str) -> int:
-        """The process id of one process."""
-        return self.pids()[name]
-
     def kill(self, name: str) -> None:
         """kill -9 of one process."""
         print(f"  kill -9 {name}", flush=True)

@@ -14,7 +14,7 @@ from plain_envoy import free_ports
 from running_mesh import serves
 
 from tidegate.bench.own_mesh import OwnMesh
-from tidegate.cli.endpoints import endpoints_path, read_endpoints, write_endpoints
+from tidegate.cli.endpoints import endpoints_path, write_endpoints
 
 START_SECONDS: Final = 30.0
 SETTLE_SECONDS: Final = 3.0
@@ -24,7 +24,7 @@ SETTLE_SECONDS: Final = 3.0
 @asynccontextmanager
 async def second_scheduler(mesh: OwnMesh) -> AsyncIterator[int]:
     """Runs it; yields its process id. The endpoints are as before afterwards."""
-    first = next(process.pid for process in mesh.state.processes if process.name == "scheduler")
+    first = mesh.pid("scheduler")
     told = dict(
         line.decode().split("=", 1) for line in Path(f"/proc/{first}/environ").read_bytes().split(b"\0") if b"=" in line
     )
@@ -44,7 +44,8 @@ async def second_scheduler(mesh: OwnMesh) -> AsyncIterator[int]:
             stderr=log,
         )
     path = endpoints_path(mesh.home / "run" / "endpoints", "scheduler")
-    before = read_endpoints(path, "scheduler")
+    host, _, first_port = mesh.address("scheduler").rpartition(":")
+    before = [(host, int(first_port))]
     try:
         async with asyncio.timeout(START_SECONDS):
             while not await serves(f"127.0.0.1:{port}"):

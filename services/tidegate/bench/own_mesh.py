@@ -115,6 +115,14 @@ class OwnMesh:
         """host:port by the name of the port: ingress, mesh, model-0, triton-0, scheduler-metrics, ..."""
         return self.state.addresses[name]
 
+    def pids(self) -> dict[str, int]:
+        """The process id of each process, by name."""
+        return {record.name: record.pid for record in self.state.processes}
+
+    def pid(self, name: str) -> int:
+        """The process id of one process."""
+        return self.pids()[name]
+
     def target(self, *, name: str = "tidegate", protocol: Protocol = "grpc-web") -> Target:
         """This mesh as a target."""
         return mesh_target(self.state, name=name, protocol=protocol, api_keys=self.api_keys, engine=self.engine)

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
@@ -22,10 +22,6 @@ Endpoint = tuple[str, int]
 """A numeric address and a port."""
 
 _ASSIGNMENT: Final = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
-
-
-class EndpointsError(Exception):
-    """A file that is not a list of endpoints."""
 
 
 def endpoints_path(directory: Path, cluster: str) -> Path:
@@ -41,28 +37,6 @@ def write_endpoints(path: Path, cluster: str, endpoints: Iterable[Endpoint]) -> 
     ]
     assignment = {"@type": _ASSIGNMENT, "cluster_name": cluster, "endpoints": [{"lb_endpoints": members}]}
     _replace(path, yaml.safe_dump({"resources": [assignment]}, sort_keys=False))
-
-
-def read_endpoints(path: Path, cluster: str) -> list[Endpoint]:
-    """The endpoints of a cluster, in the file's order.
-
-    Raises:
-        OSError: the file cannot be read.
-        EndpointsError: it is not what `write_endpoints` writes.
-    """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        assignments = [item for item in document["resources"] if item["cluster_name"] == cluster]
-        localities = [locality for item in assignments for locality in item.get("endpoints", [])]
-        members = [member for locality in localities for member in locality.get("lb_endpoints", [])]
-        return [_address(member) for member in members]
-    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
-        raise EndpointsError(f"{path}: not a list of endpoints: {error!r}") from error
-
-
-def _address(member: Any) -> Endpoint:
-    address = member["endpoint"]["address"]["socket_address"]
-    return str(address["address"]), int(address["port_value"])
 
 
 def _replace(path: Path, text: str) -> None:

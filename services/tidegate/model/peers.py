@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 import structlog
-import yaml
 
 from tidegate.common import headers
+from tidegate.common.endpoints import EndpointsError, parse_endpoints
 from tidegate.common.errors import Reason, TidegateError, from_status
 from tidegate.common.remote_errors import from_rpc_error
 from tidegate.model.call import Job
@@ -45,9 +44,8 @@ class Peers:
         if not self._endpoints_file:
             return []
         try:
-            document = yaml.safe_load(Path(self._endpoints_file).read_text(encoding="utf-8"))
-            addresses = [_address(entry) for entry in _entries(document)]
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            addresses = parse_endpoints(Path(self._endpoints_file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, EndpointsError) as error:
             log.warning("endpoints_unreadable", path=self._endpoints_file, error=str(error))
             return []
         return [address for address in addresses if address != self._own_address]
@@ -106,17 +104,3 @@ def _end(finished: inference_pb2.Finished, given_count: int) -> Chunk:
         raise from_status(finished.error)
     unseen = finished.usage.completion_token_count - given_count
     return Chunk(token_ids=(), finish_reason=_FINISH_WORDS[finished.reason], unseen_token_count=max(0, unseen))
-
-
-def _entries(document: Any) -> list[Any]:
-    return [
-        entry
-        for resource in document["resources"]
-        for locality in resource.get("endpoints") or ()
-        for entry in locality.get("lb_endpoints") or ()
-    ]
-
-
-def _address(entry: Any) -> str:
-    place = entry["endpoint"]["address"]["socket_address"]
-    return f"{place['address']}:{place['port_value']}"

@@ -13,7 +13,8 @@ steps 3 and 4 how realtime ones do. A flood of one class alone is admission's bu
 
 A class fares badly while its queue delay is above the target, or while the 95th percentile of its time to first
 token is above the target and above what the engine does anyway. One step up after `up_seconds` of that without a
-break, one step down after `down_seconds` without it. No evidence counts as faring well, so no step can stick.
+break, one step down after `down_seconds` without it. No evidence counts as faring well, so no step can stick. A mesh
+with nothing to do fares well whatever was seen a moment ago, and steps down as fast as it may.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ UNLOADED_FACTOR: Final = 3.0
 """A time to first token counts as bad only past so many times of what it is on a replica, without the queue."""
 
 LAST_STEP: Final = 4
+
+IDLE_DOWN_SECONDS: Final = 0.2
+"""So long a mesh with nothing to do stays on a step; longer than the gaps of a load that comes and goes."""
 
 DRIVERS: Final[Mapping[int, tuple[ServiceClass, ...]]] = {
     1: (ServiceClass.REALTIME, ServiceClass.STANDARD),
@@ -70,6 +74,7 @@ class Brownout:
         self._terms = terms
         self._bad_since: float | None = None
         self._good_since: float | None = now
+        self._idle_since: float | None = None
         self.step = 0
 
     def refuses(self, service_class: ServiceClass) -> bool:
@@ -84,13 +89,25 @@ class Brownout:
             return self.step >= 2
         return service_class is ServiceClass.STANDARD and self.step >= 3
 
-    def look(self, signs: Mapping[ServiceClass, Signs], now: float) -> bool:
-        """Takes a step, up or down, where it is time to; whether it did."""
+    def look(self, signs: Mapping[ServiceClass, Signs], now: float, *, is_idle: bool = False) -> bool:
+        """Takes a step, up or down, where it is time to; whether it did.
+
+        Args:
+            is_idle: nothing waits and nothing is under way.
+        """
+        self._idle_since = _begin(self._idle_since, now) if is_idle else None
+        if self._idle_since is not None:
+            signs = {}
         wanted = min(self.step + 1, LAST_STEP)
         self._note(self._fares_badly(wanted, signs), self._fares_badly(max(1, self.step), signs), now)
         if self._bad_since is not None and self.step < LAST_STEP:
             return self._take(1) if now - self._bad_since >= self._terms.up_seconds else False
-        if self._good_since is not None and self.step > 0:
+        if self.step == 0:
+            return False
+        if self._idle_since is not None and now - self._idle_since >= IDLE_DOWN_SECONDS:
+            self._idle_since = now
+            return self._take(-1)
+        if self._good_since is not None:
             return self._take(-1) if now - self._good_since >= self._terms.down_seconds else False
         return False
 

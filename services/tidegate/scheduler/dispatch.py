@@ -44,6 +44,11 @@ class Dispatcher:
         """Whether a request that came now would be dispatched at once."""
         return self.lanes.next is None and self.placer.can_place(now)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing is under way."""
+        return self.lanes.next is None and not any(replica.busy_count for replica in self.table)
+
     def add(self, waiting: Waiting) -> None:
         """Lets a request wait; the caller then calls `match`."""
         self.lanes.add(waiting)

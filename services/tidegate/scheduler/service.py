@@ -213,7 +213,8 @@ class SchedulerService:
     def _look_at_brownout(self, now: float) -> None:
         brownout, before = self.expectations.brownout, self.expectations.brownout.step
         lanes, observations = self.dispatcher.lanes, self.expectations.observations
-        if brownout.look({one: signs_of(one, lanes, observations, now) for one in ServiceClass}, now):
+        signs = {one: signs_of(one, lanes, observations, now) for one in ServiceClass}
+        if brownout.look(signs, now, is_idle=self.dispatcher.is_idle):
             log.warning("brownout", step=brownout.step, before=before)
 
     async def _shed(self, file: Path) -> None:

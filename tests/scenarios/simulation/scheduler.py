@@ -318,7 +318,7 @@ class SimulatedScheduler:
                 self._on_refused(job, self._admission.no_replica(self._conditions()))
         self.match()
         signs = {one: signs_of(one, self._lanes, self.expectations.observations, now) for one in ServiceClass}
-        self.expectations.brownout.look(signs, now)
+        self.expectations.brownout.look(signs, now, is_idle=self.dispatcher.is_idle)
 
     def _stream(self, known: Replica, replica: SimulatedReplica, delays: Delays) -> SimulatedStream:
         stream = CreditStream(

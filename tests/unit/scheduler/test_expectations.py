@@ -303,6 +303,21 @@ class TestBrownout:
             brownout.look({REALTIME: Signs(queue_delay_seconds=9.0 * (second % 2))}, second * 0.7)
         assert brownout.step == 0
 
+    def test_with_nothing_to_do_it_is_back_within_a_second(self):
+        brownout, stale = self.brownout(), {REALTIME: Signs(first_token_seconds=9)}
+        self.run(brownout, stale, 0, 20)
+        assert brownout.step == 4
+        for tick in range(5):
+            brownout.look(stale, 20.25 + tick / 4, is_idle=True)
+        assert brownout.step == 0
+
+    def test_a_gap_in_a_load_is_not_the_end_of_it(self):
+        brownout, stale = self.brownout(), {REALTIME: Signs(first_token_seconds=9)}
+        self.run(brownout, stale, 0, 20)
+        for tick in range(100):
+            brownout.look(stale, 20.25 + tick / 10, is_idle=bool(tick % 2))
+        assert brownout.step == 4
+
     def test_an_engine_that_is_slow_by_itself_is_no_reason(self):
         slow = Signs(first_token_seconds=1.2, unloaded_seconds=1.0)
         assert self.run(self.brownout(), {REALTIME: slow}, 0, 60) == 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from overload_cpu import cpu_bound
 from overload_peers import PEERS, peers
 from overload_rows import cost_shares, recovery_seconds, seconds_to_rate
 from overload_streams import live_streams, many_waiting
@@ -50,8 +51,8 @@ CALM_SECONDS: Final = 0.5
 """A mesh is as before when nothing waits and the time to first token is as it was, for so long."""
 
 PARTS: Final = (
-    "goodput", "storm", "fairness", "floor", "square", "bursts", "retries", "schedulers", "drift", "streams", "waiting",
-    "peers",
+    "goodput", "storm", "fairness", "floor", "square", "bursts", "retries", "schedulers", "drift", "cpu", "streams",
+    "waiting", "peers",
 )  # fmt: skip
 
 SHAPE: Final = Shape(answer_tokens=LogNormalLength(median=96, sigma=0.6, high=256, low=8))
@@ -333,22 +334,26 @@ async def measure(arguments: argparse.Namespace) -> int:
     table = Table("The mesh under overload, two replicas of the simulated engine (llm_sim, h200-70b)")
     wanted = arguments.only or PARTS
     settings = {"TIDEGATE_SCHEDULER_TENANT_WEIGHTS": '{"two": 2, "four": 4}', **NO_BUCKET}
+    capacity = arguments.capacity
     async with Workers(1) as workers:
-        async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=settings) as mesh:
-            bench = Bench(mesh, workers, table, arguments.seconds)
-            bench.capacity = arguments.capacity or await calibrate(
-                mesh.target(), bench.shape, workers, say=lambda line: print(f"  {line}", flush=True)
-            )
-            print(f"  C is {bench.capacity:.1f} requests/s", flush=True)
-            for part in PARTS:
-                if part in wanted and part in MEASURES:
-                    await MEASURES[part](bench)
+        if not capacity or any(part in MEASURES for part in wanted):
+            async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=settings) as mesh:
+                bench = Bench(mesh, workers, table, arguments.seconds)
+                capacity = bench.capacity = capacity or await calibrate(
+                    mesh.target(), bench.shape, workers, say=lambda line: print(f"  {line}", flush=True)
+                )
+                print(f"  C is {capacity:.1f} requests/s", flush=True)
+                for part in PARTS:
+                    if part in wanted and part in MEASURES:
+                        await MEASURES[part](bench)
+        if "cpu" in wanted:
+            await cpu_bound(table, workers, arguments.seconds)
         if "streams" in wanted:
             await live_streams(table)
         if "waiting" in wanted:
             await many_waiting(table)
         if "peers" in wanted:
-            await peers(table, workers, bench.capacity, bench.shape, arguments.seconds, arguments.peers)
+            await peers(table, workers, capacity, SHAPE, arguments.seconds, arguments.peers)
     return table.finish(arguments.json)
 
 

@@ -34,6 +34,7 @@ async def second_scheduler(mesh: OwnMesh) -> AsyncIterator[int]:
         "TIDEGATE_SCHEDULER_METRICS_PORT": str(metrics_port),
         # One writer a file.
         "TIDEGATE_SCHEDULER_SHED_FILE": "",
+        "TIDEGATE_SCHEDULER_LIMITS_FILE": "",
     }
     with (mesh.home / "second-scheduler.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(

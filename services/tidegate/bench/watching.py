@@ -26,8 +26,8 @@ READ_SECONDS: Final = 3.0
 SETTLE_SECONDS: Final = 5.0
 """After a run: the longest that the counts may take to stand still."""
 
-SHED_FILTER: Final = "fault.aborts_injected"
-"""The counter of what Envoy sheds; each class has a filter of its own, and all count here."""
+SHED_COUNTERS: Final = re.compile(r"fault\.aborts_injected$|tenant_limits\.http_local_rate_limit\.enforced$")
+"""The counters of what Envoy refuses for the scheduler."""
 
 _REQUESTS: Final = re.compile(r'^tidegate_requests_total\{outcome="(\w*)",reason="(\w*)"\} (\S+)$', re.MULTILINE)
 
@@ -175,7 +175,8 @@ async def _shed_count(admin_address: str) -> int:
         return 0
     async with (
         aiohttp.ClientSession(trust_env=False) as session,
-        session.get(f"http://{admin_address}/stats", params={"filter": SHED_FILTER}) as response,
+        session.get(f"http://{admin_address}/stats", params={"filter": SHED_COUNTERS.pattern}) as response,
     ):
         lines = (await response.text()).splitlines()
-    return sum(int(line.rpartition(": ")[2]) for line in lines if line.partition(":")[0].endswith(SHED_FILTER))
+    counters = (line.partition(": ") for line in lines)
+    return sum(int(value) for name, _, value in counters if SHED_COUNTERS.search(name))

@@ -87,8 +87,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     thread_count: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     """Threads that each engine computes with; 0: the processors of the machine divided by the replicas."""
 
-    engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
-    """How far the engines step back for the services. An engine on a CPU takes all of it in long steps; a service needs
+    service_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 4
+    """How far the services step back for Envoy. Every byte passes it several times, and it must be able to refuse what
+    the services have no time for."""
+
+    engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 14
+    """How far the engines step back for both. An engine on a CPU takes all of it in long steps; a service needs
     a little, at once, for each token and decision."""
 
     max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0

@@ -19,6 +19,7 @@ from google.protobuf.descriptor import FileDescriptor
 from tidegate.cli.endpoints import CLUSTERS, endpoints_path, write_endpoints
 from tidegate.cli.local_replies import envoy_replies, local_reply_config
 from tidegate.common.errors import Reason, TidegateError, openai_json
+from tidegate.common.limits_file import write_limits
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.v1 import batch_pb2, inference_pb2, scheduler_pb2
 
@@ -84,6 +85,11 @@ class EnvoySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.run_directory / "shed.yaml"
 
     @property
+    def limits_path(self) -> Path:
+        """The watched file in which the scheduler says whom Envoy limits for it."""
+        return self.run_directory / "limits.yaml"
+
+    @property
     def config_path(self) -> Path:
         """The rendered configuration."""
         return self.run_directory / "envoy.yaml"
@@ -108,6 +114,7 @@ def write_envoy_files(settings: EnvoySettings, template_path: Path = TEMPLATE_PA
     settings.descriptor_set_path.write_bytes(descriptor_set())
     # Whatever an earlier life of the mesh refused, this one begins with nothing.
     write_shares(settings.shed_path, NOTHING_REFUSED)
+    write_limits(settings.limits_path, [])
     for cluster in CLUSTERS:
         path = endpoints_path(settings.endpoints_directory, cluster)
         if not path.exists():
@@ -147,6 +154,7 @@ def placeholders(settings: EnvoySettings) -> dict[str, str]:
         "CORS_ORIGIN_PATTERN": json.dumps("|".join(map(re.escape, settings.cors_origins)) or MATCHES_NOTHING),
         "DESCRIPTOR_SET": str(settings.descriptor_set_path.absolute()),
         "SHED_FILE": str(settings.shed_path.absolute()),
+        "LIMITS_FILE": str(settings.limits_path.absolute()),
         "ENDPOINTS_DIRECTORY": str(settings.endpoints_directory.absolute()),
     }
 

@@ -51,6 +51,8 @@ class EnvoyReply(msgspec.Struct, frozen=True):
 def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -> tuple[EnvoyReply, ...]:
     """Every reply that Envoy makes, in the order in which they are tried; the last matches all."""
     return (
+        # First, because there are most of these, and each condition that is tried costs.
+        *_shed_replies(),
         EnvoyReply("response.code == 401", Reason.INVALID_API_KEY, "The API key is missing or wrong."),
         EnvoyReply("response.code == 403", Reason.PERMISSION_DENIED, "This is not permitted."),
         EnvoyReply("response.code == 404", Reason.UNKNOWN_URL, "There is no such URL here."),
@@ -82,7 +84,6 @@ def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -
             Reason.DEADLINE_EXCEEDED,
             "The request took too long.",
         ),
-        *_shed_replies(),
         EnvoyReply(
             "response.code == 502 || response.code == 503",
             Reason.REPLICA_UNAVAILABLE,
@@ -99,13 +100,25 @@ def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -
 
 
 def _shed_replies() -> list[EnvoyReply]:
-    """What is refused for the scheduler when it cannot decide about all that comes."""
+    """What is refused for the scheduler: more than it can look at, and what it would refuse anyway."""
+    return [
+        *_retried_later(
+            "response.code_details == 'fault_filter_abort'", "More requests come than can be looked at now."
+        ),
+        *_retried_later(
+            "response.code == 503 && response.code_details == 'local_rate_limited'",
+            "This tenant asks for many times of what can be answered now.",
+        ),
+    ]
+
+
+def _retried_later(condition: str, message: str) -> list[EnvoyReply]:
     count = len(SHED_RETRY_SECONDS)
     return [
         EnvoyReply(
-            "response.code_details == 'fault_filter_abort'",
+            condition,
             Reason.SERVER_IS_OVERLOADED,
-            "More requests come than can be looked at now.",
+            message,
             retry_after_seconds=seconds,
             share_percent=100 // (count - place),
         )

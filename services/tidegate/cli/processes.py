@@ -188,7 +188,13 @@ def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str
     environment = _inherited()
     environment |= {f"TIDEGATE_{module.upper()}_{key}": value for key, value in {**common, **values}.items()}
     argv = [sys.executable, "-m", f"tidegate.{module}"]
-    return Program(name=name, argv=argv, environment=environment, is_ready=_health_probe(mesh, name))
+    return Program(
+        name=name,
+        argv=argv,
+        environment=environment,
+        is_ready=_health_probe(mesh, name),
+        niceness=settings.service_niceness,
+    )
 
 
 def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> dict[str, str]:
@@ -197,6 +203,7 @@ def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> 
         return {
             "ENDPOINTS_FILE": str(_model_endpoints(home, mesh, settings)),
             "SHED_FILE": str(envoy.shed_path.absolute()),
+            "LIMITS_FILE": str(envoy.limits_path.absolute()),
         }
     if name == "preprocess":
         return {

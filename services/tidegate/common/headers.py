@@ -23,6 +23,9 @@ SERVICE_CLASS: Final = "x-tidegate-class"
 ARRIVED: Final = "x-tidegate-arrived"
 """When the request reached the ingress, in Unix seconds with a fraction, by Envoy's clock."""
 
+SENT: Final = "x-tidegate-sent"
+"""When the scheduler sent the request on, in Unix seconds with a fraction, by its clock."""
+
 ASKED_CLASS: Final = "x-service-class"
 """What a client may send to say the class where Envoy can see it; the ingress makes SERVICE_CLASS of it."""
 

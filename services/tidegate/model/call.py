@@ -41,6 +41,8 @@ class CallHeaders(msgspec.Struct, frozen=True, kw_only=True):
     answer_key: bytes = b""
     timeout_seconds: float | None = None
     queue_seconds: float = 0.0
+    sent_at: float | None = None
+    """When the scheduler sent it, in Unix seconds."""
     max_tokens: int | None = None
     """A bound that the scheduler sets in a brownout; None for none."""
     brownout: str = ""
@@ -63,7 +65,8 @@ def read_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> CallHead
         tensor=found.get(headers.TENSOR, ""),
         answer_key=_answer_key(found.get(headers.ANSWER_KEY, "")),
         timeout_seconds=None if timeout_ms is None else timeout_ms / 1000,
-        queue_seconds=_milliseconds(found.get(headers.QUEUE_MS, "")) / 1000,
+        queue_seconds=_number(found.get(headers.QUEUE_MS, "")) / 1000,
+        sent_at=_number(found.get(headers.SENT, "")) or None,
         max_tokens=_whole(found.get(headers.MAX_TOKENS)),
         brownout=found.get(headers.BROWNOUT, ""),
         is_owed=headers.FLOOR in found,
@@ -171,7 +174,7 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text and text.isascii() and text.isdigit() and len(text) < 12 else None
 
 
-def _milliseconds(text: str) -> float:
+def _number(text: str) -> float:
     try:
         value = float(text or 0)
     except ValueError:

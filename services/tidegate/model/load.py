@@ -12,6 +12,7 @@ from typing import Final
 
 from xds.data.orca.v3 import orca_load_report_pb2
 
+from tidegate.common.lateness import Lateness, WindowedMinimum
 from tidegate.model.capacity import Bounds, Capacity
 from tidegate.model.look_ahead import LookAhead
 from tidegate.model.moving_averages import MovingAverage, MovingRate
@@ -25,6 +26,8 @@ DEFAULT_RETRY_SECONDS: Final = 1.0
 """Told with a refusal before any request has ended, when no rate is known."""
 
 LONGEST_RETRY_SECONDS: Final = 60.0
+
+LATENESS_WINDOW_SECONDS: Final = 0.4
 
 
 class ReplicaLoad:
@@ -50,6 +53,8 @@ class ReplicaLoad:
         self._tokens = MovingRate(HALF_LIFE_SECONDS, clock())
         self._requests = MovingRate(HALF_LIFE_SECONDS, clock())
         self._errors = MovingRate(HALF_LIFE_SECONDS, clock())
+        self._lateness = Lateness()
+        self._latest_lateness = WindowedMinimum(LATENESS_WINDOW_SECONDS)
         self._new_token_count = 0
         self._new_gap_seconds = 0.0
         self._new_gap_token_count = 0
@@ -67,6 +72,11 @@ class ReplicaLoad:
         if gap_seconds is not None:
             self._new_gap_seconds += gap_seconds
             self._new_gap_token_count += count
+
+    def add_arrival(self, delay_seconds: float) -> None:
+        """Takes the time from a scheduler's decision until the request is looked at, by two clocks that may differ."""
+        now = self._clock()
+        self._latest_lateness.add(self._lateness.of(delay_seconds, now), now)
 
     def add_first_token(self, seconds: float) -> None:
         """Takes one request's time from arrival to its first token."""
@@ -126,6 +136,9 @@ class ReplicaLoad:
             load.time_per_output_token.FromNanoseconds(int(per_token * 1e9))
         if (first_token := self._first_token.value(now)) is not None:
             load.time_to_first_token.FromNanoseconds(int(first_token * 1e9))
+        if (lateness := self._latest_lateness.value(now)) is not None:
+            # In steps, so that what hardly differs is no news.
+            load.lateness.FromMilliseconds(10 * round(lateness * 100))
         if self.look_ahead.gap_seconds is not None:
             load.credit_gap.FromMicroseconds(round(self.look_ahead.gap_seconds * 1e4) * 100)
         self.latest = load

@@ -150,6 +150,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def _record(self, call: CallHeaders, operation: str, context: Context, request_id: str) -> Record:
         now = self._clock()
+        if call.sent_at is not None:
+            self._load.add_arrival(self._unix_seconds() - call.sent_at)
         allowed = time_allowed_seconds(
             call,
             context.time_remaining(),

@@ -54,8 +54,8 @@ __all__ = [
     "TritonGone",
 ]
 
-MAX_LIVE_SEQUENCES: Final = 4096
-"""Sequences under way at once; the engine's own bound is far below."""
+MAX_LIVE_SEQUENCES: Final = 65_536
+"""Sequences under way at once; no engine is set up for more."""
 
 MAX_UNSENT_MESSAGES: Final = 2048
 """Requests that Triton has not taken yet; more than that means it does not read."""

@@ -37,7 +37,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     endpoints_poll_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
     """How often that file is looked at. A poll costs one stat, and works on every file system."""
 
-    held_request_limit: Count = 20_000
+    held_request_limit: Count = 25_000
     """The most requests at once in any stage, those in preparation included; past it, headers are refused."""
 
     shed_file: str = ""
@@ -52,6 +52,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     shed_interval_seconds: Annotated[float, Meta(ge=0.02, le=1)] = 0.1
     """How often the shares are thought over."""
+
+    limits_file: str = ""
+    """The file from which Envoy learns which tenants to limit, because nearly all that they ask for is refused. Empty:
+    nobody is limited so."""
+
+    limit_interval_seconds: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    """How often these limits are thought over."""
 
     latest_look_seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
     """What is looked at later than this is refused, cheaply, from its headers: well before Envoy stops waiting

@@ -13,6 +13,7 @@ from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.shedding import Shedder
+from tidegate.scheduler.tenant_limits import TenantLimits
 
 
 class Gauges(Collector):
@@ -23,12 +24,14 @@ class Gauges(Collector):
         dispatcher: Dispatcher,
         outcomes: Outcomes,
         shedder: Shedder,
+        limits: TenantLimits,
         brownout: Brownout,
         clock: Callable[[], float],
     ) -> None:
         self._dispatcher = dispatcher
         self._outcomes = outcomes
         self._shedder = shedder
+        self._limits = limits
         self._brownout = brownout
         self._clock = clock
 
@@ -49,6 +52,14 @@ class Gauges(Collector):
         for service_class, share in self._shedder.shares.items():
             shed.add_metric([service_class.label], 1 - share)
         yield shed
+        limits = GaugeMetricFamily(
+            "tidegate_tenant_limit",
+            "Requests per second that Envoy lets through of a tenant that is nearly always refused.",
+            labels=["tenant", "class"],
+        )
+        for key, rate in dict(self._limits.limits).items():
+            limits.add_metric([key.tenant, key.class_name], rate)
+        yield limits
         step = GaugeMetricFamily("tidegate_brownout_step", "How much less is done for the less urgent; 0 is nothing.")
         step.add_metric([], self._brownout.step)
         yield step

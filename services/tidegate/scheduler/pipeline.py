@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -23,6 +24,7 @@ from tidegate.scheduler.preprocess_client import Prepared, PreprocessClient
 from tidegate.scheduler.queue import Queue
 from tidegate.scheduler.request import Request, ServiceClass
 from tidegate.scheduler.shedding import Shedder
+from tidegate.scheduler.tenant_limits import Key, TenantLimits
 from tidegate.v1 import preprocess_pb2, tensor_pb2
 
 
@@ -55,13 +57,17 @@ class Pipeline:
         cache: CacheClient,
         outcomes: Outcomes,
         shedder: Shedder,
+        limits: TenantLimits,
         expectations: Expectations,
         anomalies: Anomalies,
         clock: Callable[[], float],
+        unix_seconds: Callable[[], float] = time.time,
     ) -> None:
+        self._unix_seconds = unix_seconds
         self._anomalies = anomalies
         self._settings = settings
         self._shedder = shedder
+        self._limits = limits
         self._expectations = expectations
         self._admission = admission
         self._queue = queue
@@ -83,7 +89,9 @@ class Pipeline:
     def admit_headers(self, request: Request) -> None:
         """Refuses from the headers alone what can be refused."""
         now = self._clock()
-        self._shedder.see(request.named_class or ServiceClass.STANDARD, request.arrived_at, now)
+        given = None if request.client_deadline is None else request.client_deadline - request.arrived_at
+        self._shedder.see(request.service_class, request.arrived_at, now, given)
+        self._limits.see(_key(request))
         if now - request.arrived_at > self._settings.latest_look_seconds:
             raise TidegateError(
                 Reason.SERVER_IS_OVERLOADED,
@@ -124,6 +132,7 @@ class Pipeline:
     async def place(self, request: Request) -> Decision:
         """Decides about a prepared request, however long it waits."""
         if await self._cache.knows(request.answer_key, request.tenant):
+            self._limits.accept(_key(request))
             return self._replay(request)
         self._admit(request)
         placement = await self._queue.wait(request)
@@ -187,6 +196,7 @@ class Pipeline:
         refusal = self._admission.refusal(request, self.conditions())
         if refusal is not None:
             raise refusal
+        self._limits.accept(_key(request))
         self._expectations.outlook.shares[request.service_class].admit(request.tenant, request.cost)
 
     def _replay(self, request: Request) -> Decision:
@@ -197,6 +207,7 @@ class Pipeline:
         fields = [
             (headers.REPLICA, ",".join((placement.address, *placement.alternatives))),
             (headers.CREDIT, placement.credit_id),
+            (headers.SENT, f"{self._unix_seconds():.6f}"),
             *self._common_fields(request),
         ]
         if request.tokens is not None:
@@ -221,6 +232,10 @@ class Pipeline:
         if request.answer_key:
             fields.append((headers.ANSWER_KEY, request.answer_key.hex()))
         return fields
+
+
+def _key(request: Request) -> Key:
+    return Key(request.tenant, "" if request.named_class is None else request.named_class.label)
 
 
 def _service_class(prepared: Prepared) -> ServiceClass:

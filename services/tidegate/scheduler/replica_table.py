@@ -29,6 +29,7 @@ class ReplicaLoad:
     time_to_first_token_seconds: float
     reuses_prefixes: bool = False
     starting_request_count: int = 0
+    late_seconds: float = 0.0
 
     @property
     def busy_count(self) -> int:
@@ -135,6 +136,10 @@ class ReplicaTable:
     def ready(self, now: float) -> list[Replica]:
         """All to which new requests may go."""
         return [replica for replica in self._replicas.values() if self.is_ready(replica, now)]
+
+    def late_seconds(self, now: float) -> float:
+        """How late the one looks at what is sent that does so soonest; 0 where none is ready."""
+        return min((replica.load.late_seconds for replica in self.ready(now) if replica.load), default=0.0)
 
     def note_presence(self, now: float) -> None:
         """Remembers that a replica is ready, if one is; called every now and then."""

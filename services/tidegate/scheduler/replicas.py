@@ -211,6 +211,7 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         time_to_first_token_seconds=load.time_to_first_token.ToNanoseconds() / 1e9,
         starting_request_count=load.starting_request_count,
         reuses_prefixes=load.reuses_prefixes,
+        late_seconds=load.lateness.ToNanoseconds() / 1e9,
     )
 
 

@@ -95,6 +95,7 @@ def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
     if timeout_seconds is None:
         timeout_seconds = parse_milliseconds(fields.get(headers.ASKED_TIMEOUT_MS, ""))
     deadline = None if timeout_seconds is None else now + timeout_seconds - _margin_seconds(timeout_seconds)
+    named_class = CLASSES_BY_LABEL.get(fields.get(headers.SERVICE_CLASS, ""))
     return Request(
         request_id=fields.get(headers.REQUEST_ID, ""),
         path=fields.get(":path", "").partition("?")[0],
@@ -107,7 +108,8 @@ def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
         retry_count=_retry_count(fields),
         header_fault=_header_fault(fields),
         client_request_id=fields.get(headers.CLIENT_REQUEST_ID, "")[:LONGEST_CLIENT_REQUEST_ID],
-        named_class=CLASSES_BY_LABEL.get(fields.get(headers.SERVICE_CLASS, "")),
+        named_class=named_class,
+        service_class=named_class or ServiceClass.STANDARD,
     )
 
 

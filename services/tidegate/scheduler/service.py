@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
+from tidegate.common.limits_file import write_limits
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.scheduler.admission import Admission
 from tidegate.scheduler.anomalies import Anomalies
@@ -47,6 +48,7 @@ from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.servicer import ExternalProcessor
 from tidegate.scheduler.shedding import Shedder
 from tidegate.scheduler.tenant_habits import TenantHabits
+from tidegate.scheduler.tenant_limits import TenantLimits
 from tidegate.scheduler.watch import Scheduler, Snapshots
 from tidegate.v1 import replica_pb2, scheduler_pb2_grpc
 
@@ -134,6 +136,7 @@ class SchedulerService:
         self.shedder = Shedder(
             late_seconds=settings.shed_late_seconds, drain_seconds=settings.shed_drain_seconds, now=clock()
         )
+        self.limits = TenantLimits(clock())
         self.pipeline = Pipeline(
             settings,
             admission=self._admission,
@@ -142,6 +145,7 @@ class SchedulerService:
             cache=self.cache,
             outcomes=self.outcomes,
             shedder=self.shedder,
+            limits=self.limits,
             expectations=self.expectations,
             anomalies=self.anomalies,
             clock=clock,
@@ -164,7 +168,9 @@ class SchedulerService:
         )
         self.server = Server(settings.host, settings.port)
         self._tasks: list[asyncio.Task[None]] = []
-        self.gauges = Gauges(self.dispatcher, self.outcomes, self.shedder, self.expectations.brownout, clock)
+        self.gauges = Gauges(
+            self.dispatcher, self.outcomes, self.shedder, self.limits, self.expectations.brownout, clock
+        )
 
     async def start(self) -> None:
         """Connects to the rest of the mesh and listens; raises OSError when the port is taken."""
@@ -186,6 +192,8 @@ class SchedulerService:
         ]
         if self._settings.shed_file:
             self._tasks.append(self._spawn(self._shed(Path(self._settings.shed_file))))
+        if self._settings.limits_file:
+            self._tasks.append(self._spawn(self._limit(Path(self._settings.limits_file))))
 
     async def close(self) -> None:
         """Ends what `start` began, but for the server, which whoever runs it stops first."""
@@ -224,13 +232,29 @@ class SchedulerService:
             while True:
                 await asyncio.sleep(self._settings.shed_interval_seconds)
                 was_shedding = self.shedder.is_shedding
-                if self.shedder.end_interval(self._clock()):
+                if self.shedder.end_interval(self._clock(), self.dispatcher.table.late_seconds(self._clock())):
                     shares = {one.label: share for one, share in self.shedder.shares.items()}
                     write_shares(file, shares)
                     if self.shedder.is_shedding != was_shedding:
                         log.warning("shedding_begins" if not was_shedding else "shedding_ends", shares=shares)
         finally:
             write_shares(file, NOTHING_REFUSED)
+
+    async def _limit(self, file: Path) -> None:
+        """Tells Envoy which tenants to limit; none, at the start and at the end."""
+        write_limits(file, [])
+        try:
+            while True:
+                await asyncio.sleep(self._settings.limit_interval_seconds)
+                before = self.limits.limits.keys()
+                if self.limits.end_interval(self._clock()):
+                    limits = self.limits.limits
+                    write_limits(file, [(*key, rate) for key, rate in limits.items()])
+                    for key in before ^ limits.keys():
+                        rate = limits.get(key)
+                        log.warning("tenant_limited", tenant=key.tenant, service_class=key.class_name, rate=rate)
+        finally:
+            write_limits(file, [])
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -261,6 +285,7 @@ class SchedulerService:
         now = self._clock()
         note_outcome(self.dispatcher.placer, replica, outcome, now)
         self.expectations.observations.end(ended(outcome), now)
+        self.shedder.see_end()
 
     def _circuit(self) -> Circuit:
         return Circuit(self._settings.dependency_failure_limit, self._settings.dependency_pause_seconds)

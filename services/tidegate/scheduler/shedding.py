@@ -2,8 +2,9 @@
 
 Everything else here decides about requests one by one, and each decision costs processor time. Past that, Envoy
 refuses at random, by class, before the scheduler is asked; this says how much. It goes by how long requests have been
-under way when the scheduler first sees them: in a burst that grows and ends, in an overload it stays (the argument of
-CoDel, Nichols and Jacobson, ACM Queue 2012, for queues of packets).
+under way when the scheduler first sees them, and when a replica does: in a burst that grows and ends, in an overload it
+stays (the argument of CoDel, Nichols and Jacobson, ACM Queue 2012, for queues of packets). How much is too long follows
+from the time that clients give: each of these waits is one of several in a mesh that is short of processors.
 
 Invariants: the most urgent class is the last to lose anything; no class is shut out entirely, so that what comes can
 still be seen; a share that nothing speaks for any more grows back to 1 by itself. Times are seconds of one clock.
@@ -12,13 +13,31 @@ still be seen; a share that nothing speaks for any more grows back to 1 by itsel
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from tidegate.scheduler.request import ServiceClass
 
 Shares = Mapping[ServiceClass, float]
+
+LATE_SHARE: Final = 0.1
+"""What is looked at later than this share of its client's time is late."""
+
+SHORTEST_LATE_SECONDS: Final = 0.05
+"""Nothing is late before; a busy event loop is as late now and then."""
+
+DRAIN_FACTOR: Final = 5.0
+"""What has piled up is to be decided in so many times of what is late."""
+
+LATE_INTERVALS: Final = 3
+"""What replicas say of themselves counts when it was so for so many intervals, one after the other."""
+
+RATE_INTERVALS: Final = 10
+"""What can be done is what was done in so many intervals; fewer are a matter of chance."""
+
+FEWEST_REQUESTS: Final = 8
+"""Fewer than this in these intervals prove nothing, and cost nothing."""
 
 SMALLEST_SHARE: Final = 0.02
 """What is let through of a class that is refused otherwise."""
@@ -27,13 +46,22 @@ USED_SHARE: Final = 0.9
 """How much of what can be decided is let through: what waits already must be decided, too."""
 
 RECOVERY_FACTOR: Final = 1.4
-"""By how much the shares grow in an interval in which nothing was late."""
+"""By how much the share of a class grows in an interval in which nothing of it came."""
 
 NEWEST_WEIGHT: Final = 0.2
 """What the newest interval counts in the rate at which requests come."""
 
 PROBE_FACTOR: Final = 1.005
 """By how much the decisions that are held possible grow in such an interval, to find out whether there can be more."""
+
+RETURN_FACTOR: Final = 1.05
+"""The same while they are well below what was possible before it was last too much."""
+
+RETURN_SHARE: Final = 0.9
+"""Well below: less than this share of it."""
+
+FALL_FACTOR: Final = 0.7
+"""By how much they fall at most in an interval that was late: in it, few may have come, or others had the processor."""
 
 FASTEST_ARRIVAL_FACTOR: Final = 100.0
 """How much faster requests can have come than they were looked at; a bound on what is read from a few of them."""
@@ -46,19 +74,25 @@ LONGEST_DELAY_SECONDS: Final = 60.0
 class _Interval:
     """What was seen in one interval; `offered` counts those that were refused on the way, too, as far as known."""
 
+    seconds: float = 0.0
     count: int = 0
     offered: dict[ServiceClass, float] = field(default_factory=lambda: dict.fromkeys(ServiceClass, 0.0))
     shortest_delay_seconds: float = float("inf")
+    late_seconds: float = 0.0
+    """Of all that were seen, added up."""
     first_arrival: float = float("inf")
     last_arrival: float = float("-inf")
+    ended_count: int = 0
+    replicas_late_seconds: float = 0.0
 
 
 class Shedder:
     """Looks at requests as they come, and says anew after each interval what is let through.
 
     Args:
-        late_seconds: what comes later than this, all through an interval, is more than can be decided.
-        drain_seconds: in this time what has piled up is to be decided.
+        late_seconds: what comes later than this, all through an interval, is more than can be decided, whatever time
+            clients give.
+        drain_seconds: in this time, at most, what has piled up is to be decided.
     """
 
     def __init__(self, *, late_seconds: float, drain_seconds: float, now: float) -> None:
@@ -66,7 +100,11 @@ class Shedder:
         self._drain_seconds = drain_seconds
         self._interval = _Interval()
         self._began_at = now
+        self._intervals: deque[_Interval] = deque(maxlen=RATE_INTERVALS)
+        self._usual_late_seconds = late_seconds
         self._decidable_rate = 0.0
+        self._last_too_much = 0.0
+        self._is_restricting = False
         self._rates: Mapping[ServiceClass, float] = {}
         self._past: deque[tuple[float, Shares]] = deque([(now, dict.fromkeys(ServiceClass, 1.0))])
 
@@ -80,14 +118,16 @@ class Shedder:
         """Whether anything is refused."""
         return any(share < 1 for share in self.shares.values())
 
-    def see(self, service_class: ServiceClass, arrived_at: float, now: float) -> None:
+    def see(self, service_class: ServiceClass, arrived_at: float, now: float, given_seconds: float | None) -> None:
         """A request is looked at for the first time.
 
         Args:
             arrived_at: when it reached the mesh.
+            given_seconds: how long its client waits for the answer; None: as long as it takes.
         """
         interval = self._interval
         interval.count += 1
+        interval.late_seconds += self._late_after(given_seconds)
         delay = now - arrived_at
         if not 0 <= delay <= LONGEST_DELAY_SECONDS:
             return
@@ -96,42 +136,86 @@ class Shedder:
         interval.first_arrival = min(interval.first_arrival, arrived_at)
         interval.last_arrival = max(interval.last_arrival, arrived_at)
 
-    def end_interval(self, now: float) -> bool:
-        """Sets the shares by what was seen since the last call; whether they have changed."""
+    def see_end(self) -> None:
+        """A request ended on a replica."""
+        self._interval.ended_count += 1
+
+    def end_interval(self, now: float, replicas_late_seconds: float = 0.0) -> bool:
+        """Sets the shares by what was seen since the last call; whether they have changed.
+
+        Args:
+            replicas_late_seconds: how late replicas look at what is sent to them, the soonest of them.
+        """
         interval, self._interval = self._interval, _Interval()
-        seconds, self._began_at = now - self._began_at, now
-        if seconds <= 0:
+        interval.seconds, self._began_at = now - self._began_at, now
+        if interval.seconds <= 0:
             return False
+        interval.replicas_late_seconds = replicas_late_seconds
+        self._intervals.append(interval)
         before = self.shares
-        if self._late_seconds < interval.shortest_delay_seconds < float("inf"):
-            self._restrict(interval, seconds, now)
+        if interval.count:
+            self._usual_late_seconds = interval.late_seconds / interval.count
+        if self._is_late([(one.count, one.shortest_delay_seconds) for one in self._intervals], 1):
+            # They came in another time than they were looked at in, shorter as a rule.
+            arrival_seconds = max(
+                interval.last_arrival - interval.first_arrival, interval.seconds / FASTEST_ARRIVAL_FACTOR
+            )
+            rates = self._smoothed(interval, arrival_seconds)
+            piled_up = sum(
+                rates[one] * shares[one] * (end - begin)
+                for begin, end, shares in self._since(interval.last_arrival, now)
+                for one in ServiceClass
+            )
+            self._restrict(self._rate([one.count for one in self._intervals]), piled_up, rates, now)
+        elif self._is_late([(one.ended_count, one.replicas_late_seconds) for one in self._intervals], LATE_INTERVALS):
+            rate = self._rate([one.ended_count for one in self._intervals])
+            piled_up = rate * replicas_late_seconds
+            self._restrict(rate, piled_up, self._smoothed(interval, interval.seconds), now)
         elif self.is_shedding:
-            self._relax(interval, seconds, now)
+            self._relax(interval, now)
         return self.shares != before
 
-    def _restrict(self, interval: _Interval, seconds: float, now: float) -> None:
-        """More comes than can be decided: what was decided in this time is what can be."""
-        self._decidable_rate = interval.count / seconds
-        # They came in another time than they were looked at in, shorter as a rule.
-        arrival_seconds = max(interval.last_arrival - interval.first_arrival, seconds / FASTEST_ARRIVAL_FACTOR)
-        rates = self._rates = self._smoothed(interval, arrival_seconds)
-        piled_up = sum(
-            rates[one] * shares[one] * (end - begin)
-            for begin, end, shares in self._since(interval.last_arrival, now)
-            for one in ServiceClass
+    def _is_late(self, seen: Sequence[tuple[int, float]], interval_count: int) -> bool:
+        """Whether all were late that were seen in the last intervals, and whether there were enough to say so."""
+        newest = seen[-interval_count:]
+        return (
+            len(newest) == interval_count
+            and sum(count for count, _ in seen) >= FEWEST_REQUESTS
+            and all(count and self._usual_late_seconds < shortest < float("inf") for count, shortest in newest)
         )
-        self._allot(max(0.0, USED_SHARE * self._decidable_rate - piled_up / self._drain_seconds), rates, now)
 
-    def _relax(self, interval: _Interval, seconds: float, now: float) -> None:
+    def _rate(self, counts: Iterable[int]) -> float:
+        return sum(counts) / sum(one.seconds for one in self._intervals)
+
+    def _restrict(self, rate: float, piled_up: float, rates: Mapping[ServiceClass, float], now: float) -> None:
+        """More comes than can be done: what was done in this time is what can be.
+
+        Args:
+            rate: requests per second that were done, where they pile up.
+            piled_up: how many there are.
+            rates: how many come a second, refused ones included.
+        """
+        if not self._is_restricting:
+            self._last_too_much = self._decidable_rate
+        self._is_restricting = True
+        least = FALL_FACTOR * self._decidable_rate if self.is_shedding else 0.0
+        self._decidable_rate = max(rate, least)
+        self._rates = rates
+        drain_seconds = min(self._drain_seconds, DRAIN_FACTOR * self._usual_late_seconds)
+        self._allot(max(0.0, USED_SHARE * self._decidable_rate - piled_up / drain_seconds), rates, now)
+
+    def _relax(self, interval: _Interval, now: float) -> None:
         """Nothing was late: somewhat more may come, up to what is known to be possible."""
-        self._decidable_rate *= PROBE_FACTOR
-        rate, bound = interval.count / seconds, USED_SHARE * self._decidable_rate
-        if rate * RECOVERY_FACTOR < bound:
-            # Far from the bound: let all shares grow, or those of a load that has ended would stay.
-            self._set({one: min(1.0, share * RECOVERY_FACTOR) for one, share in self.shares.items()}, now)
-        else:
-            self._rates = self._smoothed(interval, seconds)
-            self._allot(bound, self._rates, now)
+        self._is_restricting = False
+        is_well_below = self._decidable_rate < RETURN_SHARE * self._last_too_much
+        self._decidable_rate *= RETURN_FACTOR if is_well_below else PROBE_FACTOR
+        self._rates = self._smoothed(interval, interval.seconds)
+        self._allot(USED_SHARE * self._decidable_rate, self._rates, now)
+
+    def _late_after(self, given_seconds: float | None) -> float:
+        if given_seconds is None:
+            return self._late_seconds
+        return min(self._late_seconds, max(SHORTEST_LATE_SECONDS, LATE_SHARE * given_seconds))
 
     def _smoothed(self, interval: _Interval, seconds: float) -> Mapping[ServiceClass, float]:
         """How many of each class come a second, refused ones included."""

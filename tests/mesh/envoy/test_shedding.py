@@ -11,6 +11,7 @@ from tests.mesh.envoy.conftest import until
 from tests.mesh.envoy.test_errors import check_grpc_error, check_openai_error, grpc_error
 
 from tidegate.common.errors import Reason
+from tidegate.common.limits_file import FILTER_NAME, Limit, write_limits
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.v1 import inference_pb2
 
@@ -36,6 +37,30 @@ async def shed(mesh):
 
         async def is_known() -> bool:
             return await mesh.stat("runtime.load_success") > loaded
+
+        await until(is_known)
+
+    yield say
+    await say()
+
+
+@pytest.fixture
+async def limit(mesh):
+    """Says who is limited to how many requests a second, and waits until Envoy has read it."""
+    reloads = f"extension_config_discovery.http_filter.{FILTER_NAME}.config_reload"
+
+    said: tuple[Limit, ...] = ()
+
+    async def say(*limits: Limit) -> None:
+        nonlocal said
+        if limits == said:
+            return
+        said = limits
+        loaded = await mesh.stat(reloads)
+        write_limits(mesh.settings.limits_path, limits)
+
+        async def is_known() -> bool:
+            return await mesh.stat(reloads) > loaded
 
         await until(is_known)
 
@@ -90,6 +115,46 @@ async def test_what_does_not_ask_the_scheduler_is_never_refused(mesh, client, sh
     await shed(realtime=0.0, standard=0.0, batch=0.0)
     assert (await client.get("/v1/models")).status_code == 200
     assert (await client.get("/health")).status_code == 200
+
+
+async def test_a_tenant_gets_no_more_than_its_limit_and_the_others_all(mesh, client, limit):
+    await limit(("default", "batch", 5), ("another", "standard", 5))
+    counts = await statuses(client, "batch")
+    # A bucket is full at first, and fills on while the requests come.
+    assert 5 <= counts[200] < TRIES / 2
+    assert counts[503] == TRIES - counts[200]
+    for other in ("realtime", "standard", None):
+        assert await statuses(client, other) == {200: TRIES}
+    assert len(mesh.scheduler.seen) == 3 * TRIES + counts[200]
+
+
+async def test_a_request_without_a_class_has_a_limit_of_its_own(mesh, client, limit):
+    await limit(("default", "", 5))
+    assert await statuses(client, "standard") == {200: TRIES}
+    assert (await statuses(client))[503] > TRIES / 2
+
+
+async def test_a_limit_is_lifted(mesh, client, limit):
+    await limit(("default", "", 5))
+    assert (await statuses(client))[503] > 0
+    await limit()
+    assert await statuses(client) == {200: TRIES}
+
+
+async def test_who_is_limited_is_told_so_as_of_an_overload(mesh, client, stub, limit):
+    await limit(("default", "", 1))
+    answers = [answer for answer in [await client.post(CHAT, json={}) for _ in range(TRIES)] if not answer.is_success]
+    for answer in answers:
+        check_openai_error(answer, Reason.SERVER_IS_OVERLOADED)
+    assert len({answer.headers["retry-after"] for answer in answers}) > 1
+    error = await grpc_error(stub.Generate(inference_pb2.GenerateRequest(text="x")))
+    metadata = check_grpc_error(error, Reason.SERVER_IS_OVERLOADED)
+    assert int(metadata["grpc-retry-pushback-ms"]) in (1000, 2000, 3000, 4000)
+
+
+async def test_what_does_not_ask_the_scheduler_has_no_limit(client, limit):
+    await limit(("default", "", 1))
+    assert {(await client.get("/v1/models")).status_code for _ in range(5)} == {200}
 
 
 async def test_the_scheduler_learns_when_a_request_arrived_and_what_class_it_asks_for(mesh, client):

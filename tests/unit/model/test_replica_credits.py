@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import pytest
 
+from tidegate.common import headers
+from tidegate.model.load import LATENESS_WINDOW_SECONDS
 from tidegate.v1 import inference_pb2, inference_pb2_grpc, replica_pb2, replica_pb2_grpc
 
 Message = replica_pb2.SchedulerMessage
@@ -47,6 +50,18 @@ def ask(**fields) -> inference_pb2.GenerateRequest:
 
 async def collect(stub, request, **call):
     return [event async for event in stub.Generate(request, **call)]
+
+
+async def test_a_scheduler_hears_how_late_what_it_sends_is_looked_at(start_service, fake_triton, channel_to):
+    async with start_service(fake_triton("abc", slots=3)) as service:
+        scheduler = await Scheduler(channel_to(service)).open()
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        await collect(stub, ask(), metadata=((headers.SENT, f"{time.time() + 3600}"),))
+        # Clocks differ by an hour; past that, what is looked at late is late.
+        await asyncio.sleep(2 * LATENESS_WINDOW_SECONDS)
+        await collect(stub, ask(), metadata=((headers.SENT, f"{time.time() + 3600 - 0.5}"),))
+        await scheduler.read_until(lambda: any(load.lateness.ToMilliseconds() >= 500 for load in scheduler.loads))
+        assert max(load.lateness.ToMilliseconds() for load in scheduler.loads) < 900
 
 
 async def test_a_scheduler_hears_the_load_then_gets_standing_credits(start_service, fake_triton, channel_to):

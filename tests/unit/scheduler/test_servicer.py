@@ -32,6 +32,7 @@ async def test_a_request_is_dispatched_with_everything_that_the_replica_needs(wo
     fields = world.decided(await exchange.run())
     assert fields[headers.REPLICA] == world.replica.address
     assert fields[headers.CREDIT] == "credit-1"
+    assert float(fields[headers.SENT]) == pytest.approx(time.time(), abs=5)
     assert fields[headers.SERVICE_CLASS] == "batch"
     assert fields[headers.ANSWER_KEY] == (b"k" * 32).hex()
     assert decode_tensor_header(fields[headers.TENSOR]) == tokens

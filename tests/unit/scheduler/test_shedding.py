@@ -16,7 +16,8 @@ REALTIME, STANDARD, BATCH = ServiceClass
 class Mesh:
     """Envoy with its shares, a scheduler that decides so many a second, and the requests between them."""
 
-    def __init__(self, decidable_rate: float, seed: int = 1) -> None:
+    def __init__(self, decidable_rate: float, seed: int = 1, given_seconds: float | None = None) -> None:
+        self.given_seconds = given_seconds
         self.now = 0.0
         self.shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
         self.decidable_rate = decidable_rate
@@ -51,7 +52,7 @@ class Mesh:
         while self.waiting and self._budget >= 1:
             self._budget -= 1
             service_class, arrived_at = self.waiting.popleft()
-            self.shedder.see(service_class, arrived_at, self.now)
+            self.shedder.see(service_class, arrived_at, self.now, self.given_seconds)
             self.decided[service_class] += 1
             self.longest_delay = max(self.longest_delay, self.now - arrived_at)
 
@@ -78,6 +79,16 @@ def test_what_can_be_decided_is_decided_and_soon_however_much_comes(load):
     mesh.longest_delay = 0.0
     mesh.run(20, {STANDARD: 400 * load})
     assert mesh.longest_delay < 2
+
+
+@pytest.mark.parametrize("load", [2, 5, 10])
+def test_where_clients_give_little_time_what_is_let_through_is_looked_at_at_once(load):
+    mesh = Mesh(400, given_seconds=2.0)
+    mesh.run(5, {STANDARD: 400 * load})
+    mesh.decided[STANDARD], mesh.longest_delay = 0, 0.0
+    mesh.run(30, {STANDARD: 400 * load})
+    assert mesh.decided[STANDARD] > 0.85 * 400 * 30
+    assert mesh.longest_delay < 0.5
 
 
 def test_the_most_urgent_class_loses_nothing_that_the_others_can_lose():
@@ -116,9 +127,39 @@ def test_a_burst_that_is_decided_within_half_a_second_sheds_nothing():
     assert mesh.refused[STANDARD] == 0
 
 
+class TestReplicas:
+    """A scheduler that is in time before replicas that are not: they finish so many a second."""
+
+    FINISHED_RATE = 200
+
+    def run(self, shedder, begin, seconds, late_seconds, *, rate=1000):
+        for number in range(round(seconds / INTERVAL)):
+            now = begin + number * INTERVAL
+            for _ in range(round(rate * INTERVAL * shedder.shares[STANDARD])):
+                shedder.see(STANDARD, now, now, 2.0)
+            for _ in range(round(self.FINISHED_RATE * INTERVAL)):
+                shedder.see_end()
+            shedder.end_interval(now + INTERVAL, late_seconds)
+
+    def test_what_replicas_finish_is_what_can_be_taken(self):
+        shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+        self.run(shedder, 0.0, 2.0, 0.01)
+        assert not shedder.is_shedding
+        self.run(shedder, 2.0, 1.0, 0.3)
+        assert 0 < shedder.shares[STANDARD] < self.FINISHED_RATE / 1000
+        self.run(shedder, 3.0, 20.0, 0.01)
+        assert shedder.shares[STANDARD] > 0.8 * self.FINISHED_RATE / 1000
+
+    def test_a_moment_of_it_is_nothing(self):
+        shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+        for number in range(50):
+            self.run(shedder, number * INTERVAL, INTERVAL, 0.3 * (number % 3 != 0))
+        assert not shedder.is_shedding
+
+
 def test_clocks_that_differ_do_not_count_as_lateness():
     shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
     for arrived_at in (-3600.0, 5.0):
-        shedder.see(STANDARD, arrived_at, 0.05)
+        shedder.see(STANDARD, arrived_at, 0.05, None)
     assert not shedder.end_interval(0.1)
     assert not shedder.is_shedding

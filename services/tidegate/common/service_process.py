@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
@@ -16,6 +17,10 @@ from tidegate.common.settings import SettingsError, load
 FAILED: Final = 1
 BAD_SETTINGS: Final = 2
 """Exit statuses; a supervisor need not try again after the second."""
+
+GC_THRESHOLDS: Final = (10_000, 20, 100)
+"""New objects that make the collector look at the young ones, and how often that makes it look at older ones. Everything
+waits while it looks at all; what a service makes a request is freed by reference counts, so it may look seldom."""
 
 _Settings = TypeVar("_Settings", bound=msgspec.Struct)
 
@@ -39,6 +44,7 @@ def run(
     except SettingsError as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS
+    _quieten_collector()
     logs.configure(section, level=getattr(settings, "log_level"))  # noqa: B009 - a struct's type does not say it.
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -46,3 +52,10 @@ def run(
     except (OSError, *start_errors) as error:
         print(f"tidegate.{section}: {error}", file=sys.stderr)
         return FAILED
+
+
+def _quieten_collector() -> None:
+    """What the modules made stays for ever, and need not be looked at."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)

@@ -19,8 +19,8 @@ BAD_SETTINGS: Final = 2
 """Exit statuses; a supervisor need not try again after the second."""
 
 GC_THRESHOLDS: Final = (10_000, 20, 100)
-"""New objects that make the collector look at the young ones, and how often that makes it look at older ones. Everything
-waits while it looks at all; what a service makes a request is freed by reference counts, so it may look seldom."""
+"""New objects that make the collector look at the young ones, and how often that makes it look at older ones. All
+waits while it looks at everything; what a request makes is freed by reference counts, so it may look seldom."""
 
 _Settings = TypeVar("_Settings", bound=msgspec.Struct)
 

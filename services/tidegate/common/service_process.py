@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import sys
 from collections.abc import Callable, Coroutine
@@ -18,7 +20,7 @@ FAILED: Final = 1
 BAD_SETTINGS: Final = 2
 """Exit statuses; a supervisor need not try again after the second."""
 
-GC_THRESHOLDS: Final = (10_000, 20, 100)
+GC_THRESHOLDS: Final = (10_000, 10, 10)
 """New objects that make the collector look at the young ones, and how often that makes it look at older ones. All
 waits while it looks at everything; what a request makes is freed by reference counts, so it may look seldom."""
 
@@ -52,6 +54,13 @@ def run(
     except (OSError, *start_errors) as error:
         print(f"tidegate.{section}: {error}", file=sys.stderr)
         return FAILED
+
+
+def release_memory() -> None:
+    """Gives back to the system what a peak has left behind; takes some milliseconds, so for a quiet moment."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # Only glibc has it.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _quieten_collector() -> None:

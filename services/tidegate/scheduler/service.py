@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
 from tidegate.common.limits_file import write_limits
+from tidegate.common.service_process import release_memory
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.scheduler.admission import Admission
 from tidegate.scheduler.anomalies import Anomalies
@@ -57,6 +58,10 @@ log = structlog.get_logger()
 EXT_PROC_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 SCHEDULER_NAME: Final = "tidegate.v1.Scheduler"
 FIRST_TOKEN_PERCENTILE: Final = 0.95
+
+PEAK_REQUESTS: Final = 1_000
+"""After so many at once, what they took is given back to the system when nothing is left."""
+
 """Of the times to first token that tell how a class fares."""
 
 PICKER_HEALTH_NAMES: Final = ("liveness", "readiness")
@@ -137,6 +142,7 @@ class SchedulerService:
             late_seconds=settings.shed_late_seconds, drain_seconds=settings.shed_drain_seconds, now=clock()
         )
         self.limits = TenantLimits(clock())
+        self._held_peak = 0
         self.pipeline = Pipeline(
             settings,
             admission=self._admission,
@@ -217,6 +223,7 @@ class SchedulerService:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
             self.queue.match()
             self._look_at_brownout(now)
+            self._look_at_memory()
 
     def _look_at_brownout(self, now: float) -> None:
         brownout, before = self.expectations.brownout, self.expectations.brownout.step
@@ -224,6 +231,13 @@ class SchedulerService:
         signs = {one: signs_of(one, lanes, observations, now) for one in ServiceClass}
         if brownout.look(signs, now, is_idle=self.dispatcher.is_idle):
             log.warning("brownout", step=brownout.step, before=before)
+
+    def _look_at_memory(self) -> None:
+        held_count = self.outcomes.held_request_count
+        self._held_peak = max(self._held_peak, held_count)
+        if held_count == 0 and self._held_peak >= PEAK_REQUESTS:
+            self._held_peak = 0
+            release_memory()
 
     async def _shed(self, file: Path) -> None:
         """Tells Envoy what to refuse before it asks here; nothing, at the start and at the end."""

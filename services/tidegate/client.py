@@ -208,6 +208,7 @@ class _Answer:
         self._request = request
         self._started = False
         self._queued = False
+        self._model = request.model
         self.tokens: list[int] = list(request.resume.token_ids)
 
     def next_request(self) -> pb.GenerateRequest:
@@ -215,6 +216,7 @@ class _Answer:
             return self._request
         resumed = pb.GenerateRequest()
         resumed.CopyFrom(self._request)
+        resumed.model = self._model  # Tokens mean something to the model that made them only.
         resumed.resume.token_ids[:] = self.tokens
         return resumed
 
@@ -231,6 +233,7 @@ class _Answer:
         if event.HasField("delta"):
             self.tokens.extend(event.delta.token_ids)
         if event.HasField("started"):
+            self._model = event.started.model
             first, self._started = not self._started, True
             return first
         return True

@@ -148,6 +148,9 @@ async def test_a_stream_that_breaks_goes_on_with_the_tokens_that_came(
     assert await events_of(mesh) == [STARTED, delta(1), delta(2), delta(3), delta(4), FINISHED]
     assert [list(each.resume.token_ids) for each in mesh.requests] == [[], [1, 2], [1, 2, 3]]
     assert all(each.text == REQUEST.text and each.max_tokens == 4 for each in mesh.requests)
+    # Whichever model answered, it alone can go on.
+    assert [each.model for each in mesh.requests] == ["", STARTED.started.model, STARTED.started.model]
+    assert STARTED.started.model
 
 
 async def test_a_resumed_stream_keeps_the_tokens_that_the_caller_brought(serve: Callable[..., FakeMesh]) -> None:

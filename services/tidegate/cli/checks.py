@@ -57,20 +57,18 @@ def failed(group: str, name: str, reason: str, fix: str) -> Check:
     return Check(group=group, name=name, outcome="failed", reason=reason, fix=fix)
 
 
-def check_machine(
-    machine: Machine, *, replica_count: int, arena_bytes: int, model_bytes: int | None = None
-) -> list[Check]:
+def check_machine(machine: Machine, *, model_bytes: Sequence[int | None], arena_bytes: int) -> list[Check]:
     """Whether the machine can carry a mesh of this size.
 
     Args:
-        model_bytes: the size of the model's files; None is the default model.
+        model_bytes: the size of the model's files, once a replica; None is the default model.
     """
     return [
         _check_platform(machine),
         _check_python(machine),
         _check_libpython(machine),
-        _check_memory(machine, replica_count, model_bytes),
-        _check_shared_memory(machine, replica_count, arena_bytes),
+        _check_memory(machine, model_bytes),
+        _check_shared_memory(machine, len(model_bytes), arena_bytes),
         _check_open_files(machine),
     ]
 
@@ -116,8 +114,9 @@ def replica_memory_bytes(model_bytes: int | None) -> int:
     return int(OWN_MODEL_FACTOR * model_bytes) + OWN_MODEL_MEMORY_BYTES
 
 
-def _check_memory(machine: Machine, replica_count: int, model_bytes: int | None) -> Check:
-    needed = BASE_MEMORY_BYTES + replica_count * replica_memory_bytes(model_bytes)
+def _check_memory(machine: Machine, model_bytes: Sequence[int | None]) -> Check:
+    replica_count = len(model_bytes)
+    needed = BASE_MEMORY_BYTES + sum(replica_memory_bytes(each) for each in model_bytes)
     found = f"{_size(machine.memory_available_bytes)} available, {_size(needed)} needed for {_replicas(replica_count)}"
     if machine.memory_available_bytes >= needed:
         return passed("machine", "memory", found)

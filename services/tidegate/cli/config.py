@@ -37,6 +37,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model_name: str = DEFAULT_MODEL_NAME
     """The id that clients ask for."""
 
+    lite_model_path: str = ""
+    """A smaller model for what the other has no time for, with replicas of its own: standard requests that would be
+    refused go there, and those that ask for it by name. Empty: none."""
+
+    lite_model_name: str = "lite"
+    """The id that clients ask for it by, and that its answers carry."""
+
+    lite_replicas: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Its model services, where there is a lite model."""
+
+    lite_prompt_token_limit: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Standard requests with prompts of at most so many tokens go there first, however little there is to do; 0: none
+    do."""
+
     engine: str = "llm"
     """Which of ENGINES the Tritons run. `llm_sim` reads the model's vocabulary and no weights."""
 
@@ -85,7 +99,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What Envoy may hold before it resets streams and takes no more requests."""
 
     thread_count: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
-    """Threads that each engine computes with; 0: the processors of the machine divided by the replicas."""
+    """Threads that each engine computes with; 0: the processors of the machine divided by the replicas, those of the
+    lite model included."""
 
     service_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 4
     """How far the services step back for Envoy. Every byte passes it several times, and it must be able to refuse what
@@ -127,6 +142,10 @@ def usage_faults(settings: Settings) -> list[str]:
     faults = []
     if settings.model_path and not Path(settings.model_path).exists():
         faults.append(f"--model {settings.model_path}: there is no such file or folder")
+    if settings.lite_model_path and not Path(settings.lite_model_path).exists():
+        faults.append(f"--lite-model {settings.lite_model_path}: there is no such file or folder")
+    if settings.lite_model_path and settings.lite_model_name == settings.model_name:
+        faults.append(f"--lite-model-name {settings.lite_model_name}: it must not be the other model's")
     if settings.engine not in ENGINES:
         faults.append(f"--engine {settings.engine}: there is {' and '.join(ENGINES)}")
     if settings.sim_preset and settings.engine != "llm_sim":
@@ -160,22 +179,38 @@ def origins(settings: Settings) -> tuple[str, ...]:
 
 def is_default_model(settings: Settings) -> bool:
     """Whether the model is the one that comes with Tidegate."""
-    default = default_model_path()
-    return not settings.model_path or (bool(default) and Path(settings.model_path).resolve() == Path(default).resolve())
+    return _is_default(settings.model_path)
 
 
-def own_model_bytes(settings: Settings) -> int | None:
-    """The size of the weights that an engine holds; None for the default model, whose need is known."""
+def lite_replica_count(settings: Settings) -> int:
+    """The replicas of the lite model; none without one."""
+    return settings.lite_replicas if settings.lite_model_path else 0
+
+
+def model_bytes(settings: Settings) -> list[int | None]:
+    """The size of the weights that each engine holds, once a replica; None for the default model's, which is known."""
     if settings.engine == "llm_sim":
-        return 0
-    if is_default_model(settings):
+        return [0] * (settings.replicas + lite_replica_count(settings))
+    return [
+        *[_weight_bytes(settings.model_path)] * settings.replicas,
+        *[_weight_bytes(settings.lite_model_path)] * lite_replica_count(settings),
+    ]
+
+
+def _weight_bytes(model_path: str) -> int | None:
+    if _is_default(model_path):
         return None
-    path = Path(settings.model_path)
+    path = Path(model_path)
     if path.is_file():
         return path.stat().st_size
     # A folder may hold the same weights in other forms too, which are not read.
     files = list(path.glob("*.safetensors")) or [each for each in path.glob("*") if each.is_file()]
     return sum(each.stat().st_size for each in files)
+
+
+def _is_default(model_path: str) -> bool:
+    default = default_model_path()
+    return not model_path or (bool(default) and Path(model_path).resolve() == Path(default).resolve())
 
 
 def home() -> Path:

@@ -37,9 +37,8 @@ def check_here(settings: Settings, running: state.Mesh | None) -> list[Check]:
     facts = machine.look(Path(settings.triton_python))
     found = checks.check_machine(
         facts,
-        replica_count=settings.replicas,
+        model_bytes=config.model_bytes(settings),
         arena_bytes=settings.arena_bytes,
-        model_bytes=config.own_model_bytes(settings),
     )
     if running is not None:
         found = [check for check in found if check.name not in {"memory", "shared memory"}]
@@ -51,7 +50,9 @@ def check_here(settings: Settings, running: state.Mesh | None) -> list[Check]:
 
 def check_ports(settings: Settings) -> Check:
     """Whether the default ports are free."""
-    numbers = ports.assign(settings.replicas, given={"ingress": settings.port}, auto=False)
+    numbers = ports.assign(
+        settings.replicas, config.lite_replica_count(settings), given={"ingress": settings.port}, auto=False
+    )
     try:
         ports.check_free(settings.host, numbers)
     except ports.PortError as error:

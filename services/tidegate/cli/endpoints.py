@@ -15,7 +15,7 @@ from typing import Final
 
 import yaml
 
-CLUSTERS: Final = ("model", "cache", "preprocess", "scheduler", "batch", "waiting")
+CLUSTERS: Final = ("model", "lite", "cache", "preprocess", "scheduler", "batch", "waiting")
 """The clusters of mesh/envoy.yaml; each has a file, which may be without endpoints."""
 
 Endpoint = tuple[str, int]

@@ -25,6 +25,11 @@ def cli() -> None:
 @click.option("--replicas", type=int, help="Model services, each with a Triton of its own. [default: 1]")
 @click.option("--model", "model_path", help="A GGUF file or a Hugging Face folder. [default: SmolLM2-135M-Instruct]")
 @click.option("--model-name", help="The id that clients ask for. [default: smollm2-135m-instruct]")
+@click.option("--lite-model", "lite_model_path", help="A smaller model, for what the other has no time for.")
+@click.option("--lite-model-name", help="The id that clients ask for it by. [default: lite]")
+@click.option("--lite-replicas", type=int, help="Its model services. [default: 1]")
+@click.option("--lite-prompt-tokens", "lite_prompt_token_limit", type=int,
+              help="Prompts of at most so many tokens go there first. [default: 0, none]")  # fmt: skip
 @click.option("--engine", type=click.Choice(["llm", "llm_sim"]), help="llm_sim only takes time. [default: llm]")
 @click.option("--sim-preset", metavar="NAME", help="What llm_sim imitates: h200-8b, h200-70b, smollm2-cpu.")
 @click.option("--host", help="Where the ingress listens; all else stays on loopback. [default: 127.0.0.1]")

@@ -33,6 +33,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     """One replica, as the scheduler sees it."""
 
     address: str
+    model: str
     connected: bool
     ready: bool
     running_request_count: int
@@ -146,6 +147,7 @@ def _replica_view(replica: scheduler_pb2.ReplicaSnapshot) -> ReplicaView:
     load = replica.load
     return ReplicaView(
         address=load.replica,
+        model=load.models[0] if load.models else "",
         connected=replica.connected,
         ready=load.ready,
         running_request_count=load.running_request_count,
@@ -179,7 +181,7 @@ def _lane_view(lane: scheduler_pb2.LaneSnapshot) -> LaneView:
 def _totals(snapshot: scheduler_pb2.Snapshot | None) -> dict[str, int]:
     if snapshot is None:
         return {}
-    names = ("received", "dispatched", "replayed", "passed_through", "abandoned")
+    names = ("received", "dispatched", "replayed", "passed_through", "dispatched_to_lite", "abandoned")
     return {name: getattr(snapshot.totals, name) for name in names}
 
 

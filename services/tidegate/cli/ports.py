@@ -44,33 +44,35 @@ class PortError(Exception):
     """A port that cannot be used; the message names it and the flag that changes it."""
 
 
-def names(replica_count: int) -> list[str]:
-    """Every port's name, in the order in which they are told."""
-    return [*FIXED, *(name for i in range(replica_count) for name in replica_defaults(i))]
+def replica_labels(replica_count: int, lite_replica_count: int = 0) -> list[str]:
+    """What the names of a replica's processes end with: 0, 1, ..., lite-0, ..."""
+    return [*map(str, range(replica_count)), *(f"lite-{index}" for index in range(lite_replica_count))]
 
 
-def replica_defaults(index: int) -> dict[str, int]:
+def replica_defaults(label: str) -> dict[str, int]:
     """The default ports of one replica: its model service, its Triton, and their metrics. `assign` moves on past those
     that another process has."""
+    index = int(label.rpartition("-")[2])
     return {
-        f"model-{index}": 50060 + index,
-        f"model-{index}-metrics": 51060 + index,
-        f"triton-{index}": 8001 + 10 * index,
-        f"triton-{index}-metrics": 8002 + 10 * index,
+        f"model-{label}": 50060 + index,
+        f"model-{label}-metrics": 51060 + index,
+        f"triton-{label}": 8001 + 10 * index,
+        f"triton-{label}-metrics": 8002 + 10 * index,
     }
 
 
-def assign(replica_count: int, *, given: Mapping[str, int], auto: bool) -> dict[str, int]:
+def assign(replica_count: int, lite_replica_count: int = 0, *, given: Mapping[str, int], auto: bool) -> dict[str, int]:
     """A port for every name: the given one, else a free one (auto) or the default.
 
     Raises:
         PortError: a name that no process has, or two processes on one port.
     """
-    known = names(replica_count)
+    labels = replica_labels(replica_count, lite_replica_count)
+    known = [*FIXED, *(name for label in labels for name in replica_defaults(label))]
     unknown = [name for name in given if name not in known]
     if unknown:
         raise PortError(f"--port-of: there is no port named {unknown[0]!r}; there are {', '.join(known)}")
-    defaults = _defaults(replica_count, given)
+    defaults = _defaults(labels, given)
     if auto:
         missing = [name for name in known if name not in given]
         defaults |= dict(zip(missing, free_ports(len(missing)), strict=True))
@@ -83,12 +85,12 @@ def assign(replica_count: int, *, given: Mapping[str, int], auto: bool) -> dict[
     return ports
 
 
-def _defaults(replica_count: int, given: Mapping[str, int]) -> dict[str, int]:
+def _defaults(labels: Iterable[str], given: Mapping[str, int]) -> dict[str, int]:
     """A port for every name; those of replicas that another has already go on to the next one that nobody has."""
     defaults = dict(FIXED)
     used = {*FIXED.values(), *given.values()}
-    for index in range(replica_count):
-        for name, port in replica_defaults(index).items():
+    for label in labels:
+        for name, port in replica_defaults(label).items():
             while name not in given and port in used:
                 port += 1
             defaults[name] = port

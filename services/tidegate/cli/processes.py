@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from tidegate.cli import probes
-from tidegate.cli.config import REPOSITORY, Settings, origins
+from tidegate.cli import ports, probes
+from tidegate.cli.config import REPOSITORY, Settings, lite_replica_count, origins
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
 from tidegate.cli.envoy_config import EnvoySettings, envoy_command, write_envoy_files
 from tidegate.cli.ports import LOOPBACK
@@ -46,7 +46,8 @@ def write_files(home: Home, mesh: Mesh, settings: Settings) -> Path:
     envoy = _envoy_settings(home, mesh, settings)
     envoy.endpoints_directory.mkdir(parents=True, exist_ok=True)
     members = {name: [_endpoint(mesh, name)] for name in CONTROL_SERVICES}
-    members["model"] = [_endpoint(mesh, f"model-{index}") for index in range(mesh.replica_count)]
+    members["model"] = [_endpoint(mesh, f"model-{label}") for label in ports.replica_labels(mesh.replica_count)]
+    members["lite"] = [_endpoint(mesh, f"model-{label}") for label in ports.replica_labels(0, mesh.lite_replica_count)]
     for cluster, endpoints in members.items():
         write_endpoints(endpoints_path(envoy.endpoints_directory, cluster), cluster, endpoints)
     return write_envoy_files(envoy)
@@ -59,21 +60,21 @@ def programs(home: Home, mesh: Mesh, settings: Settings) -> list[Program]:
         TritonRuntimeError: Triton cannot be run; the message says what is missing.
     """
     backend = prepare_backend(home.run / "triton", Path(settings.triton_python))
-    tritons = [_triton(home, mesh, settings, backend, index) for index in range(mesh.replica_count)]
+    labels = ports.replica_labels(mesh.replica_count, mesh.lite_replica_count)
+    tritons = [_triton(home, mesh, settings, backend, label) for label in labels]
     envoy = _envoy(home, mesh, settings)
     control = [
         _service(mesh, name, settings, _control_settings(home, mesh, settings, name)) for name in CONTROL_SERVICES
     ]
     models = [
-        _service(mesh, f"model-{index}", settings, _model_settings(home, mesh, settings, index))
-        for index in range(mesh.replica_count)
+        _service(mesh, f"model-{label}", settings, _model_settings(home, mesh, settings, label)) for label in labels
     ]
     return [*tritons, envoy, *control, *models]
 
 
-def triton_instance_name(run_id: str, index: int) -> str:
+def triton_instance_name(run_id: str, label: str) -> str:
     """The name of one Triton, unique on the host."""
-    return f"{run_id}-{index}"
+    return f"{run_id}-{label}"
 
 
 def shared_memory_prefixes(run_id: str) -> list[str]:
@@ -83,7 +84,8 @@ def shared_memory_prefixes(run_id: str) -> list[str]:
 
 def thread_count(settings: Settings) -> int:
     """Threads that each engine computes with."""
-    return settings.thread_count or max(1, len(os.sched_getaffinity(0)) // settings.replicas)
+    engine_count = settings.replicas + lite_replica_count(settings)
+    return settings.thread_count or max(1, len(os.sched_getaffinity(0)) // engine_count)
 
 
 def _envoy_settings(home: Home, mesh: Mesh, settings: Settings) -> EnvoySettings:
@@ -117,16 +119,16 @@ def _envoy(home: Home, mesh: Mesh, settings: Settings) -> Program:
     return Program(name="envoy", argv=argv, environment=_inherited(), is_ready=lambda: probes.envoy_is_live(admin))
 
 
-def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: int) -> Program:
-    name = f"triton-{index}"
-    engine = engine_settings(home, mesh, settings, os.environ)
+def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, label: str) -> Program:
+    name = f"triton-{label}"
+    engine = engine_settings(home, _model(mesh, label)[0], settings, os.environ)
     server = TritonServer(
         triton_python=Path(settings.triton_python),
         backend_directory=backend,
         model_repository=REPOSITORY / "triton_models",
         grpc_port=_port(mesh, name),
         metrics_port=_port(mesh, f"{name}-metrics"),
-        instance_name=triton_instance_name(mesh.run_id, index),
+        instance_name=triton_instance_name(mesh.run_id, label),
         model_names=(settings.engine,),
         engine_environment=_engine_environment() | {f"TIDEGATE_ENGINE_{key}": value for key, value in engine.items()},
     )
@@ -144,17 +146,17 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, index: in
     )
 
 
-def engine_settings(home: Home, mesh: Mesh, settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+def engine_settings(home: Home, model_path: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
     """What `up` says to each engine, by the name after TIDEGATE_ENGINE_; each engine refuses what it does not know."""
     if settings.engine == "llm_sim":
-        values = {"MODEL_PATH": mesh.model_path}
+        values = {"MODEL_PATH": model_path}
         if settings.sim_preset:
             values["SIM_PRESET"] = settings.sim_preset
         if settings.max_sequences:
             values["MAX_SEQUENCES"] = str(settings.max_sequences)
         return values
     return {
-        "MODEL_PATH": mesh.model_path,
+        "MODEL_PATH": model_path,
         "CACHE_DIR": str(home.cache),
         "THREAD_COUNT": str(thread_count(settings)),
         **sequence_settings(settings.max_sequences, environment),
@@ -200,8 +202,14 @@ def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str
 def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> dict[str, str]:
     if name == "scheduler":
         envoy = _envoy_settings(home, mesh, settings)
+        lite = {
+            "LITE_ENDPOINTS_FILE": str(_endpoints(home, mesh, settings, "lite")),
+            "LITE_MODEL_NAME": mesh.lite_model_name,
+            "LITE_PROMPT_TOKEN_LIMIT": str(settings.lite_prompt_token_limit),
+        }
         return {
-            "ENDPOINTS_FILE": str(_model_endpoints(home, mesh, settings)),
+            **(lite if mesh.lite_model_name else {}),
+            "ENDPOINTS_FILE": str(_endpoints(home, mesh, settings, "model")),
             "SHED_FILE": str(envoy.shed_path.absolute()),
             "LIMITS_FILE": str(envoy.limits_path.absolute()),
         }
@@ -209,6 +217,8 @@ def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> 
         return {
             "MODEL_PATH": mesh.model_path,
             "MODEL_NAME": mesh.model_name,
+            "LITE_MODEL_PATH": mesh.lite_model_path,
+            "LITE_MODEL_NAME": mesh.lite_model_name,
             "ARENA_REGION": mesh.arena_region,
             "ARENA_BYTES": str(settings.arena_bytes),
         }
@@ -217,19 +227,28 @@ def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> 
     return {}
 
 
-def _model_settings(home: Home, mesh: Mesh, settings: Settings, index: int) -> dict[str, str]:
+def _model_settings(home: Home, mesh: Mesh, settings: Settings, label: str) -> dict[str, str]:
+    path, name, cluster = _model(mesh, label)
     return {
-        "TRITON_ADDRESS": mesh.addresses[f"triton-{index}"],
+        "TRITON_ADDRESS": mesh.addresses[f"triton-{label}"],
         "TRITON_MODEL_NAME": settings.engine,
-        "MODEL_PATH": mesh.model_path,
-        "MODEL_NAME": mesh.model_name,
+        "MODEL_PATH": path,
+        "MODEL_NAME": name,
+        "LITE_MODEL_NAME": mesh.lite_model_name,
         "ARENA_REGION": mesh.arena_region,
-        "ENDPOINTS_FILE": str(_model_endpoints(home, mesh, settings)),
+        "ENDPOINTS_FILE": str(_endpoints(home, mesh, settings, cluster)),
     }
 
 
-def _model_endpoints(home: Home, mesh: Mesh, settings: Settings) -> Path:
-    return endpoints_path(_envoy_settings(home, mesh, settings).endpoints_directory, "model")
+def _model(mesh: Mesh, label: str) -> tuple[str, str, str]:
+    """A replica's model, by path and id, and the cluster that it is in."""
+    if label.startswith("lite-"):
+        return mesh.lite_model_path, mesh.lite_model_name, "lite"
+    return mesh.model_path, mesh.model_name, "model"
+
+
+def _endpoints(home: Home, mesh: Mesh, settings: Settings, cluster: str) -> Path:
+    return endpoints_path(_envoy_settings(home, mesh, settings).endpoints_directory, cluster)
 
 
 def _health_probe(mesh: Mesh, name: str) -> Callable[[], Awaitable[bool]]:

@@ -65,6 +65,10 @@ class Mesh(msgspec.Struct, kw_only=True):
     addresses: dict[str, str]
     """By the names of the ports: ingress, mesh, admin, scheduler, model-0, triton-0, scheduler-metrics, ..."""
     replica_count: int
+    lite_replica_count: int = 0
+    lite_model_name: str = ""
+    """Empty: there is no lite model."""
+    lite_model_path: str = ""
     ingress_scheme: Literal["http", "https"] = "http"
     processes: list[ProcessRecord] = []
 

@@ -63,13 +63,14 @@ def _processes(view: MeshView) -> Table:
 
 
 def _replicas(view: MeshView) -> Table:
-    table = _table("REPLICA", "STATE", "RUN", "WAIT", "CREDITS", "SENT", "KV", "TOK/S", "SCORE", "BREAKER")
+    table = _table("REPLICA", "MODEL", "STATE", "RUN", "WAIT", "CREDITS", "SENT", "KV", "TOK/S", "SCORE", "BREAKER")
     for each in view.replicas:
         red = not (each.connected and each.ready)
         word = "ready" if not red else "not ready" if each.connected else "away"
         used = 1 - each.free_kv_block_count / each.kv_block_count if each.kv_block_count else 0.0
         table.add_row(
             each.address,
+            each.model,
             Text(word, style="red" if red else "green"),
             f"{each.running_request_count}/{each.slot_count}",
             str(each.waiting_request_count),

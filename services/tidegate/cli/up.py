@@ -98,7 +98,8 @@ def plan(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -
     given = dict(given_ports)
     if not auto_ports or settings.port != ports.FIXED["ingress"]:
         given.setdefault("ingress", settings.port)
-    numbers = ports.assign(settings.replicas, given=given, auto=auto_ports)
+    lite_replica_count = config.lite_replica_count(settings)
+    numbers = ports.assign(settings.replicas, lite_replica_count, given=given, auto=auto_ports)
     model_path = settings.model_path or config.default_model_path()
     if not model_path:
         raise StartError("the model that comes with Tidegate is not installed: run `make setup`, or give --model PATH")
@@ -117,6 +118,9 @@ def plan(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -
             for name, number in numbers.items()
         },
         replica_count=settings.replicas,
+        lite_replica_count=lite_replica_count,
+        lite_model_name=settings.lite_model_name if lite_replica_count else "",
+        lite_model_path=str(Path(settings.lite_model_path).resolve()) if lite_replica_count else "",
         ingress_scheme="https" if settings.tls_certificate_file else "http",
     )
 
@@ -126,9 +130,8 @@ def check(settings: Settings, mesh: state.Mesh) -> None:
     facts = machine.look(Path(settings.triton_python))
     found = checks.check_machine(
         facts,
-        replica_count=settings.replicas,
+        model_bytes=config.model_bytes(settings),
         arena_bytes=settings.arena_bytes,
-        model_bytes=config.own_model_bytes(settings),
     )
     lines = [f"{each.name}: {each.reason}; {each.fix}" for each in checks.failures(found)]
     if not Path(settings.triton_python).exists():

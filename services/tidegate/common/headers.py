@@ -42,7 +42,13 @@ ANSWER_KEY: Final = "x-tidegate-answer-key"
 """The key under which the answer may be cached: 64 hexadecimal digits. The model service records under it."""
 
 ROUTE: Final = "x-tidegate-route"
-"""`cache` sends the request to the cache service; absent, it goes to a replica."""
+"""`cache` sends the request to the cache service, `lite` to a replica of the lite model; absent, any replica."""
+
+LITE: Final = "x-tidegate-lite"
+"""On a request that goes to the lite model, and on what answers it: why. `name`, `prompt` or `load`."""
+
+LITE_BY_NAME: Final = "name"
+"""The request asks for that model; the others ask for another one."""
 
 ASKED_TIMEOUT_MS: Final = "x-request-timeout-ms"
 """What a client without gRPC may send to say for how long it wants the whole answer, in milliseconds."""

@@ -101,7 +101,9 @@ class ModelService:
         triton.on_fault.append(self._tell_fault)
         self.registry = registry
         life = secrets.token_hex(6)
-        self.load = ReplicaLoad(settings.address, settings.model_name, lambda: triton.latest_load)
+        self.load = ReplicaLoad(
+            settings.address, settings.model_name, model.context_token_count, lambda: triton.latest_load
+        )
         self.slots = Slots(CreditLedger(_credit_terms(settings), life), self.load.retry_after_seconds)
         self.load.slots = self.slots
         self.load.capacity = Capacity(settings.tpot_target_seconds)
@@ -139,6 +141,7 @@ class ModelService:
             source,
             Reports(metrics, self.load, self.slots),
             self._recorder,
+            lite_model_name=settings.lite_model_name,
             buffer_token_limit=settings.stream_buffer_token_limit,
             dice=random.Random(secrets.randbits(64)),
         )
@@ -163,7 +166,8 @@ class ModelService:
             many_limit=settings.many_limit,
             many_write_seconds=settings.many_write_seconds,
         )
-        inference = servicer.InferenceServicer(answers, self.load, mesh, settings.model_name, terms)
+        model_names = list(dict.fromkeys(filter(None, (settings.model_name, settings.lite_model_name))))
+        inference = servicer.InferenceServicer(answers, self.load, mesh, model_names, terms, is_lite=settings.is_lite)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self.server.grpc)
         replica = ReplicaServicer(self.slots, self.load, load_interval_seconds=settings.load_report_seconds)
         replica_pb2_grpc.add_ReplicaServicer_to_server(replica, self.server.grpc)

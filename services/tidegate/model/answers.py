@@ -13,9 +13,11 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Final
 
 import msgspec
 
+from tidegate.common import headers
 from tidegate.common.errors import Reason, TidegateError
 from tidegate.model.call import CallHeaders, Job, Record, class_of, make_concrete
 from tidegate.model.generation import ChunkSource, Generation
@@ -26,6 +28,9 @@ from tidegate.openai.request import OpenAIRequest
 from tidegate.text.model_files import TextModel
 from tidegate.text.request_rules import validate_generate
 from tidegate.v1 import inference_pb2, replica_pb2
+
+RETRY_SECONDS: Final = 1.0
+"""A replica or a scheduler that died is back after about so long, or after much longer."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +55,7 @@ class Answers:
         reports: Reports,
         recorder: AnswerRecorder,
         *,
+        lite_model_name: str = "",
         buffer_token_limit: int,
         dice: random.Random,
         clock: Callable[[], float] = time.monotonic,
@@ -59,6 +65,7 @@ class Answers:
         self._source = source
         self._reports = reports
         self._recorder = recorder
+        self._lite_model_name = lite_model_name
         self._buffer_token_limit = buffer_token_limit
         self._dice = dice
         self._clock = clock
@@ -116,6 +123,7 @@ class Answers:
     async def _accept(self, ask: Ask) -> Job:
         request, record = ask.request, ask.record
         validate_generate(request)
+        self._check_model(request, ask.call)
         record.service_class = class_of(request, ask.call)
         record.client_request_id = request.request_id
         prompt = await self._prompts.hold(
@@ -136,6 +144,15 @@ class Answers:
             prompt=prompt,
             record=record,
         )
+
+    def _check_model(self, request: inference_pb2.GenerateRequest, call: CallHeaders) -> None:
+        """Lets the lite model answer for another, where the scheduler says so, and no other answer for it."""
+        if self._model.name == self._lite_model_name:
+            if call.lite and call.lite != headers.LITE_BY_NAME:
+                request.model = ""
+        elif request.model and request.model == self._lite_model_name:
+            message = f"No replica of '{request.model}' can be reached."
+            raise TidegateError(Reason.REPLICA_UNAVAILABLE, message, field="model", retry_after_seconds=RETRY_SECONDS)
 
     def _collector(self, ask: Ask) -> AnswerCollector | None:
         # An answer that a brownout may have cut short is not the whole one that its key stands for.

@@ -47,6 +47,8 @@ class CallHeaders(msgspec.Struct, frozen=True, kw_only=True):
     """A bound that the scheduler sets in a brownout; None for none."""
     brownout: str = ""
     """The step of the brownout that touched the request."""
+    lite: str = ""
+    """Why it came to the lite model, where it did."""
     is_owed: bool = False
     """Its class's floor pays for it."""
     resumed: bool = False
@@ -69,6 +71,7 @@ def read_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> CallHead
         sent_at=_number(found.get(headers.SENT, "")) or None,
         max_tokens=_whole(found.get(headers.MAX_TOKENS)),
         brownout=found.get(headers.BROWNOUT, ""),
+        lite=found.get(headers.LITE, ""),
         is_owed=headers.FLOOR in found,
         resumed=headers.RESUME in found,
     )

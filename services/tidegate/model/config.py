@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The context in tokens, where the engine is set up with less than the model has. None: the model's own."""
     model_name: Annotated[str, Meta(min_length=1, max_length=128)] = "smollm2-135m-instruct"
     """The model's id, as clients say it."""
+    lite_model_name: str = ""
+    """The id of the mesh's lite model, which may be this one. Empty: there is none."""
     arena_region: str = "tidegate-tokens"
     """The shared-memory region in which preprocess writes prompts."""
     vllm_metric_names: bool = True
@@ -92,6 +94,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The shortest time between two loads to a scheduler."""
     load_poll_seconds: Annotated[float, Meta(ge=0.05, le=10)] = 0.5
     """Between two looks at Triton's readiness; it is also the longest time until its return is seen."""
+
+    @property
+    def is_lite(self) -> bool:
+        """Whether this is a replica of the lite model."""
+        return self.model_name == self.lite_model_name
 
     @property
     def address(self) -> str:

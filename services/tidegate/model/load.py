@@ -41,11 +41,13 @@ class ReplicaLoad:
         self,
         address: str,
         model_name: str,
+        context_token_count: int,
         engine: Callable[[], EngineLoad | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address = address
         self._model_name = model_name
+        self._context_token_count = context_token_count
         self._engine = engine
         self._clock = clock
         self._per_token = MovingAverage(HALF_LIFE_SECONDS)
@@ -118,6 +120,7 @@ class ReplicaLoad:
             generated_tokens_per_second=round(self._tokens.per_second(now), 3),
             ready=not self.not_ready_reason,
             not_ready_reason=self.not_ready_reason,
+            max_context_tokens=self._context_token_count,
         )
         if self.slots is not None:
             load.running_request_count = self.slots.ledger.running_count

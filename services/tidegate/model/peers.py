@@ -69,6 +69,7 @@ class Peers:
                 (headers.SERVICE_CLASS, job.service_class),
                 (headers.REQUEST_ID, job.record.request_id),
                 *([(headers.FLOOR, "1")] if job.call.is_owed else ()),
+                *([(headers.ROUTE, "lite"), (headers.LITE, job.call.lite)] if job.call.lite else ()),
             ),
         )
         given_count = len(answer_token_ids)

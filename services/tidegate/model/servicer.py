@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 from uuid import uuid4
@@ -53,6 +53,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     Args:
         mesh: a channel to the mesh listener, for the prompts of GenerateMany.
+        model_names: of all models of the mesh; this service's own first.
+        is_lite: whether its own is the lite model.
         clock: monotonic seconds.
         unix_seconds: wall time, for what OpenAI calls `created`.
     """
@@ -62,16 +64,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         answers: Answers,
         load: ReplicaLoad,
         mesh: grpc.aio.Channel,
-        model_name: str,
+        model_names: Sequence[str],
         terms: Terms,
         *,
+        is_lite: bool = False,
         clock: Callable[[], float] = time.monotonic,
         unix_seconds: Callable[[], float] = time.time,
     ) -> None:
         self._answers = answers
         self._load = load
         self._stub = inference_pb2_grpc.InferenceStub(mesh)
-        self._model_name = model_name
+        self._model_names = model_names
+        self._is_lite = is_lite
         self._terms = terms
         self._clock = clock
         self._unix_seconds = unix_seconds
@@ -88,8 +92,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with self._ending(context, record), aclosing(self._answers.events(ask)) as events:
             first = True
             async for event in events:
-                if first and call.brownout:
-                    await context.send_initial_metadata(((headers.BROWNOUT, call.brownout),))
+                if first and (announced := self._announced(call)):
+                    await context.send_initial_metadata(announced)
                 first = False
                 await context.write(event)
 
@@ -122,7 +126,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Models(self, request: inference_pb2.ModelsRequest, context: Context) -> httpbody_pb2.HttpBody:
         """Lists the models, or one."""
         try:
-            data = models_json([self._model_name], model=request.model, created_unix_seconds=self._started_unix_seconds)
+            data = models_json(self._model_names, model=request.model, created_unix_seconds=self._started_unix_seconds)
         except TidegateError as error:
             await abort(context, error)
         return httpbody_pb2.HttpBody(content_type=openai_surface.JSON, data=data)
@@ -169,10 +173,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def _http_headers(self, record: Record, call: CallHeaders, stream: bool) -> tuple[tuple[str, str], ...]:
         elapsed_ms = int((self._clock() - record.arrived_at + record.queue_seconds) * 1000)
-        pairs: tuple[tuple[str, str], ...] = (("openai-processing-ms", str(elapsed_ms)),)
-        if call.brownout:
-            pairs = (*pairs, (headers.BROWNOUT, call.brownout))
+        pairs = (("openai-processing-ms", str(elapsed_ms)), *self._announced(call))
         return (*pairs, ("cache-control", "no-cache")) if stream else pairs
+
+    def _announced(self, call: CallHeaders) -> tuple[tuple[str, str], ...]:
+        """What the client is told of how its request was treated."""
+        # A replica of the usual model takes over where no lite one is there.
+        pairs = ((headers.BROWNOUT, call.brownout), (headers.LITE, call.lite if self._is_lite else ""))
+        return tuple((name, value) for name, value in pairs if value)
 
     def _ending(self, context: Context, record: Record) -> _Ending:
         return _Ending(context, self._load, record.deadline - self._clock() + self._terms.write_grace_seconds)

@@ -29,10 +29,13 @@ def main() -> int:
 async def serve(settings: Settings) -> int:
     """Builds the service and serves; raises when the model, the arena or a port cannot be had."""
     model = load_text_model(settings.model_path, settings.model_name, context_token_limit=settings.max_context_tokens)
+    lite_model = (
+        load_text_model(settings.lite_model_path, settings.lite_model_name) if settings.lite_model_path else None
+    )
     arena = Arena.open(settings.arena_region, settings.arena_bytes)
     preprocess_metrics = PreprocessMetrics()
     threads = ThreadPoolExecutor(settings.thread_count, thread_name_prefix="prepare")
-    servicer = PreprocessServicer(model, arena, threads, settings, preprocess_metrics)
+    servicer = PreprocessServicer(model, arena, threads, settings, preprocess_metrics, lite_model=lite_model)
     server = Server(settings.host, settings.port)
     preprocess_pb2_grpc.add_PreprocessServicer_to_server(servicer, server.grpc)
     server.add_service_name(preprocess_pb2.DESCRIPTOR.services_by_name["Preprocess"].full_name)

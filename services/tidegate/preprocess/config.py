@@ -19,6 +19,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str = "smollm2-135m-instruct"
     """The id by which clients ask for the model. It must be the model services' own."""
 
+    lite_model_path: str = ""
+    """The same of the lite model, for requests that ask for it by name. Empty: there is none."""
+
+    lite_model_name: str = ""
+    """The lite model's id."""
+
     max_context_tokens: Annotated[int, Meta(ge=2)] | None = None
     """The context in tokens, where the engine is set up with less than the model has. None: the model's own."""
 

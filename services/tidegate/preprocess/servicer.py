@@ -45,9 +45,11 @@ class PreprocessServicer(preprocess_pb2_grpc.PreprocessServicer):
         settings: Settings,
         metrics: PreprocessMetrics,
         *,
+        lite_model: TextModel | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
+        self._lite_model = lite_model
         self._arena = arena
         self._threads = threads
         self._settings = settings
@@ -104,9 +106,10 @@ class PreprocessServicer(preprocess_pb2_grpc.PreprocessServicer):
         return response
 
     async def _prepare(self, request: preprocess_pb2.PrepareRequest, *, inline: bool) -> Preparation:
+        arguments = (request, self._model, self._lite_model)
         if inline:
-            return prepare(request, self._model)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, prepare, request, self._model)
+            return prepare(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, prepare, *arguments)
 
     def _to_message(self, preparation: Preparation) -> preprocess_pb2.PreparedPrompt:
         prompt = preparation.prompt
@@ -118,6 +121,7 @@ class PreprocessServicer(preprocess_pb2_grpc.PreprocessServicer):
             block_hashes=prompt.block_hashes,
             answer_key=prompt.answer_key,
             stream=preparation.stream,
+            is_portable=preparation.is_portable,
         )
         handle = self._arena.write(prompt.token_ids.data, lease_seconds=self._settings.lease_seconds, now=self._clock())
         if handle is None:

@@ -6,10 +6,11 @@
 | 1 | no new batch requests |
 | 2 | answers to batch requests that are under way towards a replica are kept short |
 | 3 | answers to standard requests, too |
-| 4 | realtime requests and cached answers only |
+| 4 | standard requests go to the lite model while it has room; left out where there is none |
+| 5 | realtime requests and cached answers only |
 
 A class is never cut down for its own sake: what drives steps 1 and 2 is how realtime and standard requests fare, and
-steps 3 and 4 how realtime ones do. A flood of one class alone is admission's business, and gets the whole machine.
+the others how realtime ones do. A flood of one class alone is admission's business, and gets the whole machine.
 
 A class fares badly while its queue delay is above the target, or while the 95th percentile of its time to first
 token is above the target and above what the engine does anyway. One step up after `up_seconds` of that without a
@@ -28,7 +29,8 @@ from tidegate.scheduler.request import ServiceClass
 UNLOADED_FACTOR: Final = 3.0
 """A time to first token counts as bad only past so many times of what it is on a replica, without the queue."""
 
-LAST_STEP: Final = 4
+LITE_STEP: Final = 4
+LAST_STEP: Final = 5
 
 IDLE_DOWN_SECONDS: Final = 0.2
 """So long a mesh with nothing to do stays on a step; longer than the gaps of a load that comes and goes."""
@@ -38,6 +40,7 @@ DRIVERS: Final[Mapping[int, tuple[ServiceClass, ...]]] = {
     2: (ServiceClass.REALTIME, ServiceClass.STANDARD),
     3: (ServiceClass.REALTIME,),
     4: (ServiceClass.REALTIME,),
+    5: (ServiceClass.REALTIME,),
 }
 """Who must fare badly for the step to be taken, one of them."""
 
@@ -68,10 +71,15 @@ class Terms:
 
 
 class Brownout:
-    """The step, and when it changes; `look` is called every now and then."""
+    """The step, and when it changes; `look` is called every now and then.
 
-    def __init__(self, terms: Terms, now: float) -> None:
+    Args:
+        has_lite: whether there is a lite model, and the step for it.
+    """
+
+    def __init__(self, terms: Terms, now: float, *, has_lite: bool = False) -> None:
         self._terms = terms
+        self._has_lite = has_lite
         self._bad_since: float | None = None
         self._good_since: float | None = now
         self._idle_since: float | None = None
@@ -88,6 +96,10 @@ class Brownout:
         if service_class is ServiceClass.BATCH:
             return self.step >= 2
         return service_class is ServiceClass.STANDARD and self.step >= 3
+
+    def prefers_lite(self, service_class: ServiceClass) -> bool:
+        """Whether requests of a class go to the lite model first."""
+        return self._has_lite and service_class is ServiceClass.STANDARD and self.step >= LITE_STEP
 
     def look(self, signs: Mapping[ServiceClass, Signs], now: float, *, is_idle: bool = False) -> bool:
         """Takes a step, up or down, where it is time to; whether it did.
@@ -117,6 +129,8 @@ class Brownout:
 
     def _take(self, change: int) -> bool:
         self.step += change
+        if self.step == LITE_STEP and not self._has_lite:
+            self.step += change
         self._bad_since, self._good_since = None, None
         return True
 

@@ -34,8 +34,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     endpoints_file: str = "mesh/endpoints/model.yaml"
     """The file from which Envoy, too, learns the replicas of cluster `model`."""
 
+    lite_endpoints_file: str = ""
+    """The same for cluster `lite`, the replicas of the lite model. Empty: there is no lite model."""
+
+    lite_model_name: str = ""
+    """The id of the lite model, as clients say it. Goes with `lite_endpoints_file`."""
+
+    lite_prompt_token_limit: Annotated[int, Meta(ge=0)] = 0
+    """Standard requests whose prompts have at most so many tokens go to the lite model while it has room, however
+    little there is to do. 0: none do."""
+
     endpoints_poll_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
-    """How often that file is looked at. A poll costs one stat, and works on every file system."""
+    """How often these files are looked at. A poll costs one stat, and works on every file system."""
 
     held_request_limit: Count = 25_000
     """The most requests at once in any stage, those in preparation included; past it, headers are refused."""
@@ -266,6 +276,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.latency_weight + self.queue_weight <= 0:
             raise ValueError("latency_weight and queue_weight: at least one must be above 0")
+        if bool(self.lite_endpoints_file) != bool(self.lite_model_name):
+            raise ValueError("lite_endpoints_file and lite_model_name: neither goes without the other")
         if self.replica_absence_limit_seconds < self.replica_grace_seconds:
             raise ValueError("replica_absence_limit_seconds: must be at least replica_grace_seconds")
         if self.prepare_patience_seconds < self.prepare_timeout_seconds:

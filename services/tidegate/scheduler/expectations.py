@@ -30,7 +30,7 @@ class Expectations:
     answer_quantile: float
 
     def expect(self, request: Request, now: float) -> None:
-        """Works out what a prepared request will take, and counts it among what comes."""
+        """Works out what a prepared request will take."""
         lengths = self.observations.lengths
         max_tokens = request.max_tokens or lengths.default_token_count
         request.answer_token_count = lengths.expected(request.tenant, max_tokens, self.answer_quantile)
@@ -39,6 +39,9 @@ class Expectations:
         # A length that nobody has seen yet is no reason to refuse: then nobody ever would.
         counted = request.answer_token_count if lengths.is_known(request.tenant) else 1
         request.expected_seconds = self.outlook.service_seconds(counted, now)
+
+    def count(self, request: Request, now: float) -> None:
+        """Counts a request among what comes for the replicas, after `expect`."""
         self.habits.see(request)
         self.outlook.ask(request.service_class, request.tenant, request.cost, now)
 

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.dispatch import Dispatcher
+from tidegate.scheduler.lite import Lite
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.shedding import Shedder
@@ -22,6 +23,7 @@ class Gauges(Collector):
     def __init__(
         self,
         dispatcher: Dispatcher,
+        lite: Lite,
         outcomes: Outcomes,
         shedder: Shedder,
         limits: TenantLimits,
@@ -29,6 +31,7 @@ class Gauges(Collector):
         clock: Callable[[], float],
     ) -> None:
         self._dispatcher = dispatcher
+        self._lite = lite
         self._outcomes = outcomes
         self._shedder = shedder
         self._limits = limits
@@ -86,7 +89,7 @@ class Gauges(Collector):
         table = self._dispatcher.table
         in_hand = GaugeMetricFamily("tidegate_credits_in_hand", "Credits to spend.", labels=["replica"])
         in_flight = GaugeMetricFamily("tidegate_in_flight_requests", "Sent there, not ended.", labels=["replica"])
-        replicas = list(table)
+        replicas = [*table, *self._lite.table]
         for replica in replicas:
             in_hand.add_metric([replica.address], replica.book.count)
             in_flight.add_metric([replica.address], replica.book.in_flight_count)

@@ -32,6 +32,7 @@ REQUESTS = Counter(
 QUEUE_WAIT = Histogram(
     "tidegate_queue_wait_seconds", "From a request's place in a lane to its credit.", ["class"], buckets=REQUEST_BUCKETS
 )
+LITE = Counter("tidegate_lite_requests", "Requests that were sent to the lite model with a credit.", ["why"])
 DECISION = Histogram(
     "tidegate_decision_seconds",
     "From a request's whole body to its decision, without the queue.",
@@ -51,6 +52,7 @@ class Outcomes:
         self.received = 0
         self.by_outcome: Tally[Outcome] = Tally()
         self.refused_by_reason: Tally[str] = Tally()
+        self.lite_count = 0
 
     @property
     def held_request_count(self) -> int:
@@ -60,6 +62,11 @@ class Outcomes:
     def receive(self) -> None:
         """A request came."""
         self.received += 1
+
+    def count_lite(self, why: str) -> None:
+        """A request goes to the lite model; it is dispatched, too."""
+        self.lite_count += 1
+        LITE.labels(why).inc()
 
     def end(self, request: Request, outcome: Outcome, now: float, error: TidegateError | None = None) -> None:
         """A request left, in this way; `error` says why it was refused."""

@@ -18,6 +18,7 @@ from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.expectations import Expectations
+from tidegate.scheduler.lite import Lite, Why
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.placement import Placement
 from tidegate.scheduler.preprocess_client import Prepared, PreprocessClient
@@ -32,12 +33,14 @@ from tidegate.v1 import preprocess_pb2, tensor_pb2
 class Decision:
     """What Envoy does with a request: the headers that it gets, and whether its route is looked up again.
 
-    Without a placement and without headers it is passed through, for Envoy to balance by itself.
+    Without a placement and without headers it is passed through, for Envoy to balance by itself. `lite` is why it goes
+    to the lite model, where it does.
     """
 
     header_fields: tuple[tuple[str, str], ...] = ()
     changes_route: bool = False
     placement: Placement | None = None
+    lite: Why | None = None
 
 
 PASS_THROUGH: Final = Decision()
@@ -60,11 +63,13 @@ class Pipeline:
         limits: TenantLimits,
         expectations: Expectations,
         anomalies: Anomalies,
+        lite: Lite,
         clock: Callable[[], float],
         unix_seconds: Callable[[], float] = time.time,
     ) -> None:
         self._unix_seconds = unix_seconds
         self._anomalies = anomalies
+        self._lite = lite
         self._settings = settings
         self._shedder = shedder
         self._limits = limits
@@ -102,7 +107,7 @@ class Pipeline:
             field, message = request.header_fault
             raise TidegateError(Reason.INVALID_VALUE, message, field=field)
         refusal = self._admission.refusal_of_headers(request, self.conditions())
-        if refusal is not None:
+        if refusal is not None and not (_is_for_load(refusal) and self._lite.may_help(request, now)):
             self._expectations.count_unread(request, now)
             raise refusal
 
@@ -134,13 +139,25 @@ class Pipeline:
         if await self._cache.knows(request.answer_key, request.tenant):
             self._limits.accept(_key(request))
             return self._replay(request)
+        decision = self._prefer_lite(request)
+        if decision is not None:
+            return decision
+        self._expectations.count(request, self._clock())
+        refusal = self._admission.refusal(request, self.conditions())
+        if refusal is not None:
+            decision = self._to_lite(request, Why.LOAD) if _is_for_load(refusal) else None
+            if decision is None:
+                raise refusal
+            return decision
         self._admit(request)
         placement = await self._queue.wait(request)
         return self._dispatch(request, placement)
 
     def undo(self, decision: Decision) -> None:
         """Takes back a decision that did not reach Envoy."""
-        if decision.placement is not None:
+        if decision.placement is not None and decision.lite is not None:
+            self._lite.put_back(decision.placement)
+        elif decision.placement is not None:
             self._expectations.observations.forget(decision.placement.credit_id)
             self._queue.put_back(decision.placement)
 
@@ -179,6 +196,7 @@ class Pipeline:
         request.max_tokens = prepared.max_tokens
         request.service_class = request.named_class or _service_class(prepared)
         request.answer_key = prepared.answer_key
+        request.model, request.is_portable = prepared.model, prepared.is_portable
         if self._settings.prefix_weight:
             request.block_hashes = tuple(prepared.block_hashes[: self._settings.prefix_block_limit])
         if prepared.HasField("tokens"):
@@ -192,10 +210,35 @@ class Pipeline:
             request.deadline = request.arrived_at + self._longest_wait_seconds[request.service_class]
         request.deadline = min(request.deadline, last)
 
+    def _prefer_lite(self, request: Request) -> Decision | None:
+        """The way to the lite model of a request that goes there before all others; None for none."""
+        if self._lite.is_named(request):
+            return self._to_lite(request, Why.NAME)
+        if self._lite.is_preferred(request):
+            return self._to_lite(request, Why.PROMPT)
+        nobody_else = self._queue.dispatcher.table.absence_seconds(self._clock()) > 0
+        if nobody_else or self._expectations.brownout.prefers_lite(request.service_class):
+            return self._to_lite(request, Why.LOAD)
+        return None
+
+    def _to_lite(self, request: Request, why: Why) -> Decision | None:
+        placement = self._lite.place(request, self._clock())
+        if placement is None and why is not Why.NAME:
+            return None
+        self._limits.accept(_key(request))
+        if why is not Why.NAME:
+            # The tokens and the answer's key are the other model's.
+            self.release(request)
+            request.tokens, request.answer_key = None, b""
+        fields = [(headers.ROUTE, "lite"), (headers.LITE, why.value), *self._common_fields(request)]
+        if placement is not None:
+            fields += self._placement_fields(placement)
+            if request.tokens is not None:
+                fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
+            self._outcomes.count_lite(why.value)
+        return Decision(tuple(fields), changes_route=True, placement=placement, lite=why)
+
     def _admit(self, request: Request) -> None:
-        refusal = self._admission.refusal(request, self.conditions())
-        if refusal is not None:
-            raise refusal
         self._limits.accept(_key(request))
         self._expectations.outlook.shares[request.service_class].admit(request.tenant, request.cost)
 
@@ -204,12 +247,7 @@ class Pipeline:
         return Decision(fields, changes_route=True)
 
     def _dispatch(self, request: Request, placement: Placement) -> Decision:
-        fields = [
-            (headers.REPLICA, ",".join((placement.address, *placement.alternatives))),
-            (headers.CREDIT, placement.credit_id),
-            (headers.SENT, f"{self._unix_seconds():.6f}"),
-            *self._common_fields(request),
-        ]
+        fields = [*self._placement_fields(placement), *self._common_fields(request)]
         if request.tokens is not None:
             fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
         if placement.is_owed:
@@ -220,6 +258,13 @@ class Pipeline:
             fields.append((headers.BROWNOUT, str(brownout.step)))
         self._expectations.observations.dispatch(request, placement.credit_id, request.cost)
         return Decision(tuple(fields), placement=placement)
+
+    def _placement_fields(self, placement: Placement) -> list[tuple[str, str]]:
+        return [
+            (headers.REPLICA, ",".join((placement.address, *placement.alternatives))),
+            (headers.CREDIT, placement.credit_id),
+            (headers.SENT, f"{self._unix_seconds():.6f}"),
+        ]
 
     def _common_fields(self, request: Request) -> list[tuple[str, str]]:
         fields = [
@@ -232,6 +277,10 @@ class Pipeline:
         if request.answer_key:
             fields.append((headers.ANSWER_KEY, request.answer_key.hex()))
         return fields
+
+
+def _is_for_load(refusal: TidegateError) -> bool:
+    return refusal.reason in (Reason.SERVER_IS_OVERLOADED, Reason.REPLICA_UNAVAILABLE)
 
 
 def _key(request: Request) -> Key:

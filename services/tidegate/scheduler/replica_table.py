@@ -30,6 +30,7 @@ class ReplicaLoad:
     reuses_prefixes: bool = False
     starting_request_count: int = 0
     late_seconds: float = 0.0
+    max_context_tokens: int = 0
 
     @property
     def busy_count(self) -> int:

@@ -212,6 +212,7 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         starting_request_count=load.starting_request_count,
         reuses_prefixes=load.reuses_prefixes,
         late_seconds=load.lateness.ToNanoseconds() / 1e9,
+        max_context_tokens=load.max_context_tokens,
     )
 
 

@@ -49,8 +49,9 @@ class Request:
     `client_deadline` is when the client gives up, absent where it did not say. `deadline` is when the scheduler
     does: the client's, or a bound of the class on the wait alone, absent until that is known. `named_class` is the
     class that stands in the headers; it wins over what the body asks for. `header_fault` is the header that makes no
-    sense, and what is wrong with it. `cost` is what the request counts between tenants, in tokens, and
-    `expected_seconds` how long it is expected to run on a replica.
+    sense, and what is wrong with it. `is_portable` is whether a model with another vocabulary can read its prompt.
+    `cost` is what the request counts between tenants, in tokens, and `expected_seconds` how long it is expected to run
+    on a replica.
     """
 
     request_id: str
@@ -77,6 +78,8 @@ class Request:
     cost: float = 1.0
     expected_seconds: float = 0.0
     client_request_id: str = ""
+    model: str = ""
+    is_portable: bool = False
 
     @property
     def is_grpc(self) -> bool:

@@ -34,6 +34,7 @@ from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.forecast import DrainRate, WorkRates
 from tidegate.scheduler.gauges import Gauges
 from tidegate.scheduler.lanes import LaneLimits, Lanes
+from tidegate.scheduler.lite import Lite
 from tidegate.scheduler.observations import Observations
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.outlook import Outlook
@@ -96,11 +97,7 @@ class SchedulerService:
             order=settings.order,
             weights=settings.tenant_weights,
         )
-        table = ReplicaTable(
-            margin_seconds=settings.credit_margin_seconds,
-            silence_seconds=settings.replica_silence_seconds,
-            now=clock(),
-        )
+        table = _table(settings, clock())
         work = WorkRates(settings.drain_half_life_seconds)
         self.dispatcher = Dispatcher(
             lanes,
@@ -113,6 +110,14 @@ class SchedulerService:
         )
         self.expectations = expectations_of(settings, lanes, table, work, clock())
         self.streams = CreditStreams(table, self._open_stream, self._spawn)
+        lite_table = _table(settings, clock())
+        self.lite = Lite(
+            settings.lite_model_name,
+            settings.lite_prompt_token_limit,
+            lite_table,
+            placer_of(settings, lite_table, weights),
+        )
+        self._lite_streams = CreditStreams(lite_table, self._open_lite_stream, self._spawn)
         self.queue_statuses = QueueStatuses(self.dispatcher, clock)
         self.queue = Queue(self.dispatcher, clock, self.streams.demand_changed, self.queue_statuses.following)
         self._channel = open_channel(settings.mesh_address)
@@ -154,12 +159,15 @@ class SchedulerService:
             limits=self.limits,
             expectations=self.expectations,
             anomalies=self.anomalies,
+            lite=self.lite,
             clock=clock,
         )
         self.snapshots = Snapshots(
             scheduler_id=self.scheduler_id,
             dispatcher=self.dispatcher,
             streams=self.streams,
+            lite=self.lite,
+            lite_streams=self._lite_streams,
             preprocess=self.preprocess,
             cache=self.cache,
             outcomes=self.outcomes,
@@ -175,7 +183,7 @@ class SchedulerService:
         self.server = Server(settings.host, settings.port)
         self._tasks: list[asyncio.Task[None]] = []
         self.gauges = Gauges(
-            self.dispatcher, self.outcomes, self.shedder, self.limits, self.expectations.brownout, clock
+            self.dispatcher, self.lite, self.outcomes, self.shedder, self.limits, self.expectations.brownout, clock
         )
 
     async def start(self) -> None:
@@ -196,6 +204,13 @@ class SchedulerService:
             self._spawn(self._tick()),
             self._spawn(self.anomalies.run()),
         ]
+        if self._settings.lite_endpoints_file:
+            endpoints = EndpointsFile(
+                self._settings.lite_endpoints_file,
+                self._settings.endpoints_poll_seconds,
+                self._lite_streams.set_addresses,
+            )
+            self._tasks.append(self._spawn(endpoints.watch()))
         if self._settings.shed_file:
             self._tasks.append(self._spawn(self._shed(Path(self._settings.shed_file))))
         if self._settings.limits_file:
@@ -207,6 +222,7 @@ class SchedulerService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.streams.close()
+        await self._lite_streams.close()
         await self._channel.close()
 
     async def _tick(self) -> None:
@@ -218,6 +234,7 @@ class SchedulerService:
             for replica in self.dispatcher.table:
                 replica.book.drop_expired(now)
             self.dispatcher.placer.keep({replica.address for replica in self.dispatcher.table})
+            self.lite.tick(now)
             conditions = self.pipeline.conditions()
             if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
@@ -295,10 +312,26 @@ class SchedulerService:
             on_outcome=self._note_outcome,
         )
 
+    def _open_lite_stream(self, replica: Replica) -> CreditStream:
+        return CreditStream(
+            replica,
+            self.lite.table,
+            Lanes(lane_limits(self._settings)),  # Nothing waits for it.
+            scheduler_id=self.scheduler_id,
+            demand_interval_seconds=self._settings.demand_interval_seconds,
+            clock=self._clock,
+            on_credits=lambda: None,
+            on_outcome=self._note_lite_outcome,
+        )
+
     def _note_outcome(self, replica: Replica, outcome: replica_pb2.Outcome) -> None:
         now = self._clock()
         note_outcome(self.dispatcher.placer, replica, outcome, now)
         self.expectations.observations.end(ended(outcome), now)
+        self.shedder.see_end()
+
+    def _note_lite_outcome(self, replica: Replica, outcome: replica_pb2.Outcome) -> None:
+        note_outcome(self.lite.placer, replica, outcome, self._clock())
         self.shedder.see_end()
 
     def _circuit(self) -> Circuit:
@@ -325,7 +358,14 @@ def expectations_of(settings: Settings, lanes: Lanes, table: ReplicaTable, work:
         settings.brownout_down_seconds,
     )
     outlook = Outlook(lanes, table, work, observations)
-    return Expectations(outlook, observations, TenantHabits(), Brownout(terms, now), settings.answer_quantile)
+    brownout = Brownout(terms, now, has_lite=bool(settings.lite_model_name))
+    return Expectations(outlook, observations, TenantHabits(), brownout, settings.answer_quantile)
+
+
+def _table(settings: Settings, now: float) -> ReplicaTable:
+    return ReplicaTable(
+        margin_seconds=settings.credit_margin_seconds, silence_seconds=settings.replica_silence_seconds, now=now
+    )
 
 
 def _anomaly_terms(settings: Settings) -> AnomalyTerms:

@@ -199,4 +199,5 @@ def _spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 def _outcome(decision: Decision) -> Outcome:
     if decision.placement is not None:
         return Outcome.DISPATCHED
-    return Outcome.PASSED_THROUGH if decision is PASS_THROUGH else Outcome.REPLAYED
+    passes_through = decision is PASS_THROUGH or decision.lite is not None
+    return Outcome.PASSED_THROUGH if passes_through else Outcome.REPLAYED

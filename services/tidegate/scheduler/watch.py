@@ -17,10 +17,13 @@ from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.lanes import Waiting
+from tidegate.scheduler.lite import Lite
 from tidegate.scheduler.outcomes import Outcome, Outcomes
 from tidegate.scheduler.placement import Weights, scores
+from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.preprocess_client import PreprocessClient
 from tidegate.scheduler.queue_status import QueueStatuses, Status, not_found
+from tidegate.scheduler.replica_table import ReplicaTable
 from tidegate.scheduler.replicas import CreditStreams
 from tidegate.scheduler.request import ServiceClass
 from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -43,6 +46,8 @@ class Snapshots:
         scheduler_id: str,
         dispatcher: Dispatcher,
         streams: CreditStreams,
+        lite: Lite,
+        lite_streams: CreditStreams,
         preprocess: PreprocessClient,
         cache: CacheClient,
         outcomes: Outcomes,
@@ -55,6 +60,8 @@ class Snapshots:
         self._scheduler_id = scheduler_id
         self._dispatcher = dispatcher
         self._streams = streams
+        self._lite = lite
+        self._lite_streams = lite_streams
         self._preprocess = preprocess
         self._cache = cache
         self._outcomes = outcomes
@@ -73,7 +80,10 @@ class Snapshots:
             scheduler_id=self._scheduler_id,
             time=time,
             lanes=[self._lane(service_class, now) for service_class in ServiceClass],
-            replicas=self._replicas(now),
+            replicas=[
+                *self._replicas(self._dispatcher.table, self._dispatcher.placer, self._streams, now),
+                *self._replicas(self._lite.table, self._lite.placer, self._lite_streams, now),
+            ],
             totals=self._totals(),
             brownout_step=self._brownout.step,
             dependencies=[
@@ -102,15 +112,15 @@ class Snapshots:
             drain_rate=self._dispatcher.drain.rate(now) or 0.0,
         )
 
-    def _replicas(self, now: float) -> list[scheduler_pb2.ReplicaSnapshot]:
-        table = self._dispatcher.table
+    def _replicas(
+        self, table: ReplicaTable, placer: Placer, streams: CreditStreams, now: float
+    ) -> list[scheduler_pb2.ReplicaSnapshot]:
         ready = table.ready(now)
-        placer = self._dispatcher.placer
         slow_start_shares = placer.slow_start_shares(now)
         score_of = dict(zip(ready, scores(ready, self._weights, self._answer_token_count), strict=True))
         return [
             scheduler_pb2.ReplicaSnapshot(
-                load=self._streams.last_load(replica.address),
+                load=streams.last_load(replica.address),
                 connected=replica.is_connected,
                 credit_count=replica.book.count,
                 in_flight_count=replica.book.in_flight_count,
@@ -133,6 +143,7 @@ class Snapshots:
             passed_through=counts[Outcome.PASSED_THROUGH],
             refused=self._outcomes.refused_by_reason,
             abandoned=counts[Outcome.ABANDONED],
+            dispatched_to_lite=self._outcomes.lite_count,
         )
 
 

@@ -238,6 +238,7 @@ class Mesh:
     process: subprocess.Popen[bytes]
     replicas: list[FakeService]
     cache: FakeService
+    lite: FakeService
     scheduler: FakeScheduler
     scheduler_server: Server
     access_log_path: Path
@@ -293,6 +294,7 @@ async def running_mesh(directory: Path, *, replica_count: int = 2, **settings: A
     """Starts the services, then Envoy before them."""
     replicas = [await start_service(f"replica-{index}") for index in range(replica_count)]
     cache = await start_service("cache")
+    lite = await start_service("lite")
     scheduler = FakeScheduler()
     scheduler_server = Server(HOST, 0)
     ext_proc_grpc.add_ExternalProcessorServicer_to_server(scheduler, scheduler_server.grpc)
@@ -303,10 +305,11 @@ async def running_mesh(directory: Path, *, replica_count: int = 2, **settings: A
     log = open(directory / "access.log", "wb")  # noqa: SIM115 -- it lives as long as the process.
     argv = envoy_command(config_path, log_path=directory / "envoy.log", concurrency=2)
     process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
-    mesh = Mesh(envoy, process, replicas, cache, scheduler, scheduler_server, directory / "access.log")
+    mesh = Mesh(envoy, process, replicas, cache, lite, scheduler, scheduler_server, directory / "access.log")
     try:
         mesh.endpoints("model", *replicas)
         mesh.endpoints("cache", cache)
+        mesh.endpoints("lite", lite)
         mesh.endpoints("scheduler", scheduler_server.port)
 
         async def is_up() -> bool:
@@ -316,14 +319,14 @@ async def running_mesh(directory: Path, *, replica_count: int = 2, **settings: A
             return False
 
         await until(is_up, 20)
-        for cluster, count in (("model", replica_count), ("cache", 1), ("scheduler", 1)):
+        for cluster, count in (("model", replica_count), ("lite", 1), ("cache", 1), ("scheduler", 1)):
             await mesh.wait_healthy(cluster, count)
         yield mesh
     finally:
         process.terminate()
         process.wait(10)
         log.close()
-        for service in (*replicas, cache):
+        for service in (*replicas, cache, lite):
             await service.stop()
         await scheduler_server.grpc.stop(None)
 

@@ -82,7 +82,7 @@ async def test_a_client_that_leaves_the_queue_ends_its_stream_at_the_scheduler(m
 
 async def test_no_default_limit_of_envoy_lets_requests_skip_the_queue(mesh):
     """1,024 is the default of a cluster's circuit breakers, below the target of 10,000 streams at once."""
-    for name in ("model", "cache", "preprocess", "scheduler", "cache_or_model"):
+    for name in ("model", "cache", "preprocess", "scheduler", "cache_or_model", "lite", "lite_or_model"):
         (default, *_) = (await mesh.cluster(name))["circuit_breakers"]["thresholds"]
         # Retries have a budget instead of a bound.
         limits = {key: value for key, value in default.items() if key.startswith("max_") and key != "max_retries"}
@@ -96,6 +96,24 @@ async def test_a_known_answer_is_replayed_by_the_cache(mesh, client, stub):
     assert (report["name"], report["headers"]["x-tidegate-answer-key"]) == ("cache", "00ff")
     events = [event async for event in stub.Generate(inference_pb2.GenerateRequest(text="hi"))]
     assert json.loads(events[0].delta.text)["name"] == "cache"
+
+
+async def test_the_lite_model_has_replicas_of_its_own(mesh, client, stub):
+    mesh.scheduler.set_headers = {"x-tidegate-route": "lite", "x-tidegate-replica": mesh.lite.address}
+    mesh.scheduler.clear_route = True
+    assert (await client.post(CHAT, json=BODY)).json()["name"] == "lite"
+    events = [event async for event in stub.Generate(inference_pb2.GenerateRequest(text="hi"))]
+    assert json.loads(events[0].delta.text)["name"] == "lite"
+
+
+async def test_where_no_lite_replica_is_left_the_others_answer(mesh, client):
+    mesh.scheduler.set_headers = {"x-tidegate-route": "lite", "x-tidegate-replica": mesh.lite.address}
+    mesh.scheduler.clear_route = True
+    await mesh.lite.stop()
+    # At first Envoy does not know that it is gone, later it does.
+    for healthy_count in (1, 0):
+        await mesh.wait_healthy("lite", healthy_count)
+        assert (await client.post(CHAT, json=BODY)).json()["name"].startswith("replica-")
 
 
 async def test_a_cache_that_is_gone_is_a_miss(mesh, client):

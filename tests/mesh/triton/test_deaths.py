@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tidegate.cli.process_table import ProcessId
 from tidegate.cli.triton_runtime import remove_shared_memory, stub_process_ids
 from tidegate.model.triton_client import EngineRequest, TritonGone
 from tidegate.v1.inference_pb2 import SamplingParameters
@@ -90,12 +91,13 @@ async def test_a_dead_stub_makes_the_model_not_ready(triton, client):
 
 async def test_told_to_end_it_ends_its_streams_and_leaves_nothing(triton, client):
     readers = await begun(client, 2)
-    (stub,) = stub_process_ids(triton.process.pid)
+    (pid,) = stub_process_ids(triton.process.pid)
+    stub = ProcessId.of(pid)
     triton.signal_group(signal.SIGTERM)
     assert await gone_after(readers) < 2.0
     assert not client.ready
     triton.process.wait(8)
-    assert not Path(f"/proc/{stub}").exists()
+    assert not stub.is_alive
     assert triton.shared_memory() == []
 
 

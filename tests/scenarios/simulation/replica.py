@@ -70,7 +70,7 @@ class SimulatedReplica:
     ) -> None:
         self.address = address
         self.ledger = CreditLedger(_terms(queue_limit), id_prefix=address)
-        self.load = ReplicaLoad(address, "simulated", lambda: self.engine.load(), simulator.clock)
+        self.load = ReplicaLoad(address, "simulated", 2**17, lambda: self.engine.load(), simulator.clock)
         self.load.slots = self  # type: ignore[assignment]  # It reads the ledger of it, and who is starting.
         self.engine = engine_class(simulator, spec, self._take_load)
         self.starting_count = 0

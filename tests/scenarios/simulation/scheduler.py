@@ -265,6 +265,7 @@ class SimulatedScheduler:
         request.max_tokens = job.max_tokens
         request.service_class = job.service_class
         self.expectations.expect(request, self._simulator.now)
+        self.expectations.count(request, self._simulator.now)
         longest = {
             ServiceClass.REALTIME: self.settings.realtime_deadline_seconds,
             ServiceClass.STANDARD: self.settings.standard_deadline_seconds,

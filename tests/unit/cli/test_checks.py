@@ -20,7 +20,7 @@ GOOD = Machine(
 
 def judge(replica_count=1, **facts):
     machine = msgspec.structs.replace(GOOD, **facts)
-    return check_machine(machine, replica_count=replica_count, arena_bytes=64 * MEBIBYTE)
+    return check_machine(machine, model_bytes=[None] * replica_count, arena_bytes=64 * MEBIBYTE)
 
 
 def test_a_good_machine_passes_everything():
@@ -61,10 +61,11 @@ def test_few_open_files_are_a_warning_only():
 
 def test_memory_is_asked_for_by_the_size_of_another_model():
     machine = msgspec.structs.replace(GOOD, memory_available_bytes=10 * GIBIBYTE)
-    arguments = {"replica_count": 1, "arena_bytes": MEBIBYTE}
-    assert failures(check_machine(machine, **arguments, model_bytes=3 * GIBIBYTE)) == []
-    (check,) = failures(check_machine(machine, **arguments, model_bytes=4 * GIBIBYTE))
+    assert failures(check_machine(machine, model_bytes=[3 * GIBIBYTE], arena_bytes=MEBIBYTE)) == []
+    (check,) = failures(check_machine(machine, model_bytes=[4 * GIBIBYTE], arena_bytes=MEBIBYTE))
     assert check.reason == "10 GiB available, 12 GiB needed for 1 replica"
+    (check,) = failures(check_machine(machine, model_bytes=[3 * GIBIBYTE, GIBIBYTE], arena_bytes=MEBIBYTE))
+    assert "needed for 2 replicas" in check.reason
 
 
 def test_the_summary_counts_what_fails():

@@ -117,10 +117,11 @@ def test_what_cannot_be_meant_is_said(settings, words):
 def test_the_size_of_a_model_is_that_of_its_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"1" * 30)
     (tmp_path / "model.bin").write_bytes(b"1" * 50)
-    assert config.own_model_bytes(Settings(model_path=str(tmp_path))) == 30
-    assert config.own_model_bytes(Settings(model_path=str(tmp_path / "model.bin"))) == 50
-    assert config.own_model_bytes(Settings()) is None
-    assert config.own_model_bytes(Settings(engine="llm_sim")) == 0
+    assert config.model_bytes(Settings(model_path=str(tmp_path))) == [30]
+    assert config.model_bytes(Settings(model_path=str(tmp_path / "model.bin"))) == [50]
+    assert config.model_bytes(Settings(replicas=2)) == [None, None]
+    assert config.model_bytes(Settings(lite_model_path=str(tmp_path), lite_replicas=2)) == [None, 30, 30]
+    assert config.model_bytes(Settings(engine="llm_sim")) == [0]
 
 
 @pytest.mark.parametrize(
@@ -157,8 +158,7 @@ def test_the_engines_steps_have_a_token_for_each_sequence(max_sequences, environ
     ],
 )
 def test_each_engine_is_told_only_what_it_knows(settings, expected):
-    home, mesh = SimpleNamespace(cache=Path("home/cache")), SimpleNamespace(model_path="m.gguf")
-    assert processes.engine_settings(home, mesh, settings, {}) == expected
+    assert processes.engine_settings(SimpleNamespace(cache=Path("home/cache")), "m.gguf", settings, {}) == expected
 
 
 def test_a_preset_of_the_simulated_engine_goes_with_it_alone():

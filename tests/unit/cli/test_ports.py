@@ -32,9 +32,16 @@ def test_a_given_port_wins_over_default_and_over_auto():
 
 def test_auto_gives_every_process_a_free_port_of_its_own():
     numbers = ports.assign(3, given={}, auto=True)
-    assert sorted(numbers) == sorted(ports.names(3))
+    assert numbers.keys() == ports.assign(3, given={}, auto=False).keys()
     assert len(set(numbers.values())) == len(numbers)
     ports.check_free("127.0.0.1", numbers)
+
+
+def test_the_lite_models_replicas_have_ports_beside_the_others():
+    numbers = ports.assign(1, 2, given={}, auto=False)
+    names = ("model-lite-0", "model-lite-1", "triton-lite-0", "triton-lite-0-metrics", "triton-lite-1")
+    assert tuple(numbers[name] for name in names) == (50061, 50062, 8003, 8004, 8011)
+    assert len(set(numbers.values())) == len(numbers)
 
 
 def test_two_processes_on_one_port_are_refused_by_name():

@@ -167,7 +167,7 @@ def test_a_rate_settles_at_the_events_a_second_and_falls_when_they_stop():
 
 def test_the_retry_time_follows_the_rate_at_which_requests_end():
     now = [0.0]
-    load = ReplicaLoad("a:1", "m", lambda: None, clock=lambda: now[0])
+    load = ReplicaLoad("a:1", "m", 2048, lambda: None, clock=lambda: now[0])
     assert load.retry_after_seconds() == 1.0
     for _ in range(10):
         now[0] += 10

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from google.api import httpbody_pb2
 
+from tidegate.common import headers
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -24,7 +25,7 @@ async def test_a_stream_is_server_sent_events_whose_first_message_has_the_type(s
     async with start_service(fake_triton("Grüße")) as service:
         call = inference_pb2_grpc.InferenceStub(channel_to(service)).ChatCompletions(body(stream=True))
         parts = await collect(call)
-        headers = dict(await call.initial_metadata())
+        metadata = dict(await call.initial_metadata())
     assert [part.content_type for part in parts if part.content_type] == ["text/event-stream"]
     assert parts[0].content_type
     events = b"".join(part.data for part in parts).decode().split("\n\n")
@@ -33,8 +34,8 @@ async def test_a_stream_is_server_sent_events_whose_first_message_has_the_type(s
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "Grüße"
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    assert headers["cache-control"] == "no-cache"
-    assert int(headers["openai-processing-ms"]) >= 0
+    assert metadata["cache-control"] == "no-cache"
+    assert int(metadata["openai-processing-ms"]) >= 0
 
 
 async def test_the_processing_time_has_the_schedulers_queue_in_it(start_service, fake_triton, channel_to):
@@ -42,8 +43,8 @@ async def test_the_processing_time_has_the_schedulers_queue_in_it(start_service,
         stub = inference_pb2_grpc.InferenceStub(channel_to(service))
         call = stub.ChatCompletions(body(), metadata=(("x-tidegate-queue-ms", "5000"),))
         await collect(call)
-        headers = dict(await call.initial_metadata())
-    assert int(headers["openai-processing-ms"]) >= 5000
+        metadata = dict(await call.initial_metadata())
+    assert int(metadata["openai-processing-ms"]) >= 5000
 
 
 async def test_without_stream_it_is_one_json_object(start_service, fake_triton, channel_to):
@@ -112,3 +113,38 @@ async def test_models_are_listed_and_unknown_ones_are_not_found(start_service, f
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Models(inference_pb2.ModelsRequest(model="other"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+LITE = ((headers.LITE, "load"),)
+
+
+async def test_the_lite_model_answers_for_the_other_where_the_scheduler_says_so(start_service, fake_triton, channel_to):
+    async with start_service(fake_triton("ok"), lite_model_name="bytes") as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        call = stub.ChatCompletions(body(model="large"), metadata=LITE)
+        (part,) = await collect(call)
+        assert json.loads(part.data)["model"] == "bytes"
+        assert dict(await call.initial_metadata())[headers.LITE] == "load"
+        call = stub.Generate(inference_pb2.GenerateRequest(text="x", model="large"), metadata=LITE)
+        assert (await call.read()).started.model == "bytes"
+        assert dict(await call.initial_metadata())[headers.LITE] == "load"
+        for metadata in ((), ((headers.LITE, "name"),)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await collect(stub.ChatCompletions(body(model="large"), metadata=metadata))
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_no_other_model_answers_for_the_lite_one(start_service, fake_triton, channel_to):
+    async with start_service(fake_triton("ok"), lite_model_name="small") as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        for metadata in ((), LITE):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await collect(stub.ChatCompletions(body(model="small"), metadata=metadata))
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        # What the lite one has no replica for comes here, and nobody is told that the lite one answered.
+        call = stub.ChatCompletions(body(model="bytes"), metadata=LITE)
+        (part,) = await collect(call)
+        assert json.loads(part.data)["model"] == "bytes"
+        assert headers.LITE not in dict(await call.initial_metadata())
+        listed = json.loads((await stub.Models(inference_pb2.ModelsRequest())).data)
+        assert [model["id"] for model in listed["data"]] == ["bytes", "small"]

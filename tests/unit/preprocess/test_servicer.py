@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from tidegate.common.arena import Arena
+from tidegate.common.errors import TidegateError
+from tidegate.preprocess.preparation import prepare
 from tidegate.text.model_files import TextModel
 from tidegate.text.prompt import prepare_prompt
 from tidegate.v1 import inference_pb2, preprocess_pb2, tensor_pb2
@@ -89,6 +92,28 @@ async def test_a_typed_request_is_prepared_and_always_streams(stub: Any, arena: 
     answer = await prepared(stub, generate.SerializeToString(), GENERATE)
     assert tokens_of(arena, answer.tokens) == list(range(100, 140))
     assert answer.stream
+
+
+async def test_the_lite_model_prepares_what_asks_for_it(model: TextModel) -> None:
+    lite = dataclasses.replace(model, name="lite", context_token_count=50)
+    for name, expected in (
+        ("lite", 50),
+        ("smollm2-135m-instruct", model.context_token_count),
+        ("", model.context_token_count),
+    ):
+        request = prepare_request({"messages": MESSAGES, **({"model": name} if name else {})})
+        prompt = prepare(request, model, lite).prompt
+        assert (prompt.model, prompt.prompt_token_count + prompt.max_tokens) == (name or model.name, expected)
+    with pytest.raises(TidegateError, match="'other' does not exist"):
+        prepare(prepare_request({"messages": MESSAGES, "model": "other"}), model, lite)
+
+
+async def test_what_another_vocabulary_can_read_is_told(stub: Any) -> None:
+    assert (await prepared(stub, {"messages": MESSAGES})).is_portable
+    tokens = inference_pb2.GenerateRequest(tokens=inference_pb2.TokenIds(token_ids=[1, 2]))
+    resumed = inference_pb2.GenerateRequest(text="The tide", resume=inference_pb2.TokenIds(token_ids=[1]))
+    for request in (tokens, resumed):
+        assert not (await prepared(stub, request.SerializeToString(), GENERATE)).is_portable
 
 
 async def test_tenants_share_neither_hashes_nor_keys(stub: Any) -> None:

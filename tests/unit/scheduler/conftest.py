@@ -237,6 +237,7 @@ class World:
     processor: ext_proc_grpc.ExternalProcessorStub
     scheduler: scheduler_pb2_grpc.SchedulerStub
     channel: grpc.aio.Channel
+    lite: FakeReplica | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     decided = staticmethod(decided)
     refused = staticmethod(refused)
@@ -269,6 +270,14 @@ async def start_world(tmp_path):
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(*, with_services: bool = True, **settings: Any) -> World:
+            lite = None
+            if "lite_model_name" in settings:
+                lite = FakeReplica()
+                lite_port = await _serve(stack, (replica_pb2_grpc.add_ReplicaServicer_to_server, lite))
+                lite.address = f"127.0.0.1:{lite_port}"
+                lite_endpoints = tmp_path / "lite.yaml"
+                lite_endpoints.write_text(json.dumps(_endpoints(lite_port)))
+                settings["lite_endpoints_file"] = str(lite_endpoints)
             replica, preprocess, cache = FakeReplica(), FakePreprocess(), FakeCache()
             replica_port = await _serve(stack, (replica_pb2_grpc.add_ReplicaServicer_to_server, replica))
             services_port = 1
@@ -302,9 +311,12 @@ async def start_world(tmp_path):
                 ext_proc_grpc.ExternalProcessorStub(channel),
                 scheduler_pb2_grpc.SchedulerStub(channel),
                 channel,
+                lite,
             )
             stack.callback(lambda: [exchange.call.cancel() for exchange in world.exchanges])
             await world.until(lambda snapshot: snapshot.replicas[0].load.ready == replica.is_ready)
+            if lite is not None:
+                await asyncio.wait_for(lite.connected.wait(), 5)
             return world
 
         yield start

@@ -275,9 +275,12 @@ class TestObservations:
         assert observations.first_token_seconds is None
 
 
+TERMS = Terms(queue_delay_seconds=2, first_token_seconds=0.5, up_seconds=1, down_seconds=2)
+
+
 class TestBrownout:
     def brownout(self):
-        return Brownout(Terms(queue_delay_seconds=2, first_token_seconds=0.5, up_seconds=1, down_seconds=2), 0.0)
+        return Brownout(TERMS, 0.0)
 
     def run(self, brownout, signs, begin, seconds):
         """Looks four times a second."""
@@ -289,12 +292,12 @@ class TestBrownout:
         late = Signs(queue_delay_seconds=60)
         assert self.run(self.brownout(), {BATCH: late}, 0, 60) == 0
         assert self.run(self.brownout(), {STANDARD: late, BATCH: late}, 0, 60) == 2
-        assert self.run(self.brownout(), {REALTIME: late}, 0, 60) == 4
+        assert self.run(self.brownout(), {REALTIME: late}, 0, 60) == 5
 
     def test_it_steps_back_by_itself_when_there_is_nothing_to_say(self):
         brownout = self.brownout()
         self.run(brownout, {REALTIME: Signs(queue_delay_seconds=9)}, 0, 20)
-        assert brownout.step == 4
+        assert brownout.step == 5
         assert self.run(brownout, {}, 20.25, 10) == 0
 
     def test_a_moment_is_not_enough(self):
@@ -306,7 +309,7 @@ class TestBrownout:
     def test_with_nothing_to_do_it_is_back_within_a_second(self):
         brownout, stale = self.brownout(), {REALTIME: Signs(first_token_seconds=9)}
         self.run(brownout, stale, 0, 20)
-        assert brownout.step == 4
+        assert brownout.step == 5
         for tick in range(5):
             brownout.look(stale, 20.25 + tick / 4, is_idle=True)
         assert brownout.step == 0
@@ -316,18 +319,18 @@ class TestBrownout:
         self.run(brownout, stale, 0, 20)
         for tick in range(100):
             brownout.look(stale, 20.25 + tick / 10, is_idle=bool(tick % 2))
-        assert brownout.step == 4
+        assert brownout.step == 5
 
     def test_an_engine_that_is_slow_by_itself_is_no_reason(self):
         slow = Signs(first_token_seconds=1.2, unloaded_seconds=1.0)
         assert self.run(self.brownout(), {REALTIME: slow}, 0, 60) == 0
         queued = Signs(first_token_seconds=3.2, unloaded_seconds=1.0)
-        assert self.run(self.brownout(), {REALTIME: queued}, 0, 60) == 4
+        assert self.run(self.brownout(), {REALTIME: queued}, 0, 60) == 5
 
     def test_what_each_step_does(self):
         brownout = self.brownout()
         table = []
-        for step in range(5):
+        for step in (0, 1, 2, 3, 5):
             brownout.step = step
             refused = [one.label for one in ServiceClass if brownout.refuses(one)]
             shortened = [one.label for one in ServiceClass if brownout.shortens(one)]
@@ -339,6 +342,24 @@ class TestBrownout:
             (["batch"], ["standard", "batch"]),
             (["standard", "batch"], ["standard", "batch"]),
         ]
+
+    def test_the_step_for_the_lite_model_is_left_out_where_there_is_none(self):
+        late, with_lite = {REALTIME: Signs(queue_delay_seconds=9)}, Brownout(TERMS, 0.0, has_lite=True)
+        for brownout, expected in ((self.brownout(), [0, 1, 2, 3, 5]), (with_lite, [0, 1, 2, 3, 4, 5])):
+            steps = {brownout.step: None}
+            for number in range(100):
+                brownout.look(late, number / 4)
+                steps[brownout.step] = None
+            assert list(steps) == expected
+            down = {brownout.step: None}
+            for number in range(100, 300):
+                brownout.look({}, number / 4)
+                down[brownout.step] = None
+            assert list(down) == expected[::-1]
+        with_lite.step = 4
+        assert [one.label for one in ServiceClass if with_lite.prefers_lite(one)] == ["standard"]
+        with_lite.step = 3
+        assert not any(with_lite.prefers_lite(one) for one in ServiceClass)
 
 
 class TestShares:

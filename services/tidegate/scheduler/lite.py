@@ -79,13 +79,6 @@ class Lite:
         """Takes back the credit of a request that was placed and not sent."""
         self.placer.put_back(placement)
 
-    def tick(self, now: float) -> None:
-        """Looks after what no message tells."""
-        self.table.note_presence(now)
-        for replica in self.table:
-            replica.book.drop_expired(now)
-        self.placer.keep({replica.address for replica in self.table})
-
     def _can_read(self, request: Request) -> bool:
         """Whether a standard request that asks for another model can be answered there as it is."""
         if not self.is_there or not request.is_portable or request.service_class is not ServiceClass.STANDARD:

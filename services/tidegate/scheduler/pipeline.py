@@ -212,6 +212,8 @@ class Pipeline:
 
     def _prefer_lite(self, request: Request) -> Decision | None:
         """The way to the lite model of a request that goes there before all others; None for none."""
+        if not self._lite.is_there:
+            return None
         if self._lite.is_named(request):
             return self._to_lite(request, Why.NAME)
         if self._lite.is_preferred(request):
@@ -232,9 +234,7 @@ class Pipeline:
             request.tokens, request.answer_key = None, b""
         fields = [(headers.ROUTE, "lite"), (headers.LITE, why.value), *self._common_fields(request)]
         if placement is not None:
-            fields += self._placement_fields(placement)
-            if request.tokens is not None:
-                fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
+            fields += self._placement_fields(request, placement)
             self._outcomes.count_lite(why.value)
         return Decision(tuple(fields), changes_route=True, placement=placement, lite=why)
 
@@ -247,9 +247,7 @@ class Pipeline:
         return Decision(fields, changes_route=True)
 
     def _dispatch(self, request: Request, placement: Placement) -> Decision:
-        fields = [*self._placement_fields(placement), *self._common_fields(request)]
-        if request.tokens is not None:
-            fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
+        fields = [*self._placement_fields(request, placement), *self._common_fields(request)]
         if placement.is_owed:
             fields.append((headers.FLOOR, "1"))
         brownout = self._expectations.brownout
@@ -259,12 +257,15 @@ class Pipeline:
         self._expectations.observations.dispatch(request, placement.credit_id, request.cost)
         return Decision(tuple(fields), placement=placement)
 
-    def _placement_fields(self, placement: Placement) -> list[tuple[str, str]]:
-        return [
+    def _placement_fields(self, request: Request, placement: Placement) -> list[tuple[str, str]]:
+        fields = [
             (headers.REPLICA, ",".join((placement.address, *placement.alternatives))),
             (headers.CREDIT, placement.credit_id),
             (headers.SENT, f"{self._unix_seconds():.6f}"),
         ]
+        if request.tokens is not None:
+            fields.append((headers.TENSOR, encode_tensor_header(request.tokens)))
+        return fields
 
     def _common_fields(self, request: Request) -> list[tuple[str, str]]:
         fields = [

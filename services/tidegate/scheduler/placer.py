@@ -134,8 +134,12 @@ class Placer:
         size = size_of(prompt_token_count, answer_token_count)
         self.breakers.note(address, credit_id, result, now, seconds=seconds, size=size)
 
-    def keep(self, addresses: set[str]) -> None:
-        """Forgets the replicas that are not among these."""
+    def tick(self, now: float) -> None:
+        """Looks after what no message tells: replicas that are there or gone, and leases that end."""
+        self._table.note_presence(now)
+        for replica in self._table:
+            replica.book.drop_expired(now)
+        addresses = {replica.address for replica in self._table}
         self.breakers.keep(addresses)
         self._prefixes.keep(addresses)
 

@@ -230,11 +230,8 @@ class SchedulerService:
         while True:
             await asyncio.sleep(self._settings.tick_seconds)
             now = self._clock()
-            self.dispatcher.table.note_presence(now)
-            for replica in self.dispatcher.table:
-                replica.book.drop_expired(now)
-            self.dispatcher.placer.keep({replica.address for replica in self.dispatcher.table})
-            self.lite.tick(now)
+            self.dispatcher.placer.tick(now)
+            self.lite.placer.tick(now)
             conditions = self.pipeline.conditions()
             if conditions.absence_seconds > self._settings.replica_absence_limit_seconds:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))

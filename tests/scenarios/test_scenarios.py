@@ -8,9 +8,9 @@ from simulation.scenarios import SCENARIOS
 LENGTHS = {"hour": 0.4, "flood": 0.5, "mixed-flood": 0.5, "placement": 0.5, "drift": 0.5}
 """Times the scenario's usual length, where a test takes less of it."""
 
-MISSED = {"realtime": {"flood / alone"}, "retry-storm": {"seconds to normal"}}
-"""The bounds that are not kept in simulated time. The simulated engine cannot pause a batch sequence; and after an
-outage with naive retries it takes 5.9 s, not 5, until no first token is late. Who mends one takes its line out."""
+MISSED = {"realtime": {"flood / alone"}}
+"""The bounds that are not kept in simulated time. The simulated engine cannot pause a batch sequence. Who mends one
+takes its line out."""
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

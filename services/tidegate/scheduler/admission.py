@@ -8,9 +8,9 @@ reason.
 How long a request may wait follows from its slack, the time that its deadline leaves beside the answer itself. While no
 more arrives than leaves, all of the slack may be used: a queue is what makes use of a lull. When more arrives than
 leaves, a long queue makes all that pass it late and serves nobody more (CoDel, Nichols and Jacobson, ACM Queue 2012),
-so the allowed wait shrinks, from all of the slack at the capacity to a small share of the answer's own time at four
-times of it. Batch requests, those without a deadline of their client's, and those whose deadline is far, are patient:
-theirs is a place in the queue.
+so the allowed wait shrinks, from all of the slack at the capacity to the pauses between arrivals at four times of it.
+Batch requests, those without a deadline of their client's, and those whose deadline is far, are patient: theirs is a
+place in the queue.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ SHARING_PRESSURE: Final = 1.1
 OWED_DISCOUNT: Final = 0.4
 """A tenant that has had nothing of its share has the pressure counted by so much less; in between, in proportion."""
 
-SHORTEST_WAIT_SECONDS: Final = 0.03
-SHORTEST_WAIT_SHARE: Final = 0.05
-"""The shortest allowed wait: this, and this share of the answer's own time. Enough that no slot is idle."""
+SHORTEST_WAIT_SECONDS: Final = 0.01
+"""The shortest allowed wait, where what comes makes no longer pauses: what waits is there so that no slot is idle until
+the next one comes. (One may always wait in its lane.)"""
 
 SMALL_SHARE: Final = 0.5
 """A request that is judged by its headers is taken for so much of what its tenant's usually are."""
@@ -206,7 +206,8 @@ class Admission:
             return slack
         if _is_patient(request, slack):
             return PATIENT_SHARE * slack
-        shortest = min(slack, SHORTEST_WAIT_SECONDS + SHORTEST_WAIT_SHARE * request.expected_seconds)
+        lull = conditions.outlook.lull_seconds(request.service_class, conditions.now)
+        shortest = min(slack, max(SHORTEST_WAIT_SECONDS, lull))
         pressure = conditions.outlook.pressure(request.service_class, conditions.now)
         pressed = min(1.0, max(0.0, (pressure - 1) / (FULL_PRESSURE - 1)))
         owed = conditions.outlook.shares[request.service_class].owed_share(request.tenant)

@@ -19,7 +19,8 @@ class Dispatcher:
     Args:
         weights: of the placement score.
         alternative_count: how many next best replicas a placement names.
-        work: counts what leaves the lanes in cost, as `drain` does in requests.
+        work: counts what leaves the lanes in cost, as `drain` does in requests. What leaves while slots still stand
+            empty says nothing of how fast they become free, and does not count in its rate of all lanes.
         placer: takes the credits; None: one by these weights.
     """
 
@@ -86,7 +87,8 @@ class Dispatcher:
     def _note_backlog(self, now: float) -> None:
         self.drain.set_backlog(len(self.lanes) > 0, now)
         if self._work is not None:
-            self._work.set_backlog((one for one in ServiceClass if len(self.lanes.lane(one))), now)
+            waiting = [one for one in ServiceClass if len(self.lanes.lane(one))]
+            self._work.set_backlog(waiting, now, is_full=bool(waiting) and not self.placer.can_place(now))
 
     def _next(self, now: float) -> tuple[Waiting, Placement] | None:
         """The next one that a credit is there for, and its placement."""

@@ -36,6 +36,7 @@ class Expectations:
         request.answer_token_count = lengths.expected(request.tenant, max_tokens, self.answer_quantile)
         usual = lengths.expected(request.tenant, max_tokens, USUAL_QUANTILE)
         request.cost = cost_of(request.prompt_token_count, usual)
+        self.outlook.expect(request.cost, usual, now)
         # A length that nobody has seen yet is no reason to refuse: then nobody ever would.
         counted = request.answer_token_count if lengths.is_known(request.tenant) else 1
         request.expected_seconds = self.outlook.service_seconds(counted, now)

@@ -27,6 +27,9 @@ LONG_WINDOW_SECONDS: Final = 1.0
 SHORT_WINDOW_DISCOUNT: Final = 1.5
 """What the short window says counts so much less, because chance moves it more."""
 
+LONGEST_LULL_SECONDS: Final = 0.1
+"""A pause in what comes is not expected again for longer than this."""
+
 
 class DrainRate:
     """Requests (or what they cost) dispatched per second while something waits.
@@ -92,6 +95,8 @@ class DrainRate:
 class WorkRates:
     """What is dispatched per second while something waits, in cost: of all lanes together, and of each.
 
+    That of all lanes is of the time in which what waits waits for a slot, and not for a prompt to be computed.
+
     Args:
         half_life_seconds: of each rate.
     """
@@ -105,10 +110,10 @@ class WorkRates:
         self._all.count_dispatch(now, cost)
         self._lanes[service_class].count_dispatch(now, cost)
 
-    def set_backlog(self, waiting: Iterable[ServiceClass], now: float) -> None:
-        """Says of which classes something waits from now on."""
+    def set_backlog(self, waiting: Iterable[ServiceClass], now: float, *, is_full: bool = True) -> None:
+        """Says of which classes something waits from now on, and whether every slot is taken."""
         classes = set(waiting)
-        self._all.set_backlog(bool(classes), now)
+        self._all.set_backlog(bool(classes) and is_full, now)
         for service_class, rate in self._lanes.items():
             rate.set_backlog(service_class in classes, now)
 
@@ -126,11 +131,13 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._short = self._long = 0.0
+        self._lull = 0.0
         self._at = 0.0
 
     def count(self, cost: float, now: float) -> None:
         """A request came."""
         self._short, self._long = self._decayed(now)
+        self._lull = self.lull_seconds(now)
         self._at = now
         self._short += cost / SHORT_WINDOW_SECONDS
         self._long += cost / LONG_WINDOW_SECONDS
@@ -145,6 +152,11 @@ class Arrivals:
             return 1.0
         short, long = self._decayed(now)
         return max(long, short / SHORT_WINDOW_DISCOUNT) / capacity
+
+    def lull_seconds(self, now: float) -> float:
+        """The longest time of late in which nothing came, `LONGEST_LULL_SECONDS` at most; an old one counts less."""
+        passed = max(0.0, now - self._at)
+        return max(min(passed, LONGEST_LULL_SECONDS), self._lull * math.exp(-passed / LONG_WINDOW_SECONDS))
 
     def _decayed(self, now: float) -> tuple[float, float]:
         passed = max(0.0, now - self._at)

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final
 
-from tidegate.scheduler.answer_lengths import AnswerLengths
+from tidegate.scheduler.answer_lengths import FEWEST_ANSWERS, AnswerLengths
 from tidegate.scheduler.lanes import Lanes
 from tidegate.scheduler.request import Request, ServiceClass
 
@@ -70,11 +70,12 @@ class Observations:
         self.lengths = lengths
         self._lanes = lanes
         self._dispatched: OrderedDict[str, _Dispatched] = OrderedDict()
-        self._first_token = _Average()
-        self._per_token = _Average()
-        self._duration = _Average()
-        self._cost = _Average()
+        self._first_token = Average()
+        self._per_token = Average()
+        self._duration = Average()
+        self._cost = Average()
         self._completed_at = -math.inf
+        self._completed_count = 0
         self._windows: dict[ServiceClass, deque[tuple[float, float]]] = {
             one: deque(maxlen=WINDOW_LIMIT) for one in ServiceClass
         }
@@ -104,6 +105,7 @@ class Observations:
         if not ended.is_completed or ended.first_token_seconds is None:
             return
         self._completed_at = now
+        self._completed_count += 1
         self.lengths.see(dispatched.tenant, ended.completion_token_count)
         self._first_token.add(ended.first_token_seconds)
         self._duration.add(ended.duration_seconds)
@@ -119,8 +121,11 @@ class Observations:
 
     @property
     def cost_per_second_of_a_slot(self) -> float | None:
-        """What one slot serves in a second, on average; None when not known."""
-        if self._duration.value is None or self._cost.value is None:
+        """What one slot serves in a second, on average; None when not known.
+
+        The first answers that end are the short ones, and they alone say too much.
+        """
+        if self._completed_count < FEWEST_ANSWERS or self._duration.value is None or self._cost.value is None:
             return None
         return self._cost.value / max(1e-6, self._duration.value)
 
@@ -144,7 +149,7 @@ class Observations:
         return seconds[min(len(seconds) - 1, int(share * len(seconds)))]
 
 
-class _Average:
+class Average:
     """An average in which the past fades."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tidegate.scheduler.fair_shares import FairShares
 from tidegate.scheduler.forecast import Arrivals, WorkRates, expected_wait
 from tidegate.scheduler.lanes import Lanes
-from tidegate.scheduler.observations import Observations
+from tidegate.scheduler.observations import Average, Observations
 from tidegate.scheduler.replica_table import ReplicaTable
 from tidegate.scheduler.request import ServiceClass
 
@@ -23,6 +23,7 @@ class Outlook:
         self._work = work
         self._observations = observations
         self._arrivals = {one: Arrivals() for one in ServiceClass}
+        self._expected_per_slot = Average()
         self.shares = {one: FairShares(lanes.weight_of) for one in ServiceClass}
 
     def ask(self, service_class: ServiceClass, tenant: str, cost: float, now: float) -> None:
@@ -30,15 +31,23 @@ class Outlook:
         self._arrivals[service_class].count(cost, now)
         self.shares[service_class].ask(tenant, cost, now)
 
+    def expect(self, cost: float, answer_token_count: int, now: float) -> None:
+        """A request came that will cost so much: what replicas say of their speed then tells what a slot can serve."""
+        seconds = self.service_seconds(answer_token_count, now)
+        if seconds > 0:
+            self._expected_per_slot.add(cost / seconds)
+
     def capacity(self, now: float) -> float | None:
         """Cost per second that can be served: as measured while something waited, else by slots and times of answers.
 
-        None when neither is known.
+        Before enough answers have ended it is what these are expected to take. None when nothing is known.
         """
         measured = self._work.rate(now)
         if measured is not None:
             return measured
         per_slot = self._observations.cost_per_second_of_a_slot
+        if per_slot is None:
+            per_slot = self._expected_per_slot.value
         return None if per_slot is None else per_slot * self.slot_count(now)
 
     def slot_count(self, now: float) -> int:
@@ -56,6 +65,10 @@ class Outlook:
         if capacity is None:
             return 1.0
         return sum(arrivals.pressure(capacity, now) for one, arrivals in self._arrivals.items() if one <= service_class)
+
+    def lull_seconds(self, service_class: ServiceClass, now: float) -> float:
+        """For how long nothing may come of a class, as it was of late."""
+        return self._arrivals[service_class].lull_seconds(now)
 
     def wait_seconds(self, service_class: ServiceClass, tenant: str, cost: float, now: float) -> float | None:
         """How long one more request would wait; None when not known."""

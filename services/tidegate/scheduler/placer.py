@@ -62,7 +62,9 @@ class Placer:
         self._dispatch_count = 0
 
     def can_place(self, now: float, *, urgent: bool = False) -> bool:
-        """Whether a request could be placed now."""
+        """Whether a request could be placed now, but for the prompts that are being computed."""
+        if not any(replica.book.can_spend(now, urgent=urgent) for replica in self._table):
+            return False
         return any(replica.book.can_spend(now, urgent=urgent) for replica in self.candidates(now))
 
     def place(

@@ -5,9 +5,10 @@ import random
 import pytest
 
 from tidegate.scheduler.dispatch import Dispatcher
-from tidegate.scheduler.forecast import DrainRate
+from tidegate.scheduler.forecast import DrainRate, WorkRates
 from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
 from tidegate.scheduler.placement import Weights
+from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.replica_table import ReplicaLoad, ReplicaTable
 from tidegate.scheduler.request import ServiceClass
 
@@ -135,3 +136,27 @@ def test_random_runs_leave_no_credit_idle_while_something_waits(dispatcher, seed
             placed.add(waiting.request_id)
         idle = any(each.book.can_spend(now) for each in dispatcher.table.ready(now))
         assert not (idle and len(dispatcher.lanes))
+
+
+@pytest.mark.parametrize(("slot_count", "credits_a_second", "rate"), [(64, 0, None), (16, 5, 5.0)])
+def test_the_rate_of_work_is_of_the_time_in_which_every_slot_is_taken(dispatcher, slot_count, credits_a_second, rate):
+    work = WorkRates(10.0)
+    placer = Placer(dispatcher.table, Weights(0.6, 0.4), alternative_count=0, start_share=0.25)
+    dispatcher = Dispatcher(
+        dispatcher.lanes,
+        dispatcher.table,
+        dispatcher.drain,
+        weights=placer.weights,
+        alternative_count=0,
+        work=work,
+        placer=placer,
+    )
+    replica = dispatcher.table.get("a:1")
+    replica.book.grant([str(number) for number in range(slot_count)], 60, 0)
+    for number in range(150):
+        dispatcher.add(place(str(number)))
+    for second in range(20):
+        replica.book.grant([f"{second}-{number}" for number in range(credits_a_second)], 60, second)
+        dispatcher.table.hear(replica, ReplicaLoad(True, 0, 0, slot_count, 0.01, 0.1), second)
+        matched(dispatcher, float(second))
+    assert work.rate(20.0) == (None if rate is None else pytest.approx(rate, rel=0.2))

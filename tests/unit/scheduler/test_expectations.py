@@ -10,11 +10,11 @@ import pytest
 
 from tidegate.common.errors import Reason
 from tidegate.scheduler.admission import Admission, Conditions, latest_start
-from tidegate.scheduler.answer_lengths import TENANT_LIMIT, AnswerLengths
+from tidegate.scheduler.answer_lengths import FEWEST_ANSWERS, TENANT_LIMIT, AnswerLengths
 from tidegate.scheduler.brownout import Brownout, Signs, Terms
 from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.fair_shares import FairShares, max_min_shares
-from tidegate.scheduler.forecast import Arrivals, WorkRates
+from tidegate.scheduler.forecast import LONGEST_LULL_SECONDS, Arrivals, WorkRates
 from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
 from tidegate.scheduler.observations import Ended, Observations, cost_of
 from tidegate.scheduler.outlook import Outlook
@@ -74,6 +74,35 @@ class TestArrivals:
 
     def test_an_unknown_capacity_is_no_pressure(self):
         assert Arrivals().pressure(None, 0) == 1
+
+    def test_the_longest_pause_of_late_is_known_and_fades(self):
+        arrivals = Arrivals()
+        for number in range(200):
+            arrivals.count(10, number * 0.005 + (0.06 if number >= 100 else 0))
+        last = 199 * 0.005 + 0.06
+        assert 0.03 < arrivals.lull_seconds(last) < 0.06
+        for number in range(1000):
+            arrivals.count(10, last + number * 0.005)
+        assert arrivals.lull_seconds(last + 5) < 0.01
+
+    def test_a_pause_that_lasts_counts_while_it_does_but_not_without_a_bound(self):
+        arrivals = Arrivals()
+        arrivals.count(10, 0.0)
+        assert arrivals.lull_seconds(0.04) == pytest.approx(0.04)
+        assert arrivals.lull_seconds(61.0) == LONGEST_LULL_SECONDS
+
+
+class TestWorkRates:
+    def test_what_leaves_into_empty_slots_is_not_how_fast_they_become_free(self):
+        work = WorkRates(5.0)
+        work.set_backlog([STANDARD], 0.0, is_full=False)
+        for number in range(100):
+            work.count_dispatch(STANDARD, 10, number * 0.01)
+        assert work.rate(1.0) is None
+        work.set_backlog([STANDARD], 1.0, is_full=True)
+        for number in range(1, 101):
+            work.count_dispatch(STANDARD, 10, 1.0 + number * 0.1)
+        assert work.rate(11.0) == pytest.approx(100, rel=0.05)
 
 
 def ready_table(slot_count=10):
@@ -141,6 +170,16 @@ class TestAdmission:
         world = World()
         assert world.outlook.capacity(NOW) == pytest.approx(2100, rel=0.05)
 
+    def test_before_answers_ended_capacity_follows_from_what_replicas_say_of_their_speed(self):
+        world = World(answers_seen=int(FEWEST_ANSWERS) - 1)
+        assert world.outlook.capacity(NOW) is None
+        request = world.request()
+        request.prompt_token_count = 10
+        world.expectations().expect(request, NOW)
+        assert world.outlook.capacity(NOW) == pytest.approx(
+            10 * request.cost / world.outlook.service_seconds(256, NOW), rel=0.01
+        )
+
     def test_a_request_may_use_all_of_its_slack_while_nothing_presses(self):
         world = World()
         world.wait(25)
@@ -156,6 +195,16 @@ class TestAdmission:
         assert world.refusal(world.request(timeout=5)) is None
         world.wait(3)
         assert world.refusal(world.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
+
+    def test_a_stream_that_makes_pauses_may_keep_as_much_waiting_as_they_last(self):
+        steady, paused = World(), World()
+        for world, seconds in ((steady, 0.01), (paused, 0.09)):
+            for number in range(100):
+                cost = 10 * seconds * world.outlook.capacity(NOW)
+                world.outlook.ask(STANDARD, "t", cost, NOW - seconds * (100 - number))
+            world.lanes.add(Waiting("", STANDARD, 1, 1, 1, NOW, NOW + 60, tenant="t", cost=100))
+        assert steady.refusal(steady.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
+        assert paused.refusal(paused.request(timeout=5)) is None
 
     def test_who_gave_no_deadline_may_wait_all_the_same(self):
         world = World()

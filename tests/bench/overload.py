@@ -28,7 +28,7 @@ from running_mesh import NO_BUCKET
 from second_scheduler import second_scheduler
 from table import Table
 
-from tidegate.bench.arrivals import Poisson, Square
+from tidegate.bench.arrivals import Closed, Poisson, Square
 from tidegate.bench.calibrate import calibrate
 from tidegate.bench.columns import Columns, columns_of
 from tidegate.bench.flows import Flow, Load
@@ -54,6 +54,12 @@ PARTS: Final = (
     "goodput", "storm", "fairness", "floor", "square", "bursts", "retries", "schedulers", "drift", "cpu", "streams",
     "waiting", "peers",
 )  # fmt: skip
+
+DRIFT_REQUESTS: Final = 100_000
+"""So many in floods of 60 s; fewer in shorter ones."""
+
+DRIFT_USERS: Final = 128
+"""Twice as many as there are slots."""
 
 SHAPE: Final = Shape(answer_tokens=LogNormalLength(median=96, sigma=0.6, high=256, low=8))
 """Long enough that at ten times of C the engine is what there is too little of, not the two cores that the mesh and the
@@ -303,17 +309,26 @@ async def schedulers(bench: Bench) -> None:
 
 
 async def drift(bench: Bench) -> None:
-    """Clients that leave at random moments."""
-    flows = [
-        bench.flow(
-            "leaving", 4.0, leave_share=0.33, answer_tokens=ConstantLength(16), duration_seconds=2 * bench.seconds
-        )
-    ]
-    ledger = await bench.run("a third leaves", *flows)
-    left = stuck(await bench.snapshot())
-    bench.table.at_most(
-        "credits that drifted", float(bool(left)), 0, "", f"after {len(ledger.records)} requests; {left}"
+    """Clients that leave at random moments: in the queue, before the first token, and in the middle of an answer."""
+    users = bench.flow(
+        "leaving",
+        0.0,
+        arrivals=Closed(DRIFT_USERS, think_seconds=0.1),
+        leave_share=0.33,
+        prompt_tokens=ConstantLength(16),
+        answer_tokens=ConstantLength(8),
+        deadline_seconds=1.5,
     )
+    wanted, count, begun, gone = round(DRIFT_REQUESTS * bench.seconds / 60), 0, 0, 0
+    while count < wanted:
+        ledger = await bench.run(f"a third leaves, {count} of {wanted}", users, seed=count)
+        columns = columns_of(ledger.records)
+        count += len(columns)
+        begun += int((columns.tokens > 0).sum())
+        gone += int(columns.of(Outcome.LEFT).sum())
+    left = stuck(await bench.snapshot())
+    how = f"after {count} requests, of which {begun} began and {gone} left before their end; {left}"
+    bench.table.at_most("credits that drifted", float(bool(left)), 0, "", how)
 
 
 MEASURES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {

@@ -129,6 +129,8 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
     """The request's id in the mesh."""
     tenant: str
     client_request_id: str = ""
+    credit_id: str = ""
+    """What the request carried; empty for none."""
     service_class: str = "standard"
     arrived_at: float
     deadline: float

@@ -267,6 +267,21 @@ class CreditLedger:
             self._waiting.append(holder)
         return Decision.WAIT
 
+    def forfeit(self, credit_id: str, now: float) -> int | None:
+        """Frees the credit of a request that ended before it took a slot; gives the session, None when not known."""
+        live_id = self._live_id(credit_id, now)
+        if live_id is None:
+            return None
+        session = self._credits[live_id].session
+        # One that was replaced meanwhile stands in the scheduler's hand by its new name.
+        if live_id == credit_id:
+            self._drop(credit_id)
+        return session
+
+    def owns(self, credit_id: str) -> bool:
+        """Whether the id is one of this life's."""
+        return credit_id.startswith(f"{self._id_prefix}-")
+
     def release(self, holder: int) -> None:
         """A holder ended, or gave up waiting."""
         self._resumed.discard(holder)

@@ -59,8 +59,7 @@ class Reports:
         self._load.add_request(failed=record.outcome == replica_pb2.REQUEST_OUTCOME_FAILED)
         if record.outcome == replica_pb2.REQUEST_OUTCOME_COMPLETED:
             self._load.add_need(record.prompt_token_count + record.completion_token_count)
-        if spent is not None:
-            self._slots.report(spent, outcome_message(record))
+        self._slots.report(record.credit_id, spent, outcome_message(record))
         log.info("request", **log_fields(record))
 
 

@@ -166,6 +166,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             operation=operation,
             request_id=request_id or uuid4().hex,
             tenant=call.tenant,
+            credit_id=call.credit,
             arrived_at=now,
             deadline=now + allowed,
             queue_seconds=call.queue_seconds,

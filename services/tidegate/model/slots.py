@@ -175,13 +175,28 @@ class Slots:
         self.ledger.disconnect(session.key)
         self.update()
 
-    def report(self, spent: Spent, outcome: replica_pb2.Outcome) -> None:
-        """Tells the scheduler whose credit it was how a request ended, if it is still there."""
-        session = self._sessions.get(spent.session)
-        if session is not None:
-            outcome.credit_id = spent.credit_id
-            outcome.paused = spent.was_paused
-            session.put(replica_pb2.ReplicaMessage(outcome=outcome))
+    def report(self, credit_id: str, spent: Spent | None, outcome: replica_pb2.Outcome) -> None:
+        """Tells the scheduler how a request ended, if it is still there.
+
+        Args:
+            credit_id: what the request carried; empty for none.
+            spent: the credit that it spent. None: it ended before, or ran without one, and its scheduler counts it as
+                under way all the same.
+        """
+        if spent is not None:
+            outcome.credit_id, outcome.paused = spent.credit_id, spent.was_paused
+            keys = [spent.session]
+        elif self.ledger.owns(credit_id):
+            outcome.credit_id = credit_id
+            session = self.ledger.forfeit(credit_id, self._clock())
+            # Whose a revoked one was is not known any more, and to all others it means nothing.
+            keys = list(self._sessions) if session is None else [session]
+            self.update()
+        else:
+            return
+        for key in keys:
+            if key in self._sessions:
+                self._sessions[key].put(replica_pb2.ReplicaMessage(outcome=outcome))
 
     def update(self) -> None:
         """Delivers what follows from the last changes."""

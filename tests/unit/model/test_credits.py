@@ -287,3 +287,23 @@ def test_invariants_hold_in_random_runs(seed):
             assert ledger.granted_count + len(running) <= slots
         else:
             assert ledger.granted_count == 0
+
+
+def test_a_credit_that_no_request_will_spend_any_more_is_free_at_once():
+    ledger = make_ledger(slots=1)
+    ledger.connect(1)
+    (credit,) = granted(ledger.settle(0.0), 1)
+    assert ledger.forfeit(credit, 0.1) == 1
+    assert ledger.free_count == 1
+    assert ledger.forfeit(credit, 0.2) is None
+    assert granted(ledger.settle(0.2), 1)
+
+
+def test_one_that_was_replaced_meanwhile_leaves_its_successor_in_the_hand():
+    ledger = make_ledger(slots=1)
+    ledger.connect(1)
+    (credit,) = granted(ledger.settle(0.0), 1)
+    (successor,) = granted(ledger.settle(LEASE / 2), 1)
+    assert ledger.forfeit(credit, LEASE / 2 + 0.1) == 1
+    assert ledger.granted_count == 1
+    assert ledger.take(7, successor, resumed=False, now=LEASE / 2 + 0.2) is Decision.START

@@ -103,6 +103,41 @@ async def test_a_cancelled_request_reports_cancelled(start_service, fake_triton,
         assert scheduler.outcomes[0].completion_token_count > 0
 
 
+async def test_a_request_that_ends_before_it_takes_a_slot_gives_its_credit_back(start_service, fake_triton, channel_to):
+    async with start_service(fake_triton("abc", slots=1)) as service:
+        scheduler = await Scheduler(channel_to(service)).open()
+        await scheduler.read_until(lambda: scheduler.credits)
+        credit = scheduler.credits.pop()
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await collect(stub, ask(model="no-such-model"), metadata=((headers.CREDIT, credit),))
+        # Long before the lease is over.
+        await scheduler.read_until(lambda: scheduler.outcomes and scheduler.credits, seconds=0.5)
+        assert scheduler.outcomes[0].credit_id == credit
+        assert scheduler.outcomes[0].outcome == replica_pb2.REQUEST_OUTCOME_REFUSED
+
+
+async def test_the_outcome_of_a_request_whose_credit_was_revoked_on_its_way_is_told(
+    start_service, fake_triton, channel_to
+):
+    triton = fake_triton("abc", slots=1)
+    async with start_service(triton) as service:
+        scheduler = await Scheduler(channel_to(service)).open()
+        await scheduler.read_until(lambda: scheduler.credits)
+        credit = scheduler.credits[0]
+        triton.set_ready(False)
+        await scheduler.read_until(lambda: not scheduler.credits)
+        triton.set_ready(True)
+        await scheduler.read_until(lambda: scheduler.credits)
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        await collect(stub, ask(), metadata=((headers.CREDIT, credit),))
+        await collect(stub, ask(), metadata=((headers.CREDIT, "another-life-0"),))
+        await collect(stub, ask(request_id="last"), metadata=((headers.CREDIT, scheduler.credits[0]),))
+        await scheduler.read_until(lambda: any(one.request_id == "last" for one in scheduler.outcomes))
+        assert [one.credit_id for one in scheduler.outcomes][0] == credit
+        assert "another-life-0" not in [one.credit_id for one in scheduler.outcomes]
+
+
 async def test_when_the_scheduler_leaves_its_credits_serve_the_others(start_service, fake_triton, channel_to):
     async with start_service(fake_triton("abc", slots=2)) as service:
         scheduler = await Scheduler(channel_to(service)).open()

@@ -18,8 +18,9 @@ from tidegate.model.moving_averages import MovingAverage, MovingRate
 
 HALF_LIFE_SECONDS: Final = 5.0
 
-WORTH_SHARE: Final = 0.01
-"""Where less of the slots than this stands empty, nothing is promised ahead."""
+WORTH_SHARE: Final = 0.05
+"""Where less of the slots than this stands empty, nothing is promised ahead: who waits in the engine waits for a slot
+there, and that is worth less than its first token's time."""
 
 LARGEST_SHARE: Final = 0.25
 """Of the slots, whatever is measured; one is always allowed."""

@@ -94,9 +94,12 @@ class ReplicaServicer(replica_pb2_grpc.ReplicaServicer):
             for message in session.take():
                 await context.write(message)
             load = self._load.snapshot()
-            interval = self._load_interval_seconds if load != last_load else LONGEST_LOAD_INTERVAL_SECONDS
+            is_news = load != last_load or session.has_arrived
+            interval = self._load_interval_seconds if is_news else LONGEST_LOAD_INTERVAL_SECONDS
             if self._clock() - sent_at >= interval:
-                await context.write(replica_pb2.ReplicaMessage(load=load))
+                message = replica_pb2.ReplicaMessage(load=load)
+                message.load.arrived_credit_ids.extend(session.take_arrived())
+                await context.write(message)
                 last_load, sent_at = load, self._clock()
                 interval = LONGEST_LOAD_INTERVAL_SECONDS
             # Averages move by themselves, so it looks now and then without being woken.

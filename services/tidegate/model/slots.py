@@ -31,6 +31,7 @@ class SchedulerSession:
         self.wake = asyncio.Event()
         self.overrun = False
         self._outbox: list[replica_pb2.ReplicaMessage] = []
+        self._arrived: list[str] = []
 
     def put(self, message: replica_pb2.ReplicaMessage) -> None:
         """Queues a message for the stream's writer."""
@@ -43,6 +44,20 @@ class SchedulerSession:
         """All that waits."""
         messages, self._outbox = self._outbox, []
         return messages
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether a request came since the last `take_arrived`."""
+        return bool(self._arrived)
+
+    def note_arrival(self, credit_id: str) -> None:
+        """A request came with one of its credits."""
+        self._arrived.append(credit_id)
+
+    def take_arrived(self) -> list[str]:
+        """The credits with which requests came since the last call: no more than were out in that time."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
 
 class Slot:
@@ -116,6 +131,8 @@ class Slots:
         spent = self.ledger.spent_by(holder)
         if spent is not None and spent.gap_seconds is not None:
             self.on_gap(spent.gap_seconds)
+        if spent is not None and spent.session in self._sessions:
+            self._sessions[spent.session].note_arrival(spent.credit_id)
         self.starting_count += 1
         return Slot(self, holder, spent)
 

@@ -48,9 +48,9 @@ SHARING_PRESSURE: Final = 1.1
 OWED_DISCOUNT: Final = 0.4
 """A tenant that has had nothing of its share has the pressure counted by so much less; in between, in proportion."""
 
-SHORTEST_WAIT_SECONDS: Final = 0.01
+SHORTEST_WAIT_SECONDS: Final = 0.03
 """The shortest allowed wait, where what comes makes no longer pauses: what waits is there so that no slot is idle until
-the next one comes. (One may always wait in its lane.)"""
+the next one comes and is decided about."""
 
 SMALL_SHARE: Final = 0.5
 """A request that is judged by its headers is taken for so much of what its tenant's usually are."""

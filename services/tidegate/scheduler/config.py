@@ -208,9 +208,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     breaker_probe_limit: Count = 2
     """Requests at once that probe it then; as many good answers close the breaker."""
 
-    start_share: Share = 0.25
-    """Of a replica's slots, how many prompts are computed at once (8 at least): each makes the first tokens of the
-    others later, and a replica that fills up computes them one after the other anyway."""
+    start_share: Share = 0.125
+    """Of a replica's slots, how many prompts are computed at once: each makes the first tokens of the others later, and
+    a replica that fills up computes them one after the other anyway. At least 4, and twice as many as it takes for as
+    many to begin as end."""
 
     batch_start_share: Share = 0.0625
     """A batch request goes to a replica only while fewer prompts than this share of its slots (2 at least) are computed

@@ -120,6 +120,11 @@ class Observations:
         return self._first_token.value
 
     @property
+    def usual_cost(self) -> float | None:
+        """What an answer costs on average; None when not known."""
+        return self._cost.value
+
+    @property
     def cost_per_second_of_a_slot(self) -> float | None:
         """What one slot serves in a second, on average; None when not known.
 

@@ -73,6 +73,10 @@ class Outlook:
     def wait_seconds(self, service_class: ServiceClass, tenant: str, cost: float, now: float) -> float | None:
         """How long one more request would wait; None when not known."""
         before = self._lanes.cost_before(service_class, tenant, cost)
+        is_urgent = service_class is ServiceClass.REALTIME
+        if not any(replica.book.can_spend(now, urgent=is_urgent) for replica in self._table):
+            # The first in line waits, too, until one that runs has ended.
+            before += self._observations.usual_cost or 0.0
         if before <= 0:
             return 0.0
         wait = _seconds(before, self.capacity(now))

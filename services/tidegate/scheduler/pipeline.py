@@ -137,7 +137,7 @@ class Pipeline:
     async def place(self, request: Request) -> Decision:
         """Decides about a prepared request, however long it waits."""
         if await self._cache.knows(request.answer_key, request.tenant):
-            self._limits.accept(_key(request))
+            self._note_accepted(request)
             return self._replay(request)
         decision = self._prefer_lite(request)
         if decision is not None:
@@ -227,7 +227,7 @@ class Pipeline:
         placement = self._lite.place(request, self._clock())
         if placement is None and why is not Why.NAME:
             return None
-        self._limits.accept(_key(request))
+        self._note_accepted(request)
         if why is not Why.NAME:
             # The tokens and the answer's key are the other model's.
             self.release(request)
@@ -238,8 +238,13 @@ class Pipeline:
             self._outcomes.count_lite(why.value)
         return Decision(tuple(fields), changes_route=True, placement=placement, lite=why)
 
-    def _admit(self, request: Request) -> None:
+    def _note_accepted(self, request: Request) -> None:
+        """It will be answered; Envoy tells classes apart by the header alone."""
         self._limits.accept(_key(request))
+        self._shedder.accept(request.named_class or ServiceClass.STANDARD)
+
+    def _admit(self, request: Request) -> None:
+        self._note_accepted(request)
         self._expectations.outlook.shares[request.service_class].admit(request.tenant, request.cost)
 
     def _replay(self, request: Request) -> Decision:

@@ -18,9 +18,12 @@ from tidegate.scheduler.prefixes import PrefixMemory
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
 from tidegate.scheduler.slow_start import has_room, shares
 
-FEWEST_STARTS: Final = 8
+FEWEST_STARTS: Final = 4
 FEWEST_BATCH_STARTS: Final = 2
 """So many prompts may be computed at once on any replica."""
+
+USUAL_STARTS: Final = 2.0
+"""And so many times what is needed for as many to begin as end: where answers are short, many begin."""
 
 
 class Placer:
@@ -106,8 +109,8 @@ class Placer:
         assert chosen is not None
         self._dispatch_count += 1
         chosen.dispatch_number = self._dispatch_count
-        chosen.sent_at.append(now)
         credit_id = chosen.book.spend(now, urgent=urgent)
+        chosen.on_the_way[credit_id] = now
         self.breakers.send(chosen.address, credit_id, now)
         if block_hashes:
             self._prefixes.remember(chosen.address, block_hashes)
@@ -119,6 +122,7 @@ class Placer:
         replica = self._table.get(placement.address)
         if replica is not None:
             replica.book.put_back(placement.credit_id)
+            replica.on_the_way.pop(placement.credit_id, None)
             self.breakers.unsend(placement.address, placement.credit_id)
 
     def note(
@@ -158,10 +162,11 @@ class Placer:
 
     def _may_start(self, replica: Replica, now: float, *, is_batch: bool) -> bool:
         """Whether one more prompt may be computed there: each makes the first tokens of all the others later."""
-        share, least = (
-            (self._batch_start_share, FEWEST_BATCH_STARTS) if is_batch else (self._start_share, FEWEST_STARTS)
-        )
         slot_count = replica.load.slot_count if replica.load else 0
+        if is_batch:
+            share, least = self._batch_start_share, float(FEWEST_BATCH_STARTS)
+        else:
+            share, least = self._start_share, max(FEWEST_STARTS, USUAL_STARTS * replica.usual_starting_count(now))
         return share >= 1 or replica.starting_count(now) < max(least, share * slot_count)
 
     def slow_start_shares(self, now: float) -> dict[str, float]:

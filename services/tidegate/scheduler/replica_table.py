@@ -7,14 +7,21 @@ of its requests, its first load on the next stream tells.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from tidegate.scheduler.credits import CreditBook
 
-ON_ITS_WAY_SECONDS: Final = 0.25
-"""A request that was sent longer ago has arrived, and is in what the replica says, or never will."""
+ON_ITS_WAY_SECONDS: Final = 0.5
+"""A request that was sent longer ago will not arrive any more."""
+
+
+TURNOVER_SECONDS: Final = 1.0
+"""Over so long it is counted how many requests end."""
+
+TURNOVER_LIMIT: Final = 8192
+"""The most that are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,8 @@ class ReplicaLoad:
     starting_request_count: int = 0
     late_seconds: float = 0.0
     max_context_tokens: int = 0
+    arrived_credit_ids: Sequence[str] = ()
+    """With which requests have come since what it said before."""
 
     @property
     def busy_count(self) -> int:
@@ -49,7 +58,10 @@ class Replica:
     heard_at: float = 0.0
     ready_since: float = 0.0
     dispatch_number: int = 0
-    sent_at: deque[float] = field(default_factory=deque)
+    on_the_way: dict[str, float] = field(default_factory=dict)
+    """When requests were sent that it has not yet said to have, by credit; the oldest first."""
+    ended_at: deque[float] = field(default_factory=lambda: deque(maxlen=TURNOVER_LIMIT))
+    """When the last requests ended there, as it told."""
     last_error: str = field(default="not connected yet")
 
     @property
@@ -57,14 +69,27 @@ class Replica:
         """Requests there: what it said, or what was sent since if that is more."""
         return max(self.load.busy_count if self.load else 0, self.book.in_flight_count)
 
+    def note_end(self, credit_id: str, now: float) -> None:
+        """A request ended there."""
+        self.book.finish(credit_id)
+        self.on_the_way.pop(credit_id, None)
+        self.ended_at.append(now)
+
+    def usual_starting_count(self, now: float) -> float:
+        """Requests there without a token yet, where as many begin as end: their rate times their time (Little)."""
+        while self.ended_at and self.ended_at[0] < now - TURNOVER_SECONDS:
+            self.ended_at.popleft()
+        first_token_seconds = self.load.time_to_first_token_seconds if self.load else 0.0
+        return len(self.ended_at) / TURNOVER_SECONDS * first_token_seconds
+
     def starting_count(self, now: float) -> int:
         """Requests there without a token yet: what it said, and what may still be on its way."""
-        while self.sent_at and self.sent_at[0] < now - ON_ITS_WAY_SECONDS:
-            self.sent_at.popleft()
-        if self.load is None:
-            return len(self.sent_at)
-        on_the_way = min(len(self.sent_at), max(0, self.book.in_flight_count - self.load.busy_count))
-        return self.load.starting_request_count + on_the_way
+        while self.on_the_way:
+            credit_id, sent_at = next(iter(self.on_the_way.items()))
+            if sent_at >= now - ON_ITS_WAY_SECONDS:
+                break
+            del self.on_the_way[credit_id]
+        return len(self.on_the_way) + (self.load.starting_request_count if self.load else 0)
 
 
 class ReplicaTable:
@@ -113,6 +138,7 @@ class ReplicaTable:
     def disconnect(self, replica: Replica, error: str) -> None:
         """Its credit stream is down; its credits are its own again."""
         replica.book = CreditBook(self._margin_seconds)
+        replica.on_the_way.clear()
         replica.is_connected = False
         replica.load = None
         replica.last_error = error
@@ -123,6 +149,8 @@ class ReplicaTable:
             replica.ready_since = now
         replica.load = load
         replica.heard_at = now
+        for credit_id in load.arrived_credit_ids:
+            replica.on_the_way.pop(credit_id, None)
         replica.book.reconcile(load.busy_count, now)
 
     def is_ready(self, replica: Replica, now: float) -> bool:

@@ -136,7 +136,7 @@ class CreditStream:
                 self._changed.set()
             case "outcome":
                 self._on_outcome(self.replica, message.outcome)
-                book.finish(message.outcome.credit_id)
+                self.replica.note_end(message.outcome.credit_id, now)
 
     def _hear(self, load: replica_pb2.Load, now: float) -> None:
         was_ready = self._table.is_ready(self.replica, now)
@@ -213,6 +213,7 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         reuses_prefixes=load.reuses_prefixes,
         late_seconds=load.lateness.ToNanoseconds() / 1e9,
         max_context_tokens=load.max_context_tokens,
+        arrived_credit_ids=load.arrived_credit_ids,
     )
 
 

@@ -6,6 +6,10 @@ under way when the scheduler first sees them, and when a replica does: in a burs
 stays (the argument of CoDel, Nichols and Jacobson, ACM Queue 2012, for queues of packets). How much is too long follows
 from the time that clients give: each of these waits is one of several in a mesh that is short of processors.
 
+What the scheduler refuses anyway may as well be refused before. So a little late is enough to refuse, but of the most
+urgent class only that: `KEPT_FACTOR` times of what is accepted of it still gets through. What is much too late cannot
+be decided in time, and then nothing is kept.
+
 Invariants: the most urgent class is the last to lose anything; no class is shut out entirely, so that what comes can
 still be seen; a share that nothing speaks for any more grows back to 1 by itself. Times are seconds of one clock.
 """
@@ -21,8 +25,14 @@ from tidegate.scheduler.request import ServiceClass
 
 Shares = Mapping[ServiceClass, float]
 
-LATE_SHARE: Final = 0.1
+LATE_SHARE: Final = 0.005
 """What is looked at later than this share of its client's time is late."""
+
+TOO_LATE_SHARE: Final = 0.1
+"""And this is much too late."""
+
+KEPT_FACTOR: Final = 2.0
+"""How many times of what is accepted of the most urgent class gets through while nothing is much too late."""
 
 SHORTEST_LATE_SECONDS: Final = 0.05
 """Nothing is late before; a busy event loop is as late now and then."""
@@ -79,7 +89,9 @@ class _Interval:
     offered: dict[ServiceClass, float] = field(default_factory=lambda: dict.fromkeys(ServiceClass, 0.0))
     shortest_delay_seconds: float = float("inf")
     late_seconds: float = 0.0
-    """Of all that were seen, added up."""
+    """After how long it was late, of all that were seen, added up."""
+    too_late_seconds: float = 0.0
+    accepted: dict[ServiceClass, int] = field(default_factory=lambda: dict.fromkeys(ServiceClass, 0))
     first_arrival: float = float("inf")
     last_arrival: float = float("-inf")
     ended_count: int = 0
@@ -102,6 +114,7 @@ class Shedder:
         self._began_at = now
         self._intervals: deque[_Interval] = deque(maxlen=RATE_INTERVALS)
         self._usual_late_seconds = late_seconds
+        self._usual_too_late_seconds = late_seconds
         self._decidable_rate = 0.0
         self._last_too_much = 0.0
         self._is_restricting = False
@@ -127,7 +140,8 @@ class Shedder:
         """
         interval = self._interval
         interval.count += 1
-        interval.late_seconds += self._late_after(given_seconds)
+        interval.late_seconds += self._late_after(given_seconds, LATE_SHARE)
+        interval.too_late_seconds += self._late_after(given_seconds, TOO_LATE_SHARE)
         delay = now - arrived_at
         if not 0 <= delay <= LONGEST_DELAY_SECONDS:
             return
@@ -135,6 +149,10 @@ class Shedder:
         interval.shortest_delay_seconds = min(interval.shortest_delay_seconds, delay)
         interval.first_arrival = min(interval.first_arrival, arrived_at)
         interval.last_arrival = max(interval.last_arrival, arrived_at)
+
+    def accept(self, service_class: ServiceClass) -> None:
+        """A request will be answered."""
+        self._interval.accepted[service_class] += 1
 
     def see_end(self) -> None:
         """A request ended on a replica."""
@@ -155,7 +173,10 @@ class Shedder:
         before = self.shares
         if interval.count:
             self._usual_late_seconds = interval.late_seconds / interval.count
-        if self._is_late([(one.count, one.shortest_delay_seconds) for one in self._intervals], 1):
+            self._usual_too_late_seconds = interval.too_late_seconds / interval.count
+        seen = [(one.count, one.shortest_delay_seconds) for one in self._intervals]
+        ended = [(one.ended_count, one.replicas_late_seconds) for one in self._intervals]
+        if self._is_late(seen, 1, self._usual_late_seconds):
             # They came in another time than they were looked at in, shorter as a rule.
             arrival_seconds = max(
                 interval.last_arrival - interval.first_arrival, interval.seconds / FASTEST_ARRIVAL_FACTOR
@@ -166,34 +187,58 @@ class Shedder:
                 for begin, end, shares in self._since(interval.last_arrival, now)
                 for one in ServiceClass
             )
-            self._restrict(self._rate([one.count for one in self._intervals]), piled_up, rates, now)
-        elif self._is_late([(one.ended_count, one.replicas_late_seconds) for one in self._intervals], LATE_INTERVALS):
+            rate = self._rate([one.count for one in self._intervals])
+            if self._is_late(seen, 1, self._usual_too_late_seconds):
+                self._restrict(rate, piled_up, self._usual_too_late_seconds, rates, {}, now)
+            else:
+                self._restrict(rate, piled_up, self._usual_late_seconds, rates, self._kept(), now)
+        elif self._is_late(ended, LATE_INTERVALS, self._usual_too_late_seconds):
             rate = self._rate([one.ended_count for one in self._intervals])
             piled_up = rate * replicas_late_seconds
-            self._restrict(rate, piled_up, self._smoothed(interval, interval.seconds), now)
+            rates = self._smoothed(interval, interval.seconds)
+            self._restrict(rate, piled_up, self._usual_too_late_seconds, rates, {}, now)
         elif self.is_shedding:
             self._relax(interval, now)
         return self.shares != before
 
-    def _is_late(self, seen: Sequence[tuple[int, float]], interval_count: int) -> bool:
+    def _is_late(self, seen: Sequence[tuple[int, float]], interval_count: int, late_seconds: float) -> bool:
         """Whether all were late that were seen in the last intervals, and whether there were enough to say so."""
         newest = seen[-interval_count:]
         return (
             len(newest) == interval_count
             and sum(count for count, _ in seen) >= FEWEST_REQUESTS
-            and all(count and self._usual_late_seconds < shortest < float("inf") for count, shortest in newest)
+            and all(count and late_seconds < shortest < float("inf") for count, shortest in newest)
         )
+
+    def _kept(self) -> Shares:
+        """What is to get through of the most urgent class of which anything came."""
+        for one in ServiceClass:
+            offered = sum(interval.offered[one] for interval in self._intervals)
+            if offered > 0:
+                accepted = sum(interval.accepted[one] for interval in self._intervals)
+                return {one: KEPT_FACTOR * accepted / offered}
+        return {}
 
     def _rate(self, counts: Iterable[int]) -> float:
         return sum(counts) / sum(one.seconds for one in self._intervals)
 
-    def _restrict(self, rate: float, piled_up: float, rates: Mapping[ServiceClass, float], now: float) -> None:
+    def _restrict(
+        self,
+        rate: float,
+        piled_up: float,
+        late_seconds: float,
+        rates: Mapping[ServiceClass, float],
+        kept: Shares,
+        now: float,
+    ) -> None:
         """More comes than can be done: what was done in this time is what can be.
 
         Args:
             rate: requests per second that were done, where they pile up.
             piled_up: how many there are.
+            late_seconds: after which they are late.
             rates: how many come a second, refused ones included.
+            kept: the least that gets through of a class, if as much did before.
         """
         if not self._is_restricting:
             self._last_too_much = self._decidable_rate
@@ -201,8 +246,8 @@ class Shedder:
         least = FALL_FACTOR * self._decidable_rate if self.is_shedding else 0.0
         self._decidable_rate = max(rate, least)
         self._rates = rates
-        drain_seconds = min(self._drain_seconds, DRAIN_FACTOR * self._usual_late_seconds)
-        self._allot(max(0.0, USED_SHARE * self._decidable_rate - piled_up / drain_seconds), rates, now)
+        drain_seconds = min(self._drain_seconds, DRAIN_FACTOR * late_seconds)
+        self._allot(max(0.0, USED_SHARE * self._decidable_rate - piled_up / drain_seconds), rates, kept, now)
 
     def _relax(self, interval: _Interval, now: float) -> None:
         """Nothing was late: somewhat more may come, up to what is known to be possible."""
@@ -210,12 +255,12 @@ class Shedder:
         is_well_below = self._decidable_rate < RETURN_SHARE * self._last_too_much
         self._decidable_rate *= RETURN_FACTOR if is_well_below else PROBE_FACTOR
         self._rates = self._smoothed(interval, interval.seconds)
-        self._allot(USED_SHARE * self._decidable_rate, self._rates, now)
+        self._allot(USED_SHARE * self._decidable_rate, self._rates, {}, now)
 
-    def _late_after(self, given_seconds: float | None) -> float:
+    def _late_after(self, given_seconds: float | None, share: float) -> float:
         if given_seconds is None:
             return self._late_seconds
-        return min(self._late_seconds, max(SHORTEST_LATE_SECONDS, LATE_SHARE * given_seconds))
+        return min(self._late_seconds, max(SHORTEST_LATE_SECONDS, share * given_seconds))
 
     def _smoothed(self, interval: _Interval, seconds: float) -> Mapping[ServiceClass, float]:
         """How many of each class come a second, refused ones included."""
@@ -224,14 +269,15 @@ class Shedder:
             return newest
         return {one: rate + NEWEST_WEIGHT * (newest[one] - rate) for one, rate in self._rates.items()}
 
-    def _allot(self, budget: float, rates: Mapping[ServiceClass, float], now: float) -> None:
+    def _allot(self, budget: float, rates: Mapping[ServiceClass, float], kept: Shares, now: float) -> None:
         """Divides so many requests a second between the classes, of which so many come, the most urgent first."""
         shares = {}
         for service_class in ServiceClass:
             rate = rates[service_class]
             # Of a class of which nothing came, nothing is known: it recovers like one for which nothing speaks.
             wanted = budget / rate if rate > 0 else self.shares[service_class] * RECOVERY_FACTOR
-            shares[service_class] = min(1.0, max(SMALLEST_SHARE, wanted))
+            least = min(kept.get(service_class, 0.0), self.shares[service_class])
+            shares[service_class] = min(1.0, max(SMALLEST_SHARE, wanted, least))
             budget = max(0.0, budget - rate * shares[service_class])
         self._set(shares, now)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from simulation.engine import EngineSpec, FluidEngine, Generation
@@ -36,6 +36,8 @@ class Session:
 
     key: int
     tell: Callable[[replica_pb2.ReplicaMessage], None]
+    arrived: list[str] = field(default_factory=list)
+    """Credits with which requests came since the last load."""
 
 
 @dataclass(slots=True, eq=False)
@@ -171,6 +173,8 @@ class SimulatedReplica:
     def _start(self, key: int) -> None:
         held = self._held[key]
         held.spent = self.ledger.spent_by(key)
+        if held.spent is not None and held.spent.session in self._sessions:
+            self._sessions[held.spent.session].arrived.append(held.spent.credit_id)
         self.attempt_count += 1
         self.starting_count += 1
         held.is_starting = True
@@ -284,7 +288,10 @@ class SimulatedReplica:
         self._load_timer = self._simulator.after(self._load_interval_seconds, self._tell_load)
         load = self._snapshot()
         for session in self._sessions.values():
-            session.tell(replica_pb2.ReplicaMessage(load=load))
+            message = replica_pb2.ReplicaMessage(load=load)
+            message.load.arrived_credit_ids.extend(session.arrived)
+            session.arrived.clear()
+            session.tell(message)
 
     def _snapshot(self) -> replica_pb2.Load:
         token_count, gap_seconds = self.engine.take_decoded()

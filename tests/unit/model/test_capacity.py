@@ -126,11 +126,11 @@ def steady(rate: int, gap: float) -> LookAhead:
 
 
 def test_as_many_credits_stand_ahead_as_slots_are_empty_on_average():
-    assert steady(rate=100, gap=0.025).ahead(64, None, 30.0) == 3
+    assert steady(rate=100, gap=0.025).ahead(32, None, 30.0) == 3
 
 
 def test_a_gap_within_a_step_costs_the_whole_step():
-    assert steady(rate=10, gap=0.02).ahead(64, 0.25, 30.0) == 3
+    assert steady(rate=10, gap=0.02).ahead(32, 0.25, 30.0) == 3
 
 
 def test_what_is_hardly_empty_needs_nothing_ahead():

@@ -134,7 +134,7 @@ async def test_the_outcome_of_a_request_whose_credit_was_revoked_on_its_way_is_t
         await collect(stub, ask(), metadata=((headers.CREDIT, "another-life-0"),))
         await collect(stub, ask(request_id="last"), metadata=((headers.CREDIT, scheduler.credits[0]),))
         await scheduler.read_until(lambda: any(one.request_id == "last" for one in scheduler.outcomes))
-        assert [one.credit_id for one in scheduler.outcomes][0] == credit
+        assert next(one.credit_id for one in scheduler.outcomes) == credit
         assert "another-life-0" not in [one.credit_id for one in scheduler.outcomes]
 
 

@@ -141,7 +141,7 @@ def test_random_runs_leave_no_credit_idle_while_something_waits(dispatcher, seed
 @pytest.mark.parametrize(("slot_count", "credits_a_second", "rate"), [(64, 0, None), (16, 5, 5.0)])
 def test_the_rate_of_work_is_of_the_time_in_which_every_slot_is_taken(dispatcher, slot_count, credits_a_second, rate):
     work = WorkRates(10.0)
-    placer = Placer(dispatcher.table, Weights(0.6, 0.4), alternative_count=0, start_share=0.25)
+    placer = Placer(dispatcher.table, Weights(0.6, 0.4), alternative_count=0, start_share=0.5)
     dispatcher = Dispatcher(
         dispatcher.lanes,
         dispatcher.table,

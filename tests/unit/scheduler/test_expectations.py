@@ -121,7 +121,9 @@ class World:
         self.lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10**6, 10**9, 10**12)))
         self.observations = Observations(self.lanes, AnswerLengths(256))
         self.work = WorkRates(5.0)
-        self.outlook = Outlook(self.lanes, ready_table(), self.work, self.observations)
+        self.table = ready_table()
+        self.table.get("a:1").book.grant(["free"], 1e9, 0)
+        self.outlook = Outlook(self.lanes, self.table, self.work, self.observations)
         self.habits = TenantHabits()
         self.brownout = Brownout(Terms(2.0, 0.5, 2.0, 2.0), 0.0)
         self.admission = Admission(
@@ -195,6 +197,19 @@ class TestAdmission:
         assert world.refusal(world.request(timeout=5)) is None
         world.wait(3)
         assert world.refusal(world.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
+
+    def test_under_a_flood_who_comes_while_no_slot_is_free_is_not_let_wait(self):
+        world = World()
+        world.press(10)
+        assert world.refusal(world.request(timeout=5)) is None
+        world.table.get("a:1").book.spend(NOW, urgent=False)
+        assert world.refusal(world.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
+
+    def test_with_no_slot_free_the_first_in_line_waits_until_an_answer_ends(self):
+        world = World()
+        assert world.outlook.wait_seconds(STANDARD, "t", 210, NOW) == 0
+        world.table.get("a:1").book.spend(NOW, urgent=False)
+        assert world.outlook.wait_seconds(STANDARD, "t", 210, NOW) == pytest.approx(0.1, rel=0.05)
 
     def test_a_stream_that_makes_pauses_may_keep_as_much_waiting_as_they_last(self):
         steady, paused = World(), World()

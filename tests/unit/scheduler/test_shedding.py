@@ -25,6 +25,7 @@ class Mesh:
         self.decided = dict.fromkeys(ServiceClass, 0)
         self.refused = dict.fromkeys(ServiceClass, 0)
         self.longest_delay = 0.0
+        self.accepted_share = dict.fromkeys(ServiceClass, 1.0)
         self._dice = random.Random(seed)
         self._budget = 0.0
         self._next_interval = INTERVAL
@@ -54,6 +55,8 @@ class Mesh:
             service_class, arrived_at = self.waiting.popleft()
             self.shedder.see(service_class, arrived_at, self.now, self.given_seconds)
             self.decided[service_class] += 1
+            if self._dice.random() < self.accepted_share[service_class]:
+                self.shedder.accept(service_class)
             self.longest_delay = max(self.longest_delay, self.now - arrived_at)
 
     def _count(self, expected: float) -> int:
@@ -163,3 +166,33 @@ def test_clocks_that_differ_do_not_count_as_lateness():
         shedder.see(STANDARD, arrived_at, 0.05, None)
     assert not shedder.end_interval(0.1)
     assert not shedder.is_shedding
+
+
+def test_what_would_be_refused_anyway_is_refused_as_soon_as_anything_is_a_little_late():
+    mesh = Mesh(200, given_seconds=10.0)
+    mesh.accepted_share |= {STANDARD: 0.1}
+    mesh.run(5, {STANDARD: 250})
+    mesh.longest_delay = 0.0
+    mesh.run(20, {STANDARD: 250})
+    assert mesh.longest_delay < 0.3
+    assert mesh.decided[STANDARD] > 0.7 * 25 * 200
+
+
+def test_of_what_is_accepted_nothing_is_lost_because_something_is_a_little_late():
+    mesh = Mesh(200, given_seconds=10.0)
+    mesh.accepted_share |= {BATCH: 0.1}
+    mesh.run(25, {REALTIME: 10, BATCH: 240})
+    assert mesh.refused[REALTIME] == 0
+    assert mesh.refused[BATCH] > 0
+    mesh.longest_delay = 0.0
+    mesh.run(20, {REALTIME: 10, BATCH: 240})
+    assert mesh.longest_delay < 0.3
+
+
+def test_what_is_much_too_late_is_refused_although_it_would_be_accepted():
+    mesh = Mesh(200, given_seconds=10.0)
+    mesh.run(20, {REALTIME: 800})
+    mesh.longest_delay = 0.0
+    mesh.run(20, {REALTIME: 800})
+    assert mesh.longest_delay < 2.0
+    assert mesh.decided[REALTIME] > 0.85 * 40 * 200

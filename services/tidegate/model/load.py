@@ -105,10 +105,11 @@ class ReplicaLoad:
         return slot_count, self.ahead_count
 
     def retry_after_seconds(self) -> float:
-        """When the queue should have moved on, by the measured rate at which requests end."""
-        waiting = self.slots.ledger.waiting_count if self.slots else 0
-        rate = self._requests.per_second(self._clock())
-        return min(LONGEST_RETRY_SECONDS, max(DEFAULT_RETRY_SECONDS, (waiting + 1) / rate if rate > 0.01 else 0))
+        """When the queue should have moved on, by how long slots are held."""
+        if self.slots is None or (turn_seconds := self.slots.turn_seconds) is None:
+            return DEFAULT_RETRY_SECONDS
+        seconds = (self.slots.ledger.waiting_count + 1) * turn_seconds
+        return min(LONGEST_RETRY_SECONDS, max(DEFAULT_RETRY_SECONDS, seconds))
 
     def snapshot(self) -> replica_pb2.Load:
         """The figures now."""

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Final
 
 from tidegate.common.errors import Reason, TidegateError
 from tidegate.model.credits import Admitted, CreditLedger, Decision, Granted, Revoked, Spent, Urgency
+from tidegate.model.moving_averages import MovingAverage
 from tidegate.v1 import replica_pb2
 
 OUTBOX_LIMIT: Final = 10_000
 """Messages that may wait for one scheduler; past it the scheduler is too slow to keep and its stream is ended."""
 
 LONGEST_SLEEP_SECONDS: Final = 0.25
+
+HELD_HALF_LIFE_SECONDS: Final = 60.0
+FEWEST_HELD: Final = 8
+"""After fewer freed slots nothing is said of how fast the queue moves."""
 
 
 class SchedulerSession:
@@ -67,6 +73,7 @@ class Slot:
         self._slots = slots
         self._holder = holder
         self._held = True
+        self._began_at = slots.now()
         self._is_starting = True
         self.spent = spent
 
@@ -81,7 +88,7 @@ class Slot:
         self.start()
         if self._held:
             self._held = False
-            self._slots.release(self._holder)
+            self._slots.free(self._holder, self._slots.now() - self._began_at)
 
 
 class Slots:
@@ -103,6 +110,8 @@ class Slots:
         self._keys = itertools.count(1)
         self._sessions: dict[int, SchedulerSession] = {}
         self._waiters: dict[int, asyncio.Future[None]] = {}
+        self._held = MovingAverage(HELD_HALF_LIFE_SECONDS)
+        self._held_count = 0
         self.starting_count = 0
         """Requests that have a slot and no token yet."""
         self.on_gap: Callable[[float], None] = lambda seconds: None
@@ -110,11 +119,21 @@ class Slots:
         self.on_turnover: Callable[[], None] = lambda: None
         """Called when a slot was freed."""
 
-    async def take(self, *, credit_id: str, resumed: bool, urgency: Urgency = Urgency.STANDARD) -> Slot:
+    async def take(
+        self,
+        *,
+        credit_id: str,
+        resumed: bool,
+        urgency: Urgency = Urgency.STANDARD,
+        seconds_left: float = math.inf,
+    ) -> Slot:
         """Takes a slot, waiting in the bounded queue where there is none.
 
+        Args:
+            seconds_left: until the request's deadline.
+
         Raises:
-            TidegateError: SERVER_IS_OVERLOADED when the queue is full.
+            TidegateError: SERVER_IS_OVERLOADED when the queue is full, or too long for the deadline.
         """
         holder = next(self._keys)
         decision = self.ledger.take(holder, credit_id, resumed=resumed, now=self._clock(), urgency=urgency)
@@ -125,6 +144,15 @@ class Slots:
                 retry_after_seconds=self._retry_after_seconds(),
             )
         if decision is Decision.WAIT:
+            seconds = None if resumed else self._seconds_to_answer()
+            if seconds is not None and seconds_left < seconds:
+                self.release(holder)
+                raise TidegateError(
+                    Reason.SERVER_IS_OVERLOADED,
+                    f"An answer would take about {seconds:.1f} s behind the {self.ledger.waiting_count} requests that"
+                    f" wait for the replica, and its deadline is in {max(0.0, seconds_left):.1f} s.",
+                    retry_after_seconds=self._retry_after_seconds(),
+                )
             await self._wait(holder)
         else:
             self.update()
@@ -135,6 +163,10 @@ class Slots:
             self._sessions[spent.session].note_arrival(spent.credit_id)
         self.starting_count += 1
         return Slot(self, holder, spent)
+
+    def now(self) -> float:
+        """Seconds of its clock."""
+        return self._clock()
 
     def note_start(self) -> None:
         """One prompt less is computed; schedulers that wait with the next ones hear of it."""
@@ -159,8 +191,25 @@ class Slots:
     def release(self, holder: int) -> None:
         """Gives back what a holder has: its slot or its place in the queue."""
         self.ledger.release(holder)
-        self.on_turnover()
         self.update()
+
+    def free(self, holder: int, held_seconds: float) -> None:
+        """Gives a holder's slot back."""
+        self._held.add(held_seconds, 1, self._clock())
+        self._held_count += 1
+        self.on_turnover()
+        self.release(holder)
+
+    @property
+    def turn_seconds(self) -> float | None:
+        """From one freed slot to the next while all are in use, on average; None when not known."""
+        held_seconds = None if self._held_count < FEWEST_HELD else self._held.value(self._clock())
+        return None if held_seconds is None else held_seconds / max(1, self.ledger.slot_count)
+
+    def _seconds_to_answer(self) -> float | None:
+        """Until the last one in the queue has its answer; None when not known."""
+        turn_seconds = self.turn_seconds
+        return None if turn_seconds is None else (self.ledger.waiting_count + self.ledger.slot_count) * turn_seconds
 
     def set_capacity(self, slot_count: int, *, can_start: bool, ahead: int = 0) -> None:
         """Passes on what the engine says."""

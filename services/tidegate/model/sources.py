@@ -173,6 +173,7 @@ class TokenSource:
             credit_id=credit_id,
             resumed=resumed or job.call.resumed,
             urgency=Urgency(job.priority),
+            seconds_left=job.record.deadline - self._clock(),
         )
         job.record.slot_at = self._clock()
         job.spent = job.spent or slot.spent

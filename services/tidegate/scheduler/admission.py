@@ -45,7 +45,7 @@ PATIENT_SHARE: Final = 0.5
 SHARING_PRESSURE: Final = 1.1
 """From here on tenants are held to their shares."""
 
-OWED_DISCOUNT: Final = 0.4
+OWED_DISCOUNT: Final = 0.5
 """A tenant that has had nothing of its share has the pressure counted by so much less; in between, in proportion."""
 
 SHORTEST_WAIT_SECONDS: Final = 0.03

@@ -14,10 +14,12 @@ from xds.service.orca.v3 import orca_pb2
 
 from tidegate.model import orca
 from tidegate.model.call import CallHeaders, read_headers, time_allowed_seconds
+from tidegate.model.credits import CreditLedger, Terms
 from tidegate.model.load import ReplicaLoad
 from tidegate.model.moving_averages import MovingAverage, MovingRate
 from tidegate.model.peers import Peers
 from tidegate.model.records import AnswerCollector, AnswerRecorder
+from tidegate.model.slots import Slots
 from tidegate.model.tokens import Buffer
 from tidegate.v1 import cache_pb2, cache_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -165,14 +167,18 @@ def test_a_rate_settles_at_the_events_a_second_and_falls_when_they_stop():
     assert rate.per_second(42.0) == pytest.approx(50, rel=0.02)
 
 
-def test_the_retry_time_follows_the_rate_at_which_requests_end():
+async def test_the_retry_time_follows_how_long_slots_are_held():
     now = [0.0]
     load = ReplicaLoad("a:1", "m", 2048, lambda: None, clock=lambda: now[0])
+    terms = Terms(lease_seconds=5.0, grace_seconds=1.0, protected_seconds=0.25, queue_limit=8, overflow_slot_count=0)
+    load.slots = slots = Slots(CreditLedger(terms, "life"), load.retry_after_seconds, lambda: now[0])
+    slots.set_capacity(2, can_start=True)
     assert load.retry_after_seconds() == 1.0
     for _ in range(10):
-        now[0] += 10
-        load.add_request(failed=False)
-    assert 2 < load.retry_after_seconds() <= 60
+        slot = await slots.take(credit_id="", resumed=False)
+        now[0] += 20
+        slot.release()
+    assert load.retry_after_seconds() == pytest.approx(10)
 
 
 def test_the_buffer_gives_everything_once_and_in_order():

@@ -23,3 +23,51 @@ async def test_a_client_that_leaves_as_the_engine_goes_away_gives_its_place_up_o
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert slots.ledger.waiting_count == 0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_request_that_could_not_be_answered_in_time_behind_the_queue_is_refused_and_not_let_wait():
+    terms = Terms(lease_seconds=5.0, grace_seconds=1.0, protected_seconds=0.25, queue_limit=8, overflow_slot_count=0)
+    clock = Clock()
+    slots = Slots(CreditLedger(terms, "life"), lambda: 1.0, clock)
+    slots.set_capacity(2, can_start=True)
+    for _ in range(20):
+        held = [await slots.take(credit_id="", resumed=False) for _ in range(2)]
+        clock.now += 1.0
+        for slot in held:
+            slot.release()
+    running = [await slots.take(credit_id="", resumed=False) for _ in range(2)]
+    waiting = [asyncio.create_task(slots.take(credit_id="", resumed=False, seconds_left=3.5)) for _ in range(4)]
+    await asyncio.sleep(0)
+    with pytest.raises(TidegateError) as refused:
+        await slots.take(credit_id="", resumed=False, seconds_left=3.0)
+    assert refused.value.reason is Reason.SERVER_IS_OVERLOADED
+    assert refused.value.retry_after_seconds is not None
+    assert slots.ledger.waiting_count == 4
+    # One that began elsewhere goes first, whatever waits.
+    resumed = asyncio.create_task(slots.take(credit_id="", resumed=True, seconds_left=3.0))
+    await asyncio.sleep(0)
+    assert slots.ledger.waiting_count == 5
+    running[0].release()
+    (await resumed).release()
+    running[1].release()
+    for task in waiting:
+        (await task).release()
+
+
+async def test_before_it_is_known_how_fast_the_queue_moves_nobody_is_refused_for_it():
+    terms = Terms(lease_seconds=5.0, grace_seconds=1.0, protected_seconds=0.25, queue_limit=8, overflow_slot_count=0)
+    slots = Slots(CreditLedger(terms, "life"), lambda: 1.0, Clock())
+    slots.set_capacity(1, can_start=True)
+    running = await slots.take(credit_id="", resumed=False)
+    waiting = asyncio.create_task(slots.take(credit_id="", resumed=False, seconds_left=0.001))
+    await asyncio.sleep(0)
+    running.release()
+    (await waiting).release()

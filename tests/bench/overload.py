@@ -58,8 +58,8 @@ PARTS: Final = (
 DRIFT_REQUESTS: Final = 100_000
 """So many in floods of 60 s; fewer in shorter ones."""
 
-DRIFT_USERS: Final = 128
-"""Twice as many as there are slots."""
+DRIFT_USERS: Final = 72
+"""A few more than there are slots: of more, most would be refused, and what is refused has no credit to lose."""
 
 SHAPE: Final = Shape(answer_tokens=LogNormalLength(median=96, sigma=0.6, high=256, low=8))
 """Long enough that at ten times of C the engine is what there is too little of, not the two cores that the mesh and the
@@ -313,11 +313,11 @@ async def drift(bench: Bench) -> None:
     users = bench.flow(
         "leaving",
         0.0,
-        arrivals=Closed(DRIFT_USERS, think_seconds=0.1),
+        arrivals=Closed(DRIFT_USERS, think_seconds=0.05),
         leave_share=0.33,
         prompt_tokens=ConstantLength(16),
         answer_tokens=ConstantLength(8),
-        deadline_seconds=1.5,
+        deadline_seconds=2.0,
     )
     wanted, count, begun, gone = round(DRIFT_REQUESTS * bench.seconds / 60), 0, 0, 0
     while count < wanted:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from plain_envoy import PlainEnvoy, free_ports
 from table import Table
 
 from tidegate.bench.arrivals import Poisson
@@ -20,6 +19,7 @@ from tidegate.bench.columns import columns_of
 from tidegate.bench.flows import Flow, Load
 from tidegate.bench.ledger import Outcome
 from tidegate.bench.own_mesh import OwnMesh
+from tidegate.bench.plain_envoy import UNBOUNDED, PlainEnvoy, free_ports
 from tidegate.bench.plan import Plan
 from tidegate.bench.running import run
 from tidegate.bench.scenarios import Shape
@@ -29,7 +29,6 @@ from tidegate.bench.workers import Workers
 
 PEERS: Final = ("smg", "vllm-router")
 TIMES: Final = (2, 5)
-UNBOUNDED_QUEUE: Final = "100000"
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
 SLOTS: Final = 64
@@ -40,8 +39,7 @@ async def peers(
     table: Table, workers: Workers, capacity: float, shape: Shape, seconds: float, environment: Path | None
 ) -> None:
     """Adds a row a router and load: none of them has a bound, they are here to compare with."""
-    settings = {"TIDEGATE_MODEL_QUEUE_LIMIT": UNBOUNDED_QUEUE}
-    async with OwnMesh(replicas=2, engine="llm_sim", settings=settings) as mesh:
+    async with OwnMesh(replicas=2, engine="llm_sim", settings=UNBOUNDED) as mesh:
         addresses = [mesh.address(f"model-{index}") for index in range(2)]
         async with PlainEnvoy(addresses, mesh.home) as plain:
             model = mesh.state.model_name

@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from plain_envoy import free_ports
 from running_mesh import serves
 
 from tidegate.bench.own_mesh import OwnMesh
+from tidegate.bench.plain_envoy import free_ports
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
 
 START_SECONDS: Final = 30.0

@@ -23,6 +23,7 @@ from tidegate.bench.calibrate import NoCapacity, calibrate
 from tidegate.bench.flows import Load
 from tidegate.bench.ledger import Ledger
 from tidegate.bench.own_mesh import MeshDidNotStart, OwnMesh, mesh_target
+from tidegate.bench.plain_envoy import UNBOUNDED, PlainEnvoy
 from tidegate.bench.plan import Plan
 from tidegate.bench.progress import ProgressLine
 from tidegate.bench.report.page import page
@@ -36,6 +37,9 @@ from tidegate.cli import config, state, talk
 
 EXIT_THRESHOLD: Final = 99
 """As k6 has it: the run went well, and a figure is below what was asked."""
+
+PLAIN: Final = "plain"
+"""In the place of an address: an Envoy that balances by turns over the replicas of a mesh of the command's own."""
 
 PAUSE_SECONDS: Final = 3.0
 """Between two runs, so that what one leaves behind does not fall to the next."""
@@ -170,22 +174,29 @@ async def _capacity(options: Options, target: Target, workers: Workers) -> float
 @contextlib.asynccontextmanager
 async def _targets(options: Options) -> AsyncIterator[list[Target]]:
     """The targets: the mesh of its own or the one that was named, and those to compare it with."""
+    others = {name: address for name, address in options.compare.items() if address != PLAIN}
+    plain_names = [name for name, address in options.compare.items() if address == PLAIN]
     if options.address:
-        yield [_named_target(options), *_compared(options, {})]
+        yield [_named_target(options), *_compared(options, others, {})]
         return
     tenants = list(dict.fromkeys(tenant for load in options.steps for tenant in load.tenants))
     # The loads of this command are its own doing; the tenants' usual rates are another subject.
     settings = {
         "TIDEGATE_UP_TENANT_REQUESTS_PER_SECOND": "1000000",
         "TIDEGATE_UP_TENANT_BURST_REQUESTS": "1000000",
+        **(UNBOUNDED if plain_names else {}),
     }
     keyed = [tenant for tenant in [*tenants, "default"] if tenant]
     mesh = OwnMesh(
         replicas=options.replicas, engine=options.engine, tenants=list(dict.fromkeys(keyed)), settings=settings
     )
     talk.err().print(Text(f"starting a mesh of {options.replicas} replicas, engine {options.engine or 'default'}"))
-    async with mesh:
-        yield [mesh.target(protocol=options.protocol), *_compared(options, mesh.api_keys, mesh.state)]
+    async with mesh, contextlib.AsyncExitStack() as stack:
+        if plain_names:
+            addresses = [mesh.address(f"model-{index}") for index in range(options.replicas)]
+            plain = await stack.enter_async_context(PlainEnvoy(addresses, mesh.home))
+            others |= dict.fromkeys(plain_names, plain.round_robin)
+        yield [mesh.target(protocol=options.protocol), *_compared(options, others, mesh.api_keys, mesh.state)]
 
 
 def _named_target(options: Options) -> Target:
@@ -196,20 +207,32 @@ def _named_target(options: Options) -> Target:
     return Target(name="target", address=options.address, protocol=options.protocol, model=options.model, api_keys=keys)
 
 
-def _compared(options: Options, keys: Mapping[str, str], mesh: state.Mesh | None = None) -> list[Target]:
-    model = mesh.model_name if mesh is not None else options.model
+def _compared(
+    options: Options, addresses: Mapping[str, str], keys: Mapping[str, str], mesh: state.Mesh | None = None
+) -> list[Target]:
     return [
         Target(
             name=name,
-            # A port of the mesh's own may be named in an address's place.
-            address=mesh.addresses.get(address, address) if mesh is not None else address,
+            address=_host_and_port(name, address, mesh),
             protocol=options.protocol,
-            model=model,
+            model=mesh.model_name if mesh is not None else options.model,
             api_keys=keys or _keys_by_tenant(options.api_keys_file),
             engine=options.engine if mesh is not None else "",
+            model_path=mesh.model_path if mesh is not None else "",
         )
-        for name, address in options.compare.items()
+        for name, address in addresses.items()
     ]
+
+
+def _host_and_port(name: str, address: str, mesh: state.Mesh | None) -> str:
+    """The address, in whose place a port of the mesh's own may be named."""
+    named = mesh.addresses if mesh is not None else {}
+    address = named.get(address, address)
+    host, _, port = address.rpartition(":")
+    if not (host and port.isascii() and port.isdigit()):
+        known = f", {PLAIN}, or one of {', '.join(sorted(named))}" if named else ""
+        raise PlanError(f"--compare {name}={address}: the address is host:port{known}")
+    return address
 
 
 def _keys_by_tenant(path: str) -> dict[str, str]:

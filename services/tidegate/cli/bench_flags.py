@@ -11,9 +11,12 @@ from tidegate.bench.flows import Flow, Load, RetryPolicy, ServiceClassName
 from tidegate.bench.plan import check
 from tidegate.bench.scenarios import Shape, all_scenarios
 from tidegate.bench.targets import Protocol
-from tidegate.cli.bench import Options
+from tidegate.cli.bench import PLAIN, Options
 
 CUSTOM: Final = "custom"
+FLOOD: Final = "flood"
+NOTHING: Final = "nothing"
+WITHOUT: Final = "without Tidegate"
 CUSTOM_SECONDS: Final = 30.0
 BURST_SECONDS: Final = 1.0
 """Between two bursts of `--arrivals bursts`."""
@@ -93,7 +96,7 @@ def options(
         is_relative=scenario != CUSTOM,
         capacity=capacity,
         address=address,
-        compare=_pairs(compare, "--compare"),
+        compare=_compared(scenario, compare, address),
         protocol=protocol,
         model=model,
         engine=engine,
@@ -144,6 +147,16 @@ def _tenants(text: str) -> dict[str, float]:
         return {name: float(weight) for name, weight in _pairs(text.split(","), "--tenants").items()}
     except ValueError as error:
         raise PlanError(f"--tenants {text}: {error}") from error
+
+
+def _compared(scenario: str, texts: Sequence[str], address: str) -> Mapping[str, str]:
+    """The other targets by name; a flood of a mesh of its own is shown with and without what stands before it."""
+    if not texts and scenario == FLOOD and not address:
+        texts = [PLAIN]
+    pairs = _pairs([f"{WITHOUT}={PLAIN}" if text == PLAIN else text for text in texts if text != NOTHING], "--compare")
+    if address and PLAIN in pairs.values():
+        raise PlanError(f"--compare {PLAIN} is about a mesh of its own; leave out --address")
+    return pairs
 
 
 def _pairs(texts: Sequence[str], flag: str) -> Mapping[str, str]:

@@ -129,7 +129,9 @@ def chat(prompt: str | None, address: str | None, model: str, system: str, max_t
               "soak; or custom, by --rate and the flags below. [default: custom]")  # fmt: skip
 @click.option("--address", default="", help="host:port of a running ingress. [default: a mesh of its own]")
 @click.option("--compare", multiple=True, metavar="NAME=ADDRESS", help="The same load on another target, side by side. "
-              "With a mesh of its own, ADDRESS may be the name of one of its ports.")  # fmt: skip
+              "With a mesh of its own, ADDRESS may be the name of one of its ports; and `plain` alone is the same "
+              "replicas behind an Envoy that only takes turns, which a flood is compared with unless it is `nothing`."
+              )  # fmt: skip
 @click.option("--protocol", type=click.Choice(["grpc", "grpc-web", "http"]), default="grpc-web",
               help="grpc-web is gRPC over HTTP/1.1, a fifth of the CPU time. [default: grpc-web]")  # fmt: skip
 @click.option("--replicas", type=click.IntRange(min=1), default=2, help="Of the mesh of its own. [default: 2]")

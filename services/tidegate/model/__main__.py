@@ -104,7 +104,11 @@ class ModelService:
         self.load = ReplicaLoad(
             settings.address, settings.model_name, model.context_token_count, lambda: triton.latest_load
         )
-        self.slots = Slots(CreditLedger(_credit_terms(settings), life), self.load.retry_after_seconds)
+        self.slots = Slots(
+            CreditLedger(_credit_terms(settings), life),
+            self.load.retry_after_seconds,
+            refuses_late=settings.refuses_late,
+        )
         self.load.slots = self.slots
         self.load.capacity = Capacity(settings.tpot_target_seconds)
         self.load.look_ahead = look_ahead = LookAhead(settings.credit_ahead_limit, time.monotonic())

@@ -53,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Bounds the requests that run at once below the engine's own bound. 0: the engine's."""
     queue_limit: Annotated[int, Meta(ge=0, le=100_000)] = 256
     """Requests without a credit that wait here; it serves when no scheduler does."""
+    refuses_late: bool = True
+    """Refuses, of these, what would have its answer only after its deadline, by how long slots are held on average."""
     overflow_slot_count: Annotated[int, Meta(ge=0, le=1_000)] = 8
     """Resumed requests that may run above the slots; their clients were promised an answer."""
 

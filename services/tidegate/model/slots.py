@@ -96,6 +96,7 @@ class Slots:
 
     Args:
         retry_after_seconds: asked when a request is refused, for when to come back.
+        refuses_late: whether a request is refused that would have its answer only after its deadline.
     """
 
     def __init__(
@@ -103,8 +104,11 @@ class Slots:
         ledger: CreditLedger,
         retry_after_seconds: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        refuses_late: bool = True,
     ) -> None:
         self.ledger = ledger
+        self._refuses_late = refuses_late
         self._retry_after_seconds = retry_after_seconds
         self._clock = clock
         self._keys = itertools.count(1)
@@ -144,7 +148,7 @@ class Slots:
                 retry_after_seconds=self._retry_after_seconds(),
             )
         if decision is Decision.WAIT:
-            seconds = None if resumed else self._seconds_to_answer()
+            seconds = self._seconds_to_answer() if self._refuses_late and not resumed else None
             if seconds is not None and seconds_left < seconds:
                 self.release(holder)
                 raise TidegateError(

@@ -1,8 +1,8 @@
 """An Envoy without Tidegate's parts before the same replicas: what there is to compare with.
 
 It has one listener that balances by turns over all replicas, and one listener a replica, behind which a replica speaks
-plain HTTP: public routers know engines only so. JSON becomes gRPC as at the mesh's own ingress; nothing is queued,
-scheduled, bounded or retried here.
+plain HTTP: public routers know engines only so. JSON and gRPC-Web become gRPC as at the mesh's own ingress; nothing is
+queued, scheduled, bounded or retried here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from tidegate.bench.own_mesh import MeshDidNotStart
 from tidegate.cli.envoy_config import descriptor_set, envoy_command
+
+UNBOUNDED: Final = {"TIDEGATE_MODEL_QUEUE_LIMIT": "100000", "TIDEGATE_MODEL_REFUSES_LATE": "false"}
+"""Settings of a mesh whose replicas let wait whatever comes, as engines do by default."""
 
 READY_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 10.0
@@ -42,10 +47,13 @@ class PlainEnvoy:
         self._process = await asyncio.create_subprocess_exec(
             *envoy_command(config, log_path=self._directory / "plain-envoy.log"), stdin=asyncio.subprocess.DEVNULL
         )
-        async with asyncio.timeout(READY_SECONDS):
-            while not await _accepts(self.round_robin):
-                assert self._process.returncode is None, (self._directory / "plain-envoy.log").read_text()
-                await asyncio.sleep(0.05)
+        give_up_at = time.monotonic() + READY_SECONDS
+        while not await _accepts(self.round_robin):
+            if self._process.returncode is not None or time.monotonic() > give_up_at:
+                words = (self._directory / "plain-envoy.log").read_text(encoding="utf-8", errors="replace")
+                await self.__aexit__(None, None, None)
+                raise MeshDidNotStart(f"the plain Envoy to compare with did not start:\n{words}")
+            await asyncio.sleep(0.05)
         return self
 
     async def __aexit__(
@@ -101,6 +109,10 @@ def _listener(name: str, address: str, descriptors: Path) -> dict[str, Any]:
         "http2_protocol_options": {"max_concurrent_streams": 20_000},
         "http_filters": [
             {"name": f"{_HTTP}.health_check", "typed_config": health},
+            {
+                "name": f"{_HTTP}.grpc_web",
+                "typed_config": {"@type": f"type.googleapis.com/{_HTTP}.grpc_web.v3.GrpcWeb"},
+            },
             {"name": f"{_HTTP}.grpc_json_transcoder", "typed_config": transcoder},
             {
                 "name": f"{_HTTP}.router",

@@ -19,8 +19,8 @@ class Dispatcher:
     Args:
         weights: of the placement score.
         alternative_count: how many next best replicas a placement names.
-        work: counts what leaves the lanes in cost, as `drain` does in requests. What leaves while slots still stand
-            empty says nothing of how fast they become free, and does not count in its rate of all lanes.
+        work: counts what leaves the lanes in cost, as `drain` does in requests. What leaves before every slot is taken
+            says nothing of how fast they become free, and does not count in its rate of all lanes.
         placer: takes the credits; None: one by these weights.
     """
 
@@ -39,6 +39,8 @@ class Dispatcher:
         self.table = table
         self.drain = drain
         self._work = work
+        self._has_been_full = False
+        """Whether every slot has been taken since something waits."""
         self.placer = placer or Placer(table, weights, alternative_count=alternative_count)
 
     def can_dispatch(self, now: float) -> bool:
@@ -86,9 +88,12 @@ class Dispatcher:
 
     def _note_backlog(self, now: float) -> None:
         self.drain.set_backlog(len(self.lanes) > 0, now)
-        if self._work is not None:
-            waiting = [one for one in ServiceClass if len(self.lanes.lane(one))]
-            self._work.set_backlog(waiting, now, is_full=bool(waiting) and not self.placer.can_place(now))
+        if self._work is None:
+            return
+        waiting = [one for one in ServiceClass if len(self.lanes.lane(one))]
+        # Slots that are freed while requests wait are used one after the other, as prompts allow: not filled up.
+        self._has_been_full = bool(waiting) and (self._has_been_full or not self.placer.can_place(now))
+        self._work.set_backlog(waiting, now, is_full=self._has_been_full)
 
     def _next(self, now: float) -> tuple[Waiting, Placement] | None:
         """The next one that a credit is there for, and its placement."""

@@ -95,7 +95,7 @@ class DrainRate:
 class WorkRates:
     """What is dispatched per second while something waits, in cost: of all lanes together, and of each.
 
-    That of all lanes is of the time in which what waits waits for a slot, and not for a prompt to be computed.
+    That of all lanes is of the time since every slot was taken: until then, slots are filled and not freed.
 
     Args:
         half_life_seconds: of each rate.
@@ -111,7 +111,7 @@ class WorkRates:
         self._lanes[service_class].count_dispatch(now, cost)
 
     def set_backlog(self, waiting: Iterable[ServiceClass], now: float, *, is_full: bool = True) -> None:
-        """Says of which classes something waits from now on, and whether every slot is taken."""
+        """Says of which classes something waits from now on, and whether every slot has been taken since it does."""
         classes = set(waiting)
         self._all.set_backlog(bool(classes) and is_full, now)
         for service_class, rate in self._lanes.items():

@@ -138,25 +138,48 @@ def test_random_runs_leave_no_credit_idle_while_something_waits(dispatcher, seed
         assert not (idle and len(dispatcher.lanes))
 
 
-@pytest.mark.parametrize(("slot_count", "credits_a_second", "rate"), [(64, 0, None), (16, 5, 5.0)])
-def test_the_rate_of_work_is_of_the_time_in_which_every_slot_is_taken(dispatcher, slot_count, credits_a_second, rate):
-    work = WorkRates(10.0)
+@pytest.fixture
+def paced(dispatcher):
+    """A dispatcher that counts work, one replica of 64 slots, and its placer, which lets half of them begin at once."""
     placer = Placer(dispatcher.table, Weights(0.6, 0.4), alternative_count=0, start_share=0.5)
-    dispatcher = Dispatcher(
+    return Dispatcher(
         dispatcher.lanes,
         dispatcher.table,
         dispatcher.drain,
         weights=placer.weights,
         alternative_count=0,
-        work=work,
+        work=WorkRates(10.0),
         placer=placer,
     )
-    replica = dispatcher.table.get("a:1")
-    replica.book.grant([str(number) for number in range(slot_count)], 60, 0)
-    for number in range(150):
+
+
+def let_wait(dispatcher, count):
+    for number in range(count):
         dispatcher.add(place(str(number)))
-    for second in range(20):
+
+
+def pass_seconds(dispatcher, seconds, credits_a_second=0):
+    replica = dispatcher.table.get("a:1")
+    for second in seconds:
         replica.book.grant([f"{second}-{number}" for number in range(credits_a_second)], 60, second)
-        dispatcher.table.hear(replica, ReplicaLoad(True, 0, 0, slot_count, 0.01, 0.1), second)
-        matched(dispatcher, float(second))
-    assert work.rate(20.0) == (None if rate is None else pytest.approx(rate, rel=0.2))
+        dispatcher.table.hear(replica, ReplicaLoad(True, 0, 0, 64, 0.01, 0.1), second)
+        for half in (0.0, 0.6):
+            matched(dispatcher, second + half)
+
+
+def test_what_leaves_into_empty_slots_is_no_rate_of_work(paced):
+    paced.table.get("a:1").book.grant([str(number) for number in range(64)], 60, 0)
+    let_wait(paced, 150)
+    pass_seconds(paced, range(20))
+    assert len(paced.lanes) == 150 - 64
+    assert paced._work.rate(20.0) is None
+
+
+@pytest.mark.parametrize("credits_a_second", [5, 48])
+def test_the_rate_of_work_is_of_all_that_leaves_once_every_slot_has_been_taken(paced, credits_a_second):
+    """48 freed at once are more than may begin at once: some of them leave while slots stand empty for a moment."""
+    let_wait(paced, 2_000)
+    pass_seconds(paced, range(20), credits_a_second)
+    left_a_second = (2_000 - len(paced.lanes)) / 20
+    assert left_a_second >= 5
+    assert paced._work.rate(20.0) == pytest.approx(left_a_second, rel=0.15)

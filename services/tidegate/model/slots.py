@@ -259,7 +259,7 @@ class Slots:
         elif self.ledger.owns(credit_id):
             outcome.credit_id = credit_id
             session = self.ledger.forfeit(credit_id, self._clock())
-            # Whose a revoked one was is not known any more, and to all others it means nothing.
+            # Whose a revoked one was is not known any more; to all others it says only how the replica fares.
             keys = list(self._sessions) if session is None else [session]
             self.update()
         else:

@@ -91,7 +91,7 @@ class Dispatcher:
         if self._work is None:
             return
         waiting = [one for one in ServiceClass if len(self.lanes.lane(one))]
-        # Slots that are freed while requests wait are used one after the other, as prompts allow: not filled up.
+        # Slots that are freed together are used one after the other, as prompts allow; the mesh is no emptier for that.
         self._has_been_full = bool(waiting) and (self._has_been_full or not self.placer.can_place(now))
         self._work.set_backlog(waiting, now, is_full=self._has_been_full)
 

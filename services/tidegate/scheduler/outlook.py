@@ -74,12 +74,14 @@ class Outlook:
         """How long one more request would wait; None when not known."""
         before = self._lanes.cost_before(service_class, tenant, cost)
         is_urgent = service_class is ServiceClass.REALTIME
-        if not any(replica.book.can_spend(now, urgent=is_urgent) for replica in self._table):
+        capacity = self.capacity(now)
+        # While no replica is there, how long one may be away is the grace's to say.
+        if capacity and not any(replica.book.can_spend(now, urgent=is_urgent) for replica in self._table):
             # The first in line waits, too, until one that runs has ended.
             before += self._observations.usual_cost or 0.0
         if before <= 0:
             return 0.0
-        wait = _seconds(before, self.capacity(now))
+        wait = _seconds(before, capacity)
         own_rate = self._work.lane_rate(service_class, now)
         if own_rate is not None and any(len(self._lanes.lane(one)) for one in ServiceClass if one < service_class):
             # More urgent requests come meanwhile, too: what the lane itself was left with tells how many.

@@ -211,6 +211,12 @@ class TestAdmission:
         world.table.get("a:1").book.spend(NOW, urgent=False)
         assert world.outlook.wait_seconds(STANDARD, "t", 210, NOW) == pytest.approx(0.1, rel=0.05)
 
+    def test_while_no_replica_is_there_the_first_in_line_is_not_refused_for_its_wait(self):
+        world = World()
+        world.table.disconnect(world.table.get("a:1"), "away")
+        assert world.outlook.capacity(NOW) == 0
+        assert world.refusal(world.request(timeout=60)) is None
+
     def test_a_stream_that_makes_pauses_may_keep_as_much_waiting_as_they_last(self):
         steady, paused = World(), World()
         for world, seconds in ((steady, 0.01), (paused, 0.09)):

@@ -189,9 +189,8 @@ async def _start(
         return talk.EXIT_FAILED
     steps.done(f"configuration written; {len(mesh.processes)} processes started", steps.elapsed_seconds)
     deadline = steps.elapsed_seconds + settings.start_timeout_seconds
-    url, key = _url(mesh), _first_key(settings)
     text, problem = await wait_for_answer(
-        lambda: probes.real_answer(url, mesh.model_name, key),
+        lambda: _ask_all_models(mesh, _first_key(settings)),
         not_ready=supervisor.not_ready,
         is_over=lambda: stop.is_set() or supervisor.failed.is_set() or steps.elapsed_seconds >= deadline,
         steps=steps,
@@ -208,6 +207,15 @@ async def _start(
         cause = f"the ingress answers: {problem}" if problem else f"not ready: {', '.join(supervisor.not_ready())}"
         steps.failed(f"no answer within {settings.start_timeout_seconds:.0f} s; {cause}; logs are in {home.logs}")
     return talk.EXIT_FAILED
+
+
+async def _ask_all_models(mesh: state.Mesh, key: str) -> tuple[str, str]:
+    """The usual model's answer, once the lite one has answered, too; or ("", what is wrong)."""
+    if mesh.lite_model_name:
+        text, problem = await probes.real_answer(_url(mesh), mesh.lite_model_name, key)
+        if not text:
+            return "", problem
+    return await probes.real_answer(_url(mesh), mesh.model_name, key)
 
 
 async def wait_for_answer(

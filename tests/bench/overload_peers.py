@@ -8,6 +8,7 @@ and smg once more as told by hand what the engines hold.
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -18,14 +19,15 @@ from tidegate.bench.arrivals import Poisson
 from tidegate.bench.columns import columns_of
 from tidegate.bench.flows import Flow, Load
 from tidegate.bench.ledger import Outcome
-from tidegate.bench.own_mesh import OwnMesh
-from tidegate.bench.plain_envoy import UNBOUNDED, PlainEnvoy, free_ports
+from tidegate.bench.own_mesh import OwnMesh, stop_process
+from tidegate.bench.plain_envoy import UNBOUNDED, PlainEnvoy
 from tidegate.bench.plan import Plan
 from tidegate.bench.running import run
 from tidegate.bench.scenarios import Shape
 from tidegate.bench.statistics import percentile
 from tidegate.bench.targets import Target
 from tidegate.bench.workers import Workers
+from tidegate.cli.ports import free_ports
 
 PEERS: Final = ("smg", "vllm-router")
 TIMES: Final = (2, 5)
@@ -109,13 +111,7 @@ class _Router:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._process is not None
-        if self._process.returncode is None:
-            self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+        await stop_process(self._process, signal.SIGTERM, STOP_SECONDS)
 
 
 async def _is_healthy(address: str) -> bool:

@@ -13,8 +13,8 @@ from typing import Final
 from running_mesh import serves
 
 from tidegate.bench.own_mesh import OwnMesh
-from tidegate.bench.plain_envoy import free_ports
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
+from tidegate.cli.ports import free_ports
 
 START_SECONDS: Final = 30.0
 SETTLE_SECONDS: Final = 3.0

@@ -90,13 +90,7 @@ class OwnMesh:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process is not None
-        if self._process.returncode is None:
-            self._process.send_signal(signal.SIGINT)
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+        await stop_process(self._process, signal.SIGINT, STOP_SECONDS)
         self._folder.cleanup()
 
     @property
@@ -145,6 +139,18 @@ class OwnMesh:
                 words = (self.home / "up.log").read_text(encoding="utf-8", errors="replace")
                 raise MeshDidNotStart(f"the mesh did not start:\n{words[-_LOG_TAIL_CHARACTERS:]}")
             await asyncio.sleep(0.2)
+
+
+async def stop_process(process: asyncio.subprocess.Process, number: signal.Signals, seconds: float) -> None:
+    """Ends a process with a signal, and after so many seconds without mercy; one that has ended is left alone."""
+    if process.returncode is not None:
+        return
+    process.send_signal(number)
+    try:
+        await asyncio.wait_for(process.wait(), seconds)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 def mesh_target(mesh: Mesh, *, name: str, protocol: Protocol, api_keys: Mapping[str, str], engine: str = "") -> Target:

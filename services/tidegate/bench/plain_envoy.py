@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
+import signal
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from tidegate.bench.own_mesh import MeshDidNotStart
+from tidegate.bench.own_mesh import MeshDidNotStart, stop_process
 from tidegate.cli.envoy_config import descriptor_set, envoy_command
+from tidegate.cli.ports import free_ports
 
 UNBOUNDED: Final = {"TIDEGATE_MODEL_QUEUE_LIMIT": "100000", "TIDEGATE_MODEL_REFUSES_LATE": "false"}
 """Settings of a mesh whose replicas let wait whatever comes, as engines do by default."""
@@ -60,9 +61,7 @@ class PlainEnvoy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process is not None
-        if self._process.returncode is None:
-            self._process.terminate()
-            await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        await stop_process(self._process, signal.SIGTERM, STOP_SECONDS)
 
     def _config(self, descriptors: Path) -> dict[str, Any]:
         doors = [("all", self.round_robin, self._upstreams)]
@@ -76,15 +75,6 @@ class PlainEnvoy:
                 "clusters": [_cluster(name, upstreams) for name, _, upstreams in doors],
             },
         }
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nothing uses now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _listener(name: str, address: str, descriptors: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Outlook:
         is_urgent = service_class is ServiceClass.REALTIME
         capacity = self.capacity(now)
         # While no replica is there, how long one may be away is the grace's to say.
-        if capacity and not any(replica.book.can_spend(now, urgent=is_urgent) for replica in self._table):
+        if capacity and not self._table.has_credit(now, urgent=is_urgent):
             # The first in line waits, too, until one that runs has ended.
             before += self._observations.usual_cost or 0.0
         if before <= 0:

@@ -66,7 +66,7 @@ class Placer:
 
     def can_place(self, now: float, *, urgent: bool = False) -> bool:
         """Whether a request could be placed now, but for the prompts that are being computed."""
-        if not any(replica.book.can_spend(now, urgent=urgent) for replica in self._table):
+        if not self._table.has_credit(now, urgent=urgent):
             return False
         return any(replica.book.can_spend(now, urgent=urgent) for replica in self.candidates(now))
 
@@ -89,7 +89,7 @@ class Placer:
             block_hashes: of the prompt, first block first.
         """
         # Most calls of a full mesh end here, so it comes first.
-        if not any(replica.book.can_spend(now, urgent=urgent) for replica in self._table):
+        if not self._table.has_credit(now, urgent=urgent):
             return None
         candidates = self.candidates(now)
         if not (urgent or is_owed):

@@ -113,6 +113,10 @@ class ReplicaTable:
     def __len__(self) -> int:
         return len(self._replicas)
 
+    def has_credit(self, now: float, *, urgent: bool = False) -> bool:
+        """Whether any replica's credit could be spent, however that replica is."""
+        return any(replica.book.can_spend(now, urgent=urgent) for replica in self._replicas.values())
+
     def get(self, address: str) -> Replica | None:
         """The replica of this address, if it is in the endpoints."""
         return self._replicas.get(address)

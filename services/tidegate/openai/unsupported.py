@@ -1,4 +1,4 @@
-"""The parameters that OpenAI or vLLM have and this mesh has not.
+"""The parameters that OpenAI, vLLM or SGLang have and this mesh has not.
 
 Each is refused by name, unless its value asks for nothing: null, or one of the values that stand beside it here.
 """
@@ -26,6 +26,8 @@ _SHARED: Final[Mapping[str, tuple[Any, ...]]] = {
     "guided_grammar": (),
     "structured_outputs": (),
     "priority": (0,),
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
 }
 
 CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -48,6 +50,10 @@ CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
+    # How reasoning is told apart, which routers for SGLang and vLLM add to every request; here it is never told apart.
+    "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
+    "include_reasoning": (True,),
 }
 
 COMPLETION: Final[Mapping[str, tuple[Any, ...]]] = {

@@ -137,6 +137,7 @@ def test_a_tier_names_a_class(tier: str | None, service_class: int) -> None:
         {"temperature": None, "top_p": None, "seed": None, "max_tokens": None, "stream": None, "n": None, "user": None},
         {"stream_options": None},
         {"model": None},
+        {"separate_reasoning": True, "stream_reasoning": True, "include_reasoning": True, "no_stop_trim": False},
     ],
 )
 def test_what_asks_for_nothing_is_accepted(neutral: dict[str, Any]) -> None:
@@ -200,6 +201,7 @@ def test_what_asks_for_nothing_is_accepted(neutral: dict[str, Any]) -> None:
         ({"logit_bias": {"1": 1}}, Reason.UNSUPPORTED_PARAMETER, "logit_bias"),
         ({"reasoning_effort": "high"}, Reason.UNSUPPORTED_PARAMETER, "reasoning_effort"),
         ({"min_p": 0.5}, Reason.UNSUPPORTED_PARAMETER, "min_p"),
+        ({"include_reasoning": False}, Reason.UNSUPPORTED_PARAMETER, "include_reasoning"),
         ({"best_of": 1}, Reason.UNKNOWN_PARAMETER, "best_of"),
         ({"prompt": "x"}, Reason.UNKNOWN_PARAMETER, "prompt"),
         ({"temprature": 1}, Reason.UNKNOWN_PARAMETER, "temprature"),

@@ -39,9 +39,14 @@ def test_what_completions_have_of_their_own_arrives() -> None:
     assert request.generate.sampling.seed == 4
 
 
+def test_what_routers_add_for_other_engines_is_accepted_while_it_asks_for_nothing() -> None:
+    assert parse(no_stop_trim=False, return_hidden_states=False).generate.text == "Hi"
+
+
 @pytest.mark.parametrize(
     ("fields", "reason", "field"),
     [
+        ({"return_hidden_states": True}, Reason.UNSUPPORTED_PARAMETER, "return_hidden_states"),
         ({"prompt": None}, Reason.MISSING_REQUIRED_PARAMETER, "prompt"),
         ({"prompt": ""}, Reason.INVALID_VALUE, "prompt"),
         ({"prompt": [""]}, Reason.INVALID_VALUE, "prompt[0]"),

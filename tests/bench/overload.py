@@ -58,8 +58,14 @@ PARTS: Final = (
 DRIFT_REQUESTS: Final = 100_000
 """So many in floods of 60 s; fewer in shorter ones."""
 
-DRIFT_USERS: Final = 72
-"""A few more than there are slots: of more, most would be refused, and what is refused has no credit to lose."""
+DRIFT_USERS: Final = 100
+DRIFT_THINK_SECONDS: Final = 0.1
+"""As many as keep all slots in use and a few waiting. Of more, most would be refused, and what is refused has no credit
+to lose."""
+
+DRIFT_LEAVE_SHARE: Final = 0.36
+DRIFT_LEAVE_WITHIN_SECONDS: Final = 0.3
+"""About the time of an answer, so that nearly all who mean to leave do: in the queue, before a token, and after some."""
 
 SHAPE: Final = Shape(answer_tokens=LogNormalLength(median=96, sigma=0.6, high=256, low=8))
 """Long enough that at ten times of C the engine is what there is too little of, not the two cores that the mesh and the
@@ -313,8 +319,9 @@ async def drift(bench: Bench) -> None:
     users = bench.flow(
         "leaving",
         0.0,
-        arrivals=Closed(DRIFT_USERS, think_seconds=0.05),
-        leave_share=0.33,
+        arrivals=Closed(DRIFT_USERS, think_seconds=DRIFT_THINK_SECONDS),
+        leave_share=DRIFT_LEAVE_SHARE,
+        leave_within_seconds=DRIFT_LEAVE_WITHIN_SECONDS,
         prompt_tokens=ConstantLength(16),
         answer_tokens=ConstantLength(8),
         deadline_seconds=2.0,

@@ -40,7 +40,9 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True):
     """How long a client waits for an answer; absent, as long as its deadline. With more, late answers are seen."""
     retries: RetryPolicy = "none"
     leave_share: _Share = 0.0
-    """This share of the clients leaves at a random moment within the deadline."""
+    """This share of the clients leaves at a random moment."""
+    leave_within_seconds: _Positive | None = None
+    """Of so many seconds after the planned time; absent, within the deadline."""
     shared_prefix_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     """So many tokens at the beginning of a tenant's prompts are always the same, as a system message is."""
 

@@ -127,7 +127,8 @@ def _tenants(load: Load, flow: Flow, count: int, random: np.random.Generator) ->
 
 def _leave_seconds(flow: Flow, count: int, random: np.random.Generator) -> NDArray[np.float64]:
     leaves = random.uniform(0.0, 1.0, count) < flow.leave_share
-    return np.where(leaves, random.uniform(0.0, flow.deadline_seconds, count), NEVER)
+    within = flow.deadline_seconds if flow.leave_within_seconds is None else flow.leave_within_seconds
+    return np.where(leaves, random.uniform(0.0, within, count), NEVER)
 
 
 def _merged(parts: list[Requests]) -> Requests:

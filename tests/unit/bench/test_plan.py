@@ -53,6 +53,12 @@ def test_tenants_come_by_their_weights_and_clients_leave_by_their_share():
     assert requests.leave_seconds[leaves].max() <= FLOWS[0].deadline_seconds
 
 
+def test_clients_may_be_told_to_leave_sooner_than_their_deadline():
+    flow = Flow(name="x", arrivals=Poisson(50), leave_share=1, leave_within_seconds=0.5)
+    leaves = Plan(load=Load(name="", flows=(flow,))).open_requests().leave_seconds
+    assert 0.4 < leaves.max() <= 0.5
+
+
 def test_a_load_is_scaled_in_rate_and_in_time():
     double = scaled(LOAD, rate=2, time=0.5)
     assert [flow.arrivals.rate for flow in double.flows] == [100, 40]

@@ -65,7 +65,7 @@ to lose."""
 
 DRIFT_LEAVE_SHARE: Final = 0.36
 DRIFT_LEAVE_WITHIN_SECONDS: Final = 0.3
-"""About the time of an answer, so that nearly all who mean to leave do: in the queue, before a token, and after some."""
+"""About the time of an answer, so that nearly all who mean to leave do: in the queue, before a token, after some."""
 
 SHAPE: Final = Shape(answer_tokens=LogNormalLength(median=96, sigma=0.6, high=256, low=8))
 """Long enough that at ten times of C the engine is what there is too little of, not the two cores that the mesh and the

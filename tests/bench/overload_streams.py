@@ -137,8 +137,8 @@ async def many_waiting(table: Table, count: int = WAITING_REQUESTS) -> None:
         sum(sizes.values()) / 2**20 for sizes in (start, first, held, after)
     )
     how = (
-        f"{worst}, {after[worst] / 2**20:.0f} MiB; all processes: {start_total:.0f} MiB at the start, {total:.0f} while "
-        f"they waited, {first_total:.0f} and {after_total:.0f} {RELEASE_SECONDS:.0f} s after they had left"
+        f"{worst}, {after[worst] / 2**20:.0f} MiB; all processes: {start_total:.0f} MiB at the start, {total:.0f} "
+        f"while they waited, {first_total:.0f} and {after_total:.0f} {RELEASE_SECONDS:.0f} s after they had left"
     )
     table.at_most("the same: memory that grew from the first time to the second", growth[worst], 16, "MiB", how)
     table.at_most("the same: still waiting after all have left", left, 0, "requests", "")

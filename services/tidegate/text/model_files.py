@@ -224,7 +224,7 @@ def _from_folder(folder: Path) -> _Parts:
         bytes_of_token=bytes_of(encoder.id_to_token, added_ids),
         vocabulary_size=max(int(config.get("vocab_size") or 0), highest_id + 1),
         longest_token_bytes=max(map(longest, vocabulary), default=1),
-        context_token_count=_positive(folder, config, "max_position_embeddings"),
+        context_token_count=_context_token_count(folder, config),
         eos_token_ids=_eos_ids(tokenizer_config, special_tokens, generation_config, config),
         bos_token_id=bos_id,
         starts_with_bos=bos_id is not None and _starts_with(encoder, bos_id),
@@ -244,6 +244,18 @@ def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ModelFileError(f"{path}: is not a JSON object")
     return document
+
+
+def _context_token_count(folder: Path, config: dict[str, Any]) -> int:
+    """The longest context; files of models stretched by YaRN may name the length before stretching, as Qwen's do."""
+    stated = _positive(folder, config, "max_position_embeddings")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or (rope.get("rope_type") or rope.get("type")) != "yarn":
+        return stated
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if not isinstance(factor, (int, float)) or not isinstance(original, int):
+        return stated  # The engine refuses such a file and names the field.
+    return max(stated, int(factor * original))
 
 
 def _positive(folder: Path, config: dict[str, Any], key: str) -> int:

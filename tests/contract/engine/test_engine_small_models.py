@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
 SHAPES = {
     "grouped": {},
     "every head its own": {"num_key_value_heads": 6},
@@ -21,11 +22,33 @@ SHAPES = {
             "rope_theta": 10000.0,
         }
     },
-}
+    "rope yarn": {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}},
+    "rope yarn, as DeepSeek writes it": {
+        "rope_parameters": {
+            **YARN,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+            "truncate": False,
+        }
+    },
+    "qwen2": {"family": "Qwen2"},
+    "qwen2, tied, yarn": {
+        "family": "Qwen2",
+        "tie_word_embeddings": True,
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 512},
+    },
+    "qwen3": {"family": "Qwen3", "head_dim": 32},
+    "qwen3, one kv head, tied": {
+        "family": "Qwen3", "head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 
 
-def small_model(**changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def small_model(*, family: str = "Llama", seed: int = 0, **changes):
+    import transformers
 
     fields = {
         "vocab_size": 300,
@@ -39,14 +62,21 @@ def small_model(**changes):
         "rms_norm_eps": 1e-5,
         "eos_token_id": 7,
     }
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).eval()
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**fields, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                # They begin as zeros and ones, under which an engine that left them out would be right.
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("shard", ["50GB", "300KB"], ids=["one file", "sharded"])
 def test_logits_are_those_of_transformers(tmp_path, make_engine, prompt_logits, reference_logits, shape, shard):
-    model = small_model(**SHAPES[shape])
+    model = small_model(**SHAPES[shape], seed=int(shard != "50GB"))
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard != "50GB")
     engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48)

@@ -120,11 +120,15 @@ def test_a_gguf_that_is_not_supported_is_refused_by_name(make_gguf, changes, wor
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "qwen2"}, ["model_type", "'qwen2'"]),
+        ({"model_type": "mamba"}, ["model_type", "'mamba'"]),
+        ({"model_type": "qwen2"}, ["architectures", "LlamaForCausalLM"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["architectures"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
         ({"attention_bias": True}, ["attention_bias", "True"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope scaling", "'yarn'"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["original_max_position_embeddings", "missing"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, ["rope scaling", "'longrope'"]),
+        ({"sliding_window": 512}, ["sliding_window", "512"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["rope scaling", "'dynamic'"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary"]),
@@ -141,6 +145,32 @@ def test_a_gguf_that_is_not_supported_is_refused_by_name(make_gguf, changes, wor
 def test_a_folder_that_is_not_supported_is_refused_by_name(make_folder, fields, words):
     message = refusal_of_part(make_folder(fields))
     assert [word for word in words if word not in message] == []
+
+
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (QWEN2, ["model.layers.0.self_attn.q_proj.bias", "[32]", "missing"]),
+        (QWEN3, ["model.layers.0.self_attn.q_norm.weight", "[8]", "missing"]),
+        ({**QWEN3, "head_dim": None}, ["q_proj.weight", "[32, 32]", "[512, 32]"]),
+        ({**QWEN3, "attention_bias": True}, ["attention_bias", "True"]),
+        ({**QWEN2, "use_sliding_window": True}, ["use_sliding_window", "True"]),
+    ],
+)
+def test_a_qwen_folder_that_is_not_supported_is_refused_by_name(make_folder, fields, words):
+    message = refusal_of_part(make_folder(fields))
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_context_stretched_by_yarn_is_the_longer_of_what_the_files_call_so(make_folder):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    for stated, expected in ((128, 512), (512, 512), (1024, 1024)):
+        folder = make_folder({"max_position_embeddings": stated, "rope_scaling": yarn})
+        assert load(folder).architecture.context_token_count == expected
 
 
 def test_damaged_folders_are_refused_by_file(make_folder, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -107,6 +108,25 @@ def test_refuses_a_broken_folder(folder: Path, tmp_path: Path, file: str, conten
     (tmp_path / file).write_text(content)
     with pytest.raises(ModelFileError, match=str(tmp_path)):
         load_text_model(str(tmp_path), "m")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2048}}, 8192),
+        ({"rope_scaling": {"rope_type": "yarn"}}, 8192),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 8192),
+        ({"rope_scaling": None}, 8192),
+    ],
+)
+def test_a_context_stretched_by_yarn_is_known(
+    folder: Path, tmp_path: Path, fields: dict[str, Any], expected: int
+) -> None:
+    for known in folder.iterdir():
+        (tmp_path / known.name).write_bytes(known.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 8192, **fields}))
+    assert load_text_model(str(tmp_path), "m").context_token_count == expected
 
 
 def test_names_a_path_that_is_not_there() -> None:

@@ -2,8 +2,9 @@
 
 Owns the reading of GGUF metadata and of Hugging Face's config.json into one `Architecture`.
 Invariant: whatever changes the mathematics and is not supported is refused by its name, never
-ignored. Supported is the Llama architecture (Touvron et al., 2023) with grouped-query attention,
-rotary positions (plain, "linear" or "llama3" scaling) and tied or separate output weights.
+ignored. Supported are Llama (Touvron et al., 2023), Qwen2 (a bias on q, k and v) and Qwen3 (a norm on
+each head's query and key), with grouped-query attention, rotary positions (plain, "linear", "llama3" or
+"yarn" scaling) and tied or separate output weights.
 """
 
 import math
@@ -21,15 +22,23 @@ class RopeScaling:
 
     kind: str
     factor: float
+    original_context_token_count: int = 8192
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
-    original_context_token_count: int = 8192
+    """These two are llama3's."""
+    fast_turns: float = 32.0
+    slow_turns: float = 1.0
+    rounds_dimensions: bool = True
+    attention_factor: float = 1.0
+    """These four are YaRN's; cosines and sines are multiplied by the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A Llama model's sizes and constants."""
+    """A model's sizes and constants."""
 
+    family: str
+    """The model_type of config.json: llama, qwen2 or qwen3."""
     name: str
     layer_count: int
     hidden_size: int
@@ -44,6 +53,9 @@ class Architecture:
     norm_epsilon: float
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    has_qkv_bias: bool = False
+    has_head_norms: bool = False
+    """Queries and keys are normalised, each head by itself, before they are turned."""
 
     @property
     def group_size(self) -> int:
@@ -83,7 +95,8 @@ _GGUF_FIELDS = frozenset(
     ]
 )
 
-# Fields of config.json that change the mathematics, with the values under which they do not.
+# Fields of config.json that change the mathematics, with the values under which they do not; an absent one
+# counts as the first of them.
 _REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -92,12 +105,34 @@ _REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1.0,),
     "quantization_config": (None,),
     "sliding_window": (None,),
+    "use_sliding_window": (False,),
     "attention_multiplier": (None,),
     "embedding_multiplier": (None, 1.0),
     "residual_multiplier": (None, 1.0),
     "logits_scaling": (None, 1.0),
     "num_local_experts": (None, 0),
     "is_encoder_decoder": (False,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """What a model_type of config.json says beside its fields."""
+
+    class_name: str
+    has_qkv_bias: bool = False
+    has_head_norms: bool = False
+    head_dim: int | None = None
+    """Of a config without one; None: the hidden size divided among the heads."""
+    unused: tuple[str, ...] = ()
+    """Required values that say nothing here."""
+
+
+# A Qwen config always names a window; `use_sliding_window` says whether there is one.
+_FAMILIES = {
+    "llama": _Family(class_name="LlamaForCausalLM"),
+    "qwen2": _Family(class_name="Qwen2ForCausalLM", has_qkv_bias=True, unused=("sliding_window", "attention_bias")),
+    "qwen3": _Family(class_name="Qwen3ForCausalLM", has_head_norms=True, head_dim=128, unused=("sliding_window",)),
 }
 
 
@@ -122,6 +157,7 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
     ends = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     return _checked(
         path,
+        family="llama",
         name=fields.text("general.name", default=path.stem),
         layer_count=fields.integer("llama.block_count"),
         hidden_size=hidden,
@@ -142,30 +178,43 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
 def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapping[str, object]) -> Architecture:
     """Read config.json and generation_config.json; `path` is the former's, for messages."""
     fields = _Fields(path, config)
-    fields.expect("model_type", ("llama",))
-    fields.expect("architectures", (["LlamaForCausalLM"],), default=["LlamaForCausalLM"])
+    fields.expect("model_type", tuple(_FAMILIES))
+    name = fields.text("model_type")
+    family = _FAMILIES[name]
+    fields.expect("architectures", ([family.class_name],), default=[family.class_name])
     for key, values in _REQUIRED_VALUES.items():
-        fields.expect(key, values, default=values[0])
+        if key not in family.unused:
+            fields.expect(key, values, default=values[0])
+    layers = fields.integer("num_hidden_layers")
+    fields.expect("layer_types", (["full_attention"] * layers,), default=["full_attention"] * layers)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
+    context = fields.integer("max_position_embeddings", default=2048)
     rope = _Fields(path, {**config, **_rope_parameters(config)})
+    scaling = _rope_scaling(path, rope)
+    if scaling is not None and scaling.kind == "yarn":
+        # Qwen's files keep the length before stretching under this name, DeepSeek's the one after it.
+        context = max(context, int(scaling.factor * scaling.original_context_token_count))
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return _checked(
         path,
+        family=name,
         name=str(config.get("_name_or_path") or path.parent.name),
-        layer_count=fields.integer("num_hidden_layers"),
+        layer_count=layers,
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size"),
         head_count=heads,
         kv_head_count=fields.integer("num_key_value_heads", default=heads),
-        head_dim=fields.integer("head_dim", default=hidden // max(heads, 1)),
+        head_dim=fields.integer("head_dim", default=family.head_dim or hidden // max(heads, 1)),
         vocabulary_size=fields.integer("vocab_size"),
-        context_token_count=fields.integer("max_position_embeddings", default=2048),
+        context_token_count=context,
         rope_base=rope.number("rope_theta", default=10000.0),
-        rope_scaling=_rope_scaling(path, rope),
+        rope_scaling=scaling,
         norm_epsilon=fields.number("rms_norm_eps", default=1e-6),
         eos_token_ids=tuple(eos if isinstance(eos, list) else () if eos is None else (eos,)),
         bos_token_id=fields.integer("bos_token_id", default=None),
+        has_qkv_bias=family.has_qkv_bias,
+        has_head_norms=family.has_head_norms,
     )
 
 
@@ -190,7 +239,30 @@ def _rope_scaling(path: Path, fields: "_Fields") -> RopeScaling | None:
             high_frequency_factor=fields.number("high_freq_factor"),
             original_context_token_count=fields.integer("original_max_position_embeddings"),
         )
-    raise ModelLoadError(f"{path}: rope scaling {kind!r} is not supported (linear and llama3 are)")
+    if kind == "yarn":
+        return _yarn(fields)
+    raise ModelLoadError(f"{path}: rope scaling {kind!r} is not supported (linear, llama3 and yarn are)")
+
+
+def _yarn(fields: "_Fields") -> RopeScaling:
+    """YaRN (Peng et al., 2023), with the fields that transformers and DeepSeek's own code give it."""
+    factor = fields.number("factor")
+    both = fields.number("mscale", default=0.0), fields.number("mscale_all_dim", default=0.0)
+    usual = _yarn_magnitude(factor, both[0]) / _yarn_magnitude(factor, both[1]) if all(both) else None
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context_token_count=fields.integer("original_max_position_embeddings"),
+        fast_turns=fields.number("beta_fast", default=32.0),
+        slow_turns=fields.number("beta_slow", default=1.0),
+        rounds_dimensions=fields.boolean("truncate", default=True),
+        attention_factor=fields.number("attention_factor", default=usual or _yarn_magnitude(factor, 1.0)),
+    )
+
+
+def _yarn_magnitude(factor: float, scale: float) -> float:
+    """By how much cosines and sines grow, for attention over a stretched context to stay as sharp."""
+    return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _checked(path: Path, **values: object) -> Architecture:
@@ -236,6 +308,9 @@ class _Fields:
 
     def text(self, key: str, *, default: Any = _MISSING) -> Any:
         return self._typed(key, str, default)
+
+    def boolean(self, key: str, *, default: Any = _MISSING) -> Any:
+        return self._typed(key, bool, default)
 
     def expect(self, key: str, values: tuple[object, ...], *, default: Any = _MISSING) -> None:
         """Refuse a value that is not one of `values`."""

@@ -241,7 +241,7 @@ def _model_info(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype
         )
     return ModelInfo(
         name=architecture.name,
-        architecture="llama",
+        architecture=architecture.family,
         vocabulary_size=architecture.vocabulary_size,
         context_token_count=min(asked or architecture.context_token_count, block_count * config.block_token_count),
         eos_token_ids=architecture.eos_token_ids,

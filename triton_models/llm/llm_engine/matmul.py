@@ -20,11 +20,14 @@ def compute_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.dtyp
 
 
 class Projection:
-    """Multiplies rows by a weight [output size, input size]."""
+    """Multiplies rows by a weight [output size, input size], and adds a bias [output size] where there is one."""
 
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, weight: torch.Tensor, dtype: torch.dtype, device: torch.device, *, bias: torch.Tensor | None = None
+    ) -> None:
         self._narrow = weight.to(device) if dtype != weight.dtype else None
         self.weight = weight.to(device, dtype)
+        self._bias = None if bias is None else bias.to(device, dtype)
         self._weight_first = device.type == "cpu" and dtype == torch.float32
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -32,6 +35,10 @@ class Projection:
 
         The result may be a transposed view.
         """
+        product = self._product(rows)
+        return product if self._bias is None else product.add_(self._bias)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if self._narrow is not None and rows.shape[0] == 1:
             return F.linear(rows.to(self._narrow.dtype), self._narrow).to(rows.dtype)
         if self._weight_first:

@@ -1,9 +1,10 @@
-"""The Llama model: one step's rows in, logits out.
+"""The model: one step's rows in, logits out.
 
 Owns the weights and the rotary tables. Invariants: it keeps nothing between steps but what it writes
 into the KV cache; a row depends on its own sequence alone. The architecture is that of Llama (Touvron
 et al., 2023): RMSNorm, rotary positions (Su et al., 2021) in the half-split order, grouped-query
-attention (Ainslie et al., 2023), SwiGLU.
+attention (Ainslie et al., 2023), SwiGLU; with a bias on q, k and v for Qwen2, and norms on the heads of
+q and k for Qwen3.
 """
 
 import math
@@ -23,6 +24,8 @@ from .step_tensors import StepTensors
 class _Layer:
     attention_norm: torch.Tensor
     qkv: Projection
+    head_norms: torch.Tensor | None
+    """[head_count + kv_head_count, head_dim]: of the queries' heads, then of the keys'."""
     attention_output: Projection
     mlp_norm: torch.Tensor
     gate_up: Projection
@@ -47,12 +50,19 @@ class Model:
             return tensors[name].to(device, dtype)
 
         def projection(name: str) -> Projection:
-            return Projection(tensors[name], dtype, device)
+            return Projection(tensors[name], dtype, device, bias=tensors.get(f"{name}_bias"))
+
+        def head_norms(layer: int) -> torch.Tensor | None:
+            if not architecture.has_head_norms:
+                return None
+            query, key = vector(f"layers.{layer}.query_norm"), vector(f"layers.{layer}.key_norm")
+            return torch.stack([query] * architecture.head_count + [key] * architecture.kv_head_count)
 
         self._layers = [
             _Layer(
                 attention_norm=vector(f"layers.{layer}.attention_norm"),
                 qkv=projection(f"layers.{layer}.qkv"),
+                head_norms=head_norms(layer),
                 attention_output=projection(f"layers.{layer}.attention_output"),
                 mlp_norm=vector(f"layers.{layer}.mlp_norm"),
                 gate_up=projection(f"layers.{layer}.gate_up"),
@@ -100,7 +110,10 @@ class Model:
         """[row_count, query_size + 2 * kv_size] to [row_count, query_size]."""
         a = self.architecture
         by_head = qkv.reshape(qkv.shape[0], -1, a.head_dim)
-        turned = rotated(by_head[:, : -a.kv_head_count], cosines, sines)
+        queries_keys, norms = by_head[:, : -a.kv_head_count], self._layers[layer].head_norms
+        if norms is not None:
+            queries_keys = F.rms_norm(queries_keys, (a.head_dim,), eps=a.norm_epsilon) * norms
+        turned = rotated(queries_keys, cosines, sines)
         queries, keys = turned.split((a.head_count, a.kv_head_count), dim=1)
         values = by_head[:, -a.kv_head_count :]
         kv_cache.write(layer, step.slots, torch.cat((keys, values), dim=1).flatten(1))
@@ -124,18 +137,39 @@ def rotary_tables(
     """Cosines and sines, [context_token_count, head_dim / 2] each, computed in fp32."""
     exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
     frequencies = 1.0 / architecture.rope_base**exponents
+    magnitude = 1.0
     if architecture.rope_scaling is not None:
-        frequencies = _scaled(frequencies, architecture.rope_scaling)
+        frequencies = _scaled(frequencies, architecture.rope_scaling, architecture.rope_base)
+        magnitude = architecture.rope_scaling.attention_factor
     angles = torch.outer(torch.arange(context_token_count).float(), frequencies)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return (angles.cos() * magnitude).to(device, dtype), (angles.sin() * magnitude).to(device, dtype)
 
 
-def _scaled(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Stretch rotary frequencies: all alike, or as Llama 3.1 does, the slow ones only."""
+def _scaled(frequencies: torch.Tensor, scaling: RopeScaling, base: float) -> torch.Tensor:
+    """Stretch rotary frequencies: all alike, or as Llama 3.1 and YaRN do, the slow ones only."""
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        kept = _yarn_kept(len(frequencies), scaling, base)
+        return kept * frequencies + (1 - kept) * frequencies / scaling.factor
     assert scaling.kind == "llama3"
     turns = scaling.original_context_token_count * frequencies / (2 * math.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _yarn_kept(count: int, scaling: RopeScaling, base: float) -> torch.Tensor:
+    """Which share of each of `count` frequencies stays: all of those that turn often within the original context."""
+
+    def dimension(turns: float) -> float:
+        """The pair that turns so often within the original context."""
+        wavelength = scaling.original_context_token_count / (turns * 2 * math.pi)
+        return 2 * count * math.log(wavelength) / (2 * math.log(base))
+
+    first, last = dimension(scaling.fast_turns), dimension(scaling.slow_turns)
+    if scaling.rounds_dimensions:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * count - 1)
+    ramp = (torch.arange(count).float() - first) / max(last - first, 0.001)
+    return 1 - ramp.clamp(0, 1)

@@ -79,6 +79,11 @@ def fused_shapes(architecture: Architecture, *, tied: bool) -> dict[str, tuple[i
     for layer in range(a.layer_count):
         shapes[f"layers.{layer}.attention_norm"] = (a.hidden_size,)
         shapes[f"layers.{layer}.qkv"] = (a.query_size + 2 * a.kv_size, a.hidden_size)
+        if a.has_qkv_bias:
+            shapes[f"layers.{layer}.qkv_bias"] = (a.query_size + 2 * a.kv_size,)
+        if a.has_head_norms:
+            shapes[f"layers.{layer}.query_norm"] = (a.head_dim,)
+            shapes[f"layers.{layer}.key_norm"] = (a.head_dim,)
         shapes[f"layers.{layer}.attention_output"] = (a.hidden_size, a.query_size)
         shapes[f"layers.{layer}.mlp_norm"] = (a.hidden_size,)
         shapes[f"layers.{layer}.gate_up"] = (2 * a.intermediate_size, a.hidden_size)
@@ -91,7 +96,7 @@ def fused_shapes(architecture: Architecture, *, tied: bool) -> dict[str, tuple[i
 
 def _part_rows(architecture: Architecture, fused_name: str, rows: int) -> tuple[int, ...]:
     """How the rows of a fused matrix divide between the tensors that it is made of."""
-    if fused_name.endswith(".qkv"):
+    if fused_name.endswith((".qkv", ".qkv_bias")):
         return (architecture.query_size, architecture.kv_size, architecture.kv_size)
     if fused_name.endswith(".gate_up"):
         return (rows // 2, rows // 2)
@@ -185,6 +190,9 @@ def _folder_source(folder: Path, architecture: Architecture, *, tied: bool) -> _
         attention = [part(f"self_attn.{letter}_proj") for letter in "qkv"]
         names[f"layers.{layer}.attention_norm"] = (part("input_layernorm"),)
         names[f"layers.{layer}.qkv"] = tuple(attention)
+        names[f"layers.{layer}.qkv_bias"] = tuple(name.removesuffix("weight") + "bias" for name in attention)
+        names[f"layers.{layer}.query_norm"] = (part("self_attn.q_norm"),)
+        names[f"layers.{layer}.key_norm"] = (part("self_attn.k_norm"),)
         names[f"layers.{layer}.attention_output"] = (part("self_attn.o_proj"),)
         names[f"layers.{layer}.mlp_norm"] = (part("post_attention_layernorm"),)
         names[f"layers.{layer}.gate_up"] = (part("mlp.gate_proj"), part("mlp.up_proj"))

@@ -147,6 +147,15 @@ def test_a_folder_that_is_not_supported_is_refused_by_name(make_folder, fields, 
     assert [word for word in words if word not in message] == []
 
 
+QWEN_MOE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 8, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 8, "q_lora_rank": None,
+    "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 8, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
 QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8}
 
@@ -159,11 +168,33 @@ QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim
         ({**QWEN3, "head_dim": None}, ["q_proj.weight", "[32, 32]", "[512, 32]"]),
         ({**QWEN3, "attention_bias": True}, ["attention_bias", "True"]),
         ({**QWEN2, "use_sliding_window": True}, ["use_sliding_window", "True"]),
+        (QWEN_MOE, ["model.layers.0.self_attn.q_norm.weight", "missing"]),
+        ({**QWEN_MOE, "num_experts": None}, ["num_experts", "missing"]),
+        ({**QWEN_MOE, "num_experts_per_tok": 5}, ["5 experts", "4"]),
+        ({**QWEN_MOE, "moe_intermediate_size": 0}, ["intermediate_size", "0"]),
+        ({**QWEN_MOE, "mlp_only_layers": ["1"]}, ["mlp_only_layers", "'1'"]),
+        (DEEPSEEK, ["model.layers.0.self_attn.kv_a_proj_with_mqa.weight", "[12, 32]", "missing"]),
+        ({**DEEPSEEK, "kv_lora_rank": None}, ["kv_lora_rank", "missing"]),
+        ({**DEEPSEEK, "n_group": 3}, ["8 experts", "3 equal groups"]),
+        ({**DEEPSEEK, "topk_group": 3}, ["3 groups of 2"]),
+        ({**DEEPSEEK, "n_group": 8, "topk_group": 4}, ["1 experts each", "by 2 experts"]),
+        ({**DEEPSEEK, "scoring_func": "softmax"}, ["scoring_func", "softmax"]),
+        ({**DEEPSEEK, "topk_method": "greedy"}, ["topk_method", "greedy"]),
+        ({**DEEPSEEK, "moe_layer_freq": 2}, ["moe_layer_freq", "2"]),
+        ({**DEEPSEEK, "quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8"]),
     ],
 )
-def test_a_qwen_folder_that_is_not_supported_is_refused_by_name(make_folder, fields, words):
+def test_a_folder_of_another_family_is_refused_by_name(make_folder, fields, words):
     message = refusal_of_part(make_folder(fields))
     assert [word for word in words if word not in message] == []
+
+
+def test_layers_that_guess_ahead_are_left_unread(make_folder, tiny_tensors):
+    beyond = {f"model.layers.2.{name}": torch.ones(3) for name in ("eh_proj.weight", "enorm.weight")}
+    assert "model.layers.2.eh_proj.weight is not supported" in refusal_of_part(make_folder(tensors=beyond))
+    assert (
+        load(make_folder({"num_nextn_predict_layers": 1}, beyond)).tensors.keys() == load(make_folder()).tensors.keys()
+    )
 
 
 def test_a_context_stretched_by_yarn_is_the_longer_of_what_the_files_call_so(make_folder):

@@ -2,13 +2,13 @@
 
 Owns the reading of GGUF metadata and of Hugging Face's config.json into one `Architecture`.
 Invariant: whatever changes the mathematics and is not supported is refused by its name, never
-ignored. Supported are Llama (Touvron et al., 2023), Qwen2 (a bias on q, k and v) and Qwen3 (a norm on
-each head's query and key), with grouped-query attention, rotary positions (plain, "linear", "llama3" or
-"yarn" scaling) and tied or separate output weights.
+ignored. Supported are Llama (Touvron et al., 2023), Qwen2 (a bias on q, k and v), Qwen3 (a norm on each
+head's query and key) and its mixture of experts, DeepSeek-V2 and -V3 (latent attention, routed and shared
+experts); rotary positions plain or with "linear", "llama3" or "yarn" scaling; tied or separate output weights.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,54 @@ class RopeScaling:
     rounds_dimensions: bool = True
     attention_factor: float = 1.0
     """These four are YaRN's; cosines and sines are multiplied by the last."""
+    softmax_factor: float = 1.0
+    """DeepSeek's: what stands under the softmax is multiplied by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """The sizes of multi-head latent attention."""
+
+    query_rank: int | None
+    """None: queries are not compressed."""
+    kv_rank: int
+    nope_size: int
+    """Of each head's key, what positions do not turn."""
+    rope_size: int
+    """What they turn; all heads share it."""
+    value_size: int
+
+    @property
+    def key_size(self) -> int:
+        """Of each head's query and key."""
+        return self.nope_size + self.rope_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts: which layers have one, its sizes, and how each row's experts are chosen."""
+
+    layers: frozenset[int]
+    count: int
+    per_row: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    """Of the expert that all rows pass; 0 is none."""
+    scoring: str = "softmax"
+    """softmax over all experts, or the sigmoid of each."""
+    renormalizes: bool = False
+    """The chosen experts' shares are divided by their sum."""
+    scale: float = 1.0
+    has_choice_bias: bool = False
+    """A bias that counts in choosing, and not in the shares."""
+    group_count: int = 1
+    groups_per_row: int = 1
+    group_score_count: int = 1
+    """Experts are chosen from a row's best groups, by the sum of so many of their best scores."""
+
+    def are_in(self, layer: int) -> bool:
+        """Whether a layer has a mixture; the others have one MLP."""
+        return layer in self.layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +86,7 @@ class Architecture:
     """A model's sizes and constants."""
 
     family: str
-    """The model_type of config.json: llama, qwen2 or qwen3."""
+    """The model_type of config.json."""
     name: str
     layer_count: int
     hidden_size: int
@@ -56,6 +104,11 @@ class Architecture:
     has_qkv_bias: bool = False
     has_head_norms: bool = False
     """Queries and keys are normalised, each head by itself, before they are turned."""
+    has_interleaved_rope: bool = False
+    """In the files, rows that are turned stand pair by pair, not half by half."""
+    latent: Latent | None = None
+    """Latent attention; all heads share one cached key, so there is one KV head, of `head_dim` turned columns."""
+    experts: Experts | None = None
 
     @property
     def group_size(self) -> int:
@@ -71,6 +124,29 @@ class Architecture:
     def kv_size(self) -> int:
         """Columns of the key projection, and of the value projection."""
         return self.kv_head_count * self.head_dim
+
+    @property
+    def cached_key_size(self) -> int:
+        """What is cached of a token for one KV head to find it by."""
+        return self.head_dim if self.latent is None else self.latent.kv_rank + self.latent.rope_size
+
+    @property
+    def cached_value_size(self) -> int:
+        """What is cached of a token for one KV head to give; of a latent, the key's first columns are the value."""
+        return self.head_dim if self.latent is None else self.latent.kv_rank
+
+    @property
+    def cached_token_size(self) -> int:
+        """Numbers that a layer caches of a token."""
+        if self.latent is not None:
+            return self.cached_key_size
+        return self.kv_head_count * (self.cached_key_size + self.cached_value_size)
+
+    @property
+    def softmax_scale(self) -> float:
+        """By what queries times keys are multiplied."""
+        key_size = self.head_dim if self.latent is None else self.latent.key_size
+        return key_size**-0.5 * (1.0 if self.rope_scaling is None else self.rope_scaling.softmax_factor)
 
 
 # Fields of "llama.*" that are read, or that say nothing about the mathematics.
@@ -126,13 +202,96 @@ class _Family:
     """Of a config without one; None: the hidden size divided among the heads."""
     unused: tuple[str, ...] = ()
     """Required values that say nothing here."""
+    latent: "Callable[[_Fields], Latent] | None" = None
+    experts: "Callable[[_Fields, int], Experts | None] | None" = None
 
 
-# A Qwen config always names a window; `use_sliding_window` says whether there is one.
+def _qwen_experts(fields: "_Fields", layer_count: int) -> Experts | None:
+    """Qwen3-MoE's fields."""
+    step, dense = fields.integer("decoder_sparse_step", default=1), fields.integers("mlp_only_layers", default=[])
+    named = fields.integer("num_local_experts", default=None)
+    layers = frozenset(layer for layer in range(layer_count) if (layer + 1) % step == 0) - frozenset(dense)
+    return Experts(
+        layers=layers,
+        count=fields.integer("num_experts", default=_MISSING if named is None else named),
+        per_row=fields.integer("num_experts_per_tok"),
+        intermediate_size=fields.integer("moe_intermediate_size"),
+        renormalizes=fields.boolean("norm_topk_prob", default=False),
+    )
+
+
+def _deepseek_experts(fields: "_Fields", layer_count: int, **choice: Any) -> Experts | None:
+    """The fields that DeepSeek-V2 and -V3 share."""
+    fields.expect("moe_layer_freq", (1,), default=1)
+    first = fields.integer("first_k_dense_replace")
+    if first >= layer_count:
+        return None
+    size = fields.integer("moe_intermediate_size")
+    return Experts(
+        layers=frozenset(range(first, layer_count)),
+        count=fields.integer("n_routed_experts"),
+        per_row=fields.integer("num_experts_per_tok"),
+        intermediate_size=size,
+        shared_intermediate_size=size * fields.integer("n_shared_experts"),
+        scale=fields.number("routed_scaling_factor", default=1.0),
+        **choice,
+    )
+
+
+def _deepseek_v2_experts(fields: "_Fields", layer_count: int) -> Experts | None:
+    fields.expect("scoring_func", ("softmax",), default="softmax")
+    fields.expect("norm_topk_prob", (False,), default=False)
+    fields.expect("topk_method", ("greedy", "group_limited_greedy"), default="greedy")
+    if fields.text("topk_method", default="greedy") == "greedy":
+        return _deepseek_experts(fields, layer_count)
+    groups, per_row = fields.integer("n_group"), fields.integer("topk_group")
+    return _deepseek_experts(fields, layer_count, group_count=groups, groups_per_row=per_row)
+
+
+def _deepseek_v3_experts(fields: "_Fields", layer_count: int) -> Experts | None:
+    fields.expect("scoring_func", ("sigmoid",), default="sigmoid")
+    fields.expect("topk_method", ("noaux_tc",), default="noaux_tc")
+    return _deepseek_experts(
+        fields,
+        layer_count,
+        scoring="sigmoid",
+        renormalizes=fields.boolean("norm_topk_prob", default=True),
+        has_choice_bias=True,
+        group_count=fields.integer("n_group"),
+        groups_per_row=fields.integer("topk_group"),
+        group_score_count=2,
+    )
+
+
+def _deepseek_latent(fields: "_Fields") -> Latent:
+    return Latent(
+        query_rank=fields.integer("q_lora_rank", default=None),
+        kv_rank=fields.integer("kv_lora_rank"),
+        nope_size=fields.integer("qk_nope_head_dim"),
+        rope_size=fields.integer("qk_rope_head_dim"),
+        value_size=fields.integer("v_head_dim"),
+    )
+
+
+# A Qwen config always names a window; `use_sliding_window` says whether there is one. What DeepSeek's rope fields
+# mean for the layout of rows is read where its architecture is built.
 _FAMILIES = {
     "llama": _Family(class_name="LlamaForCausalLM"),
     "qwen2": _Family(class_name="Qwen2ForCausalLM", has_qkv_bias=True, unused=("sliding_window", "attention_bias")),
     "qwen3": _Family(class_name="Qwen3ForCausalLM", has_head_norms=True, head_dim=128, unused=("sliding_window",)),
+    "qwen3_moe": _Family(
+        class_name="Qwen3MoeForCausalLM",
+        has_head_norms=True,
+        unused=("sliding_window", "num_local_experts"),
+        experts=_qwen_experts,
+    ),
+    "deepseek_v2": _Family(class_name="DeepseekV2ForCausalLM", latent=_deepseek_latent, experts=_deepseek_v2_experts),
+    "deepseek_v3": _Family(
+        class_name="DeepseekV3ForCausalLM",
+        unused=("rope_interleaved",),
+        latent=_deepseek_latent,
+        experts=_deepseek_v3_experts,
+    ),
 }
 
 
@@ -158,6 +317,7 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
     return _checked(
         path,
         family="llama",
+        has_interleaved_rope=True,
         name=fields.text("general.name", default=path.stem),
         layer_count=fields.integer("llama.block_count"),
         hidden_size=hidden,
@@ -189,9 +349,10 @@ def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapp
     fields.expect("layer_types", (["full_attention"] * layers,), default=["full_attention"] * layers)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
+    latent = None if family.latent is None else family.latent(fields)
     context = fields.integer("max_position_embeddings", default=2048)
     rope = _Fields(path, {**config, **_rope_parameters(config)})
-    scaling = _rope_scaling(path, rope)
+    scaling = _rope_scaling(path, rope, is_deepseek=latent is not None)
     if scaling is not None and scaling.kind == "yarn":
         # Qwen's files keep the length before stretching under this name, DeepSeek's the one after it.
         context = max(context, int(scaling.factor * scaling.original_context_token_count))
@@ -204,8 +365,12 @@ def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapp
         hidden_size=hidden,
         intermediate_size=fields.integer("intermediate_size"),
         head_count=heads,
-        kv_head_count=fields.integer("num_key_value_heads", default=heads),
-        head_dim=fields.integer("head_dim", default=family.head_dim or hidden // max(heads, 1)),
+        kv_head_count=1 if latent is not None else fields.integer("num_key_value_heads", default=heads),
+        head_dim=(
+            latent.rope_size
+            if latent is not None
+            else fields.integer("head_dim", default=family.head_dim or hidden // max(heads, 1))
+        ),
         vocabulary_size=fields.integer("vocab_size"),
         context_token_count=context,
         rope_base=rope.number("rope_theta", default=10000.0),
@@ -215,6 +380,9 @@ def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapp
         bos_token_id=fields.integer("bos_token_id", default=None),
         has_qkv_bias=family.has_qkv_bias,
         has_head_norms=family.has_head_norms,
+        has_interleaved_rope=latent is not None and fields.boolean("rope_interleave", default=True),
+        latent=latent,
+        experts=None if family.experts is None else family.experts(fields, layers),
     )
 
 
@@ -224,7 +392,7 @@ def _rope_parameters(config: Mapping[str, object]) -> Mapping[str, object]:
     return found if isinstance(found, Mapping) else {"rope_type": found}
 
 
-def _rope_scaling(path: Path, fields: "_Fields") -> RopeScaling | None:
+def _rope_scaling(path: Path, fields: "_Fields", *, is_deepseek: bool) -> RopeScaling | None:
     fields.expect("partial_rotary_factor", (1.0,), default=1.0)
     kind = fields.text("rope_type", default=fields.text("type", default="default"))
     if kind == "default":
@@ -240,11 +408,11 @@ def _rope_scaling(path: Path, fields: "_Fields") -> RopeScaling | None:
             original_context_token_count=fields.integer("original_max_position_embeddings"),
         )
     if kind == "yarn":
-        return _yarn(fields)
+        return _yarn(fields, is_deepseek=is_deepseek)
     raise ModelLoadError(f"{path}: rope scaling {kind!r} is not supported (linear, llama3 and yarn are)")
 
 
-def _yarn(fields: "_Fields") -> RopeScaling:
+def _yarn(fields: "_Fields", *, is_deepseek: bool) -> RopeScaling:
     """YaRN (Peng et al., 2023), with the fields that transformers and DeepSeek's own code give it."""
     factor = fields.number("factor")
     both = fields.number("mscale", default=0.0), fields.number("mscale_all_dim", default=0.0)
@@ -257,6 +425,7 @@ def _yarn(fields: "_Fields") -> RopeScaling:
         slow_turns=fields.number("beta_slow", default=1.0),
         rounds_dimensions=fields.boolean("truncate", default=True),
         attention_factor=fields.number("attention_factor", default=usual or _yarn_magnitude(factor, 1.0)),
+        softmax_factor=_yarn_magnitude(factor, both[1]) ** 2 if is_deepseek else 1.0,
     )
 
 
@@ -275,6 +444,7 @@ def _checked(path: Path, **values: object) -> Architecture:
         raise ModelLoadError(
             f"{path}: {architecture.head_count} heads cannot share {architecture.kv_head_count} KV heads"
         )
+    _check_parts(path, architecture)
     if architecture.head_dim % 2:
         raise ModelLoadError(f"{path}: head_dim is {architecture.head_dim}, expected an even number")
     for token in (*architecture.eos_token_ids, architecture.bos_token_id or 0):
@@ -283,6 +453,29 @@ def _checked(path: Path, **values: object) -> Architecture:
                 f"{path}: special token {token!r} is not in the vocabulary of {architecture.vocabulary_size}"
             )
     return architecture
+
+
+def _check_parts(path: Path, architecture: Architecture) -> None:
+    """Refuse sizes of a latent or of experts that do not fit together."""
+    experts = architecture.experts
+    for part in (architecture.latent, experts):
+        for name, value in vars(part).items() if part is not None else ():
+            if type(value) in (int, float) and value <= 0 and name != "shared_intermediate_size":
+                raise ModelLoadError(f"{path}: {name} is {value}, expected more than 0")
+    if experts is None:
+        return
+    if experts.count % experts.group_count:
+        raise ModelLoadError(f"{path}: {experts.count} experts cannot stand in {experts.group_count} equal groups")
+    in_group = experts.count // experts.group_count
+    if experts.groups_per_row > experts.group_count or experts.group_score_count > in_group:
+        raise ModelLoadError(
+            f"{path}: {experts.groups_per_row} groups of {experts.group_count}, with {in_group} experts each,"
+            f" cannot be chosen by {experts.group_score_count} experts of each"
+        )
+    if experts.per_row > experts.groups_per_row * in_group:
+        raise ModelLoadError(
+            f"{path}: {experts.per_row} experts a row cannot be chosen from {experts.groups_per_row * in_group}"
+        )
 
 
 _POSITIVE = (
@@ -308,6 +501,12 @@ class _Fields:
 
     def text(self, key: str, *, default: Any = _MISSING) -> Any:
         return self._typed(key, str, default)
+
+    def integers(self, key: str, *, default: Any = _MISSING) -> Any:
+        values = self._typed(key, list, default)
+        if not all(type(value) is int for value in values):
+            raise ModelLoadError(f"{self._path}: field {key} is {values!r}: not the expected type")
+        return values
 
     def boolean(self, key: str, *, default: Any = _MISSING) -> Any:
         return self._typed(key, bool, default)

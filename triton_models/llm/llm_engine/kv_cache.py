@@ -16,12 +16,15 @@ from .step_tensors import AttentionGroup
 
 def block_byte_count(architecture: Architecture, block_token_count: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
-    per_token = 2 * architecture.kv_size * architecture.layer_count
+    per_token = architecture.cached_token_size * architecture.layer_count
     return per_token * block_token_count * dtype.itemsize
 
 
 class KvCache:
-    """A layer's blocks are [block_count + 1, block_token_count * 2 * kv_size]: a token's key, then its value."""
+    """A layer's blocks are [block_count + 1, block_token_count * cached_token_size].
+
+    Of a token that is its key, then its value; of a latent, whose value is the first part of its key, the key.
+    """
 
     def __init__(
         self,
@@ -34,31 +37,35 @@ class KvCache:
     ) -> None:
         self.padding_block = block_count
         self._heads = architecture.kv_head_count
-        self._head_dim = architecture.head_dim
+        self._key_size, self._value_size = architecture.cached_key_size, architecture.cached_value_size
+        self._is_latent = architecture.latent is not None
         self._group_size = architecture.group_size
-        self._token_size = 2 * architecture.kv_size
+        self._token_size = architecture.cached_token_size
+        self._scale = architecture.softmax_scale
         shape = (block_count + 1, block_token_count * self._token_size)
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.layer_count)]
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     def write(self, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
-        """Keep the rows' keys and values: [row_count, 2 * kv_size] at slots [row_count] int64."""
+        """Keep what is cached of the rows' tokens: [row_count, cached_token_size] at slots [row_count] int64."""
         self._layers[layer].view(-1, self._token_size).index_copy_(0, slots, keys_values)
 
     def attend(self, layer: int, queries: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        """Attend a group's rows, [row_count, head_count, head_dim], to their sequences; same shape back.
+        """Attend a group's rows, [row_count, head_count, key size], to their sequences; the value's size comes back.
 
         The query heads that share a KV head stand as query rows beneath it: torch's fused CPU kernel
         takes that with a mask, which it does not with `enable_gqa`.
         """
         count, query_count = group.sequence_count, group.query_count
         keys, values = self._gather(layer, group)
-        split = (count, query_count, self._heads, self._group_size, self._head_dim)
+        split = (count, query_count, self._heads, self._group_size, self._key_size)
         under_kv_head = queries.reshape(split).permute(0, 2, 3, 1, 4)
-        shape = (count, self._heads, self._group_size * query_count, self._head_dim)
-        attended = F.scaled_dot_product_attention(under_kv_head.reshape(shape), keys, values, attn_mask=group.mask)
-        by_row = attended.view(under_kv_head.shape).permute(0, 3, 1, 2, 4)
-        return by_row.reshape(queries.shape)
+        shape = (count, self._heads, self._group_size * query_count, self._key_size)
+        attended = F.scaled_dot_product_attention(
+            under_kv_head.reshape(shape), keys, values, attn_mask=group.mask, scale=self._scale
+        )
+        by_row = attended.view(*under_kv_head.shape[:-1], self._value_size).permute(0, 3, 1, 2, 4)
+        return by_row.reshape(*queries.shape[:-1], self._value_size)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite: under a mask a NaN still reaches the next owner."""
@@ -67,13 +74,16 @@ class KvCache:
             layer.index_fill_(0, index, 0)
 
     def _gather(self, layer: int, group: AttentionGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as views of one buffer, [sequences, kv heads, context, head_dim] each."""
+        """Keys and values as views of one buffer, [sequences, kv heads, context, size] each."""
         blocks = self._layers[layer]
         size = group.blocks.numel() * blocks.shape[1]
         if self._gathered.numel() < size:
             self._gathered = self._gathered.new_empty(size)
         gathered = self._gathered[:size].view(-1, blocks.shape[1])
         torch.index_select(blocks, 0, group.blocks, out=gathered)
-        shape = (group.sequence_count, -1, 2, self._heads, self._head_dim)
+        if self._is_latent:
+            keys = gathered.view(group.sequence_count, 1, -1, self._key_size)
+            return keys, keys[..., : self._value_size]
+        shape = (group.sequence_count, -1, 2, self._heads, self._key_size)
         keys, values = gathered.view(shape).permute(2, 0, 3, 1, 4)
         return keys, values

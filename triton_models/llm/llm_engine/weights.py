@@ -1,9 +1,8 @@
 """A model's weights, from files to fused matrices in the wanted type.
 
-Owns names and layouts: what a tensor is called in GGUF and in Hugging Face's files, how q, k and v
-(and gate and up) are fused into one matrix, and the cache of the result. Invariants: every tensor that
-the architecture needs is there with its exact shape, and there is no other; a cache file is either
-complete or absent. What the matrices mean is left to `model.py`.
+Owns the reading: what a tensor is called in GGUF, the order of its rows, and the cache of the result.
+Invariants: every tensor that the architecture needs is there with its exact shape, and there is no other;
+a cache file is either complete or absent. What is fused is `layouts.py`'s, what it means `model.py`'s.
 """
 
 import hashlib
@@ -23,6 +22,7 @@ from . import architecture as architectures
 from .architecture import Architecture
 from .errors import ModelLoadError
 from .gguf_reader import GgufFile
+from .layouts import RopeRows, fused_tensors
 
 # Counted up whenever the fused layout or the reading of a file changes.
 CACHE_VERSION = 1
@@ -46,11 +46,11 @@ class _Source:
     path: Path
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]
-    names: dict[str, tuple[str, ...]]
     tied: bool
     """Whether the embedding is the output matrix too."""
+    name_of: Callable[[str], str] = str
+    """From Hugging Face's name of a tensor to the one that it has here."""
     ignorable: frozenset[str] = frozenset()
-    interleaved_rope: bool = False
 
 
 def load_checkpoint(model_path: Path, *, dtype: str, cache_dir: Path | None) -> Checkpoint:
@@ -61,7 +61,7 @@ def load_checkpoint(model_path: Path, *, dtype: str, cache_dir: Path | None) -> 
         raise ModelLoadError(f"{model_path}: there is no such file or folder")
     file = GgufFile(model_path)
     architecture = architectures.from_gguf(model_path, file.metadata)
-    source = _gguf_source(file, architecture)
+    source = _gguf_source(file)
     _check(source, architecture)
     cached = None if cache_dir is None else _cache_path(cache_dir, model_path, dtype)
     tensors = None if cached is None else _read_cache(cached, architecture)
@@ -72,43 +72,12 @@ def load_checkpoint(model_path: Path, *, dtype: str, cache_dir: Path | None) -> 
     return Checkpoint(architecture, tensors)
 
 
-def fused_shapes(architecture: Architecture, *, tied: bool) -> dict[str, tuple[int, int] | tuple[int]]:
-    """The names and shapes of the fused weights."""
-    a = architecture
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (a.vocabulary_size, a.hidden_size)}
-    for layer in range(a.layer_count):
-        shapes[f"layers.{layer}.attention_norm"] = (a.hidden_size,)
-        shapes[f"layers.{layer}.qkv"] = (a.query_size + 2 * a.kv_size, a.hidden_size)
-        if a.has_qkv_bias:
-            shapes[f"layers.{layer}.qkv_bias"] = (a.query_size + 2 * a.kv_size,)
-        if a.has_head_norms:
-            shapes[f"layers.{layer}.query_norm"] = (a.head_dim,)
-            shapes[f"layers.{layer}.key_norm"] = (a.head_dim,)
-        shapes[f"layers.{layer}.attention_output"] = (a.hidden_size, a.query_size)
-        shapes[f"layers.{layer}.mlp_norm"] = (a.hidden_size,)
-        shapes[f"layers.{layer}.gate_up"] = (2 * a.intermediate_size, a.hidden_size)
-        shapes[f"layers.{layer}.down"] = (a.hidden_size, a.intermediate_size)
-    shapes["final_norm"] = (a.hidden_size,)
-    if not tied:
-        shapes["output"] = (a.vocabulary_size, a.hidden_size)
-    return shapes
-
-
-def _part_rows(architecture: Architecture, fused_name: str, rows: int) -> tuple[int, ...]:
-    """How the rows of a fused matrix divide between the tensors that it is made of."""
-    if fused_name.endswith((".qkv", ".qkv_bias")):
-        return (architecture.query_size, architecture.kv_size, architecture.kv_size)
-    if fused_name.endswith(".gate_up"):
-        return (rows // 2, rows // 2)
-    return (rows,)
-
-
 def _check(source: _Source, architecture: Architecture) -> None:
     """Refuse missing tensors, wrong shapes, and tensors that nothing would use."""
     used = set(source.ignorable)
-    for fused_name, shape in fused_shapes(architecture, tied=source.tied).items():
-        for name, rows in zip(source.names[fused_name], _part_rows(architecture, fused_name, shape[0]), strict=True):
-            expected = (rows, *shape[1:])
+    for fused in fused_tensors(architecture, tied=source.tied):
+        for part in fused.parts:
+            name, expected = source.name_of(part.name), part.shape
             if name not in source.shapes:
                 raise ModelLoadError(f"{source.path}: tensor {name} {list(expected)} is missing")
             if source.shapes[name] != expected:
@@ -121,49 +90,64 @@ def _check(source: _Source, architecture: Architecture) -> None:
 
 
 def _fuse(source: _Source, architecture: Architecture, dtype: str) -> dict[str, torch.Tensor]:
-    """Read, reorder, convert and join: fused name to [rows, columns] of the wanted type."""
-    fused = {}
-    for fused_name in fused_shapes(architecture, tied=source.tied):
-        parts = [source.read(name) for name in source.names[fused_name]]
-        if source.interleaved_rope and fused_name.endswith(".qkv"):
-            parts[:2] = [_deinterleaved(part, architecture.head_dim) for part in parts[:2]]
-        for name, part in zip(source.names[fused_name], parts, strict=True):
-            if not torch.isfinite(part).all():
-                raise ModelLoadError(f"{source.path}: tensor {name} holds values that are not finite")
-        converted = [part.to(TORCH_DTYPES[dtype]) for part in parts]
-        fused[fused_name] = converted[0] if len(converted) == 1 else torch.cat(converted)
-    return fused
+    """Read, reorder, convert and join: fused name to its tensor of the wanted type."""
+    tensors = {}
+    for fused in fused_tensors(architecture, tied=source.tied):
+        parts = []
+        for part in fused.parts:
+            tensor = source.read(source.name_of(part.name))
+            if not torch.isfinite(tensor).all():
+                raise ModelLoadError(
+                    f"{source.path}: tensor {source.name_of(part.name)} holds values that are not finite"
+                )
+            if architecture.has_interleaved_rope and part.rope is not None:
+                tensor = _deinterleaved(tensor, part.rope)
+            parts.append(tensor if fused.is_exact else tensor.to(TORCH_DTYPES[dtype]))
+        tensors[fused.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensors
 
 
-def _deinterleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of each head from (pair, half) order, as GGUF has them, to (half, pair), as rotary here."""
-    heads = weight.shape[0] // head_dim
-    pairs = weight.view(heads, head_dim // 2, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+def _deinterleaved(weight: torch.Tensor, rope: RopeRows) -> torch.Tensor:
+    """The turned rows of each head from (pair, half) order to (half, pair), as rotary here."""
+    heads = weight.view(-1, rope.head_size, *weight.shape[1:])
+    plain, turned = heads.split((rope.head_size - rope.rope_size, rope.rope_size), dim=1)
+    halves = (turned[:, 0::2], turned[:, 1::2])
+    return torch.cat((plain, *halves), dim=1).reshape(weight.shape)
 
 
-def _gguf_source(file: GgufFile, architecture: Architecture) -> _Source:
-    names = {
-        "embedding": ("token_embd.weight",),
-        "final_norm": ("output_norm.weight",),
-        "output": ("output.weight",),
-    }
-    for layer in range(architecture.layer_count):
-        part = f"blk.{layer}.{{}}.weight".format
-        names[f"layers.{layer}.attention_norm"] = (part("attn_norm"),)
-        names[f"layers.{layer}.qkv"] = (part("attn_q"), part("attn_k"), part("attn_v"))
-        names[f"layers.{layer}.attention_output"] = (part("attn_output"),)
-        names[f"layers.{layer}.mlp_norm"] = (part("ffn_norm"),)
-        names[f"layers.{layer}.gate_up"] = (part("ffn_gate"), part("ffn_up"))
-        names[f"layers.{layer}.down"] = (part("ffn_down"),)
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    """From model.layers.3.mlp.up_proj.weight to blk.3.ffn_up.weight."""
+    stem, ending = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{_GGUF_NAMES[part]}.{ending}"
+    return f"{_GGUF_NAMES[stem]}.{ending}"
+
+
+def _gguf_source(file: GgufFile) -> _Source:
     shapes = {entry.name: entry.shape for entry in file.tensors.values()}
     return _Source(
         file.path,
         shapes,
         lambda name: torch.from_numpy(file.tensor(name)),
-        names,
         tied="output.weight" not in shapes,
-        interleaved_rope=True,
+        name_of=_gguf_name,
     )
 
 
@@ -172,31 +156,20 @@ def _load_folder(folder: Path, dtype: str) -> Checkpoint:
     generation_path = folder / "generation_config.json"
     generation = _json(generation_path) if generation_path.exists() else {}
     architecture = architectures.from_hugging_face(folder / "config.json", config, generation)
-    source = _folder_source(folder, architecture, tied=bool(config.get("tie_word_embeddings", False)))
+    # DeepSeek-V3's files hold layers after the last one, which guess more than one token ahead.
+    layers, guessing = architecture.layer_count, config.get("num_nextn_predict_layers") or 0
+    source = _folder_source(
+        folder,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        unused_layers=range(layers, layers + guessing),
+    )
     _check(source, architecture)
     return Checkpoint(architecture, _fuse(source, architecture, dtype))
 
 
-def _folder_source(folder: Path, architecture: Architecture, *, tied: bool) -> _Source:
+def _folder_source(folder: Path, *, tied: bool, unused_layers: range) -> _Source:
     # A tied model may carry a copy of its embedding under the head's name; it is left unread.
     head = "lm_head.weight"
-    names = {
-        "embedding": ("model.embed_tokens.weight",),
-        "final_norm": ("model.norm.weight",),
-        "output": (head,),
-    }
-    for layer in range(architecture.layer_count):
-        part = f"model.layers.{layer}.{{}}.weight".format
-        attention = [part(f"self_attn.{letter}_proj") for letter in "qkv"]
-        names[f"layers.{layer}.attention_norm"] = (part("input_layernorm"),)
-        names[f"layers.{layer}.qkv"] = tuple(attention)
-        names[f"layers.{layer}.qkv_bias"] = tuple(name.removesuffix("weight") + "bias" for name in attention)
-        names[f"layers.{layer}.query_norm"] = (part("self_attn.q_norm"),)
-        names[f"layers.{layer}.key_norm"] = (part("self_attn.k_norm"),)
-        names[f"layers.{layer}.attention_output"] = (part("self_attn.o_proj"),)
-        names[f"layers.{layer}.mlp_norm"] = (part("post_attention_layernorm"),)
-        names[f"layers.{layer}.gate_up"] = (part("mlp.gate_proj"), part("mlp.up_proj"))
-        names[f"layers.{layer}.down"] = (part("mlp.down_proj"),)
     files, shapes = {}, {}
     for path in _weight_files(folder):
         file = _open_safetensors(path)
@@ -204,12 +177,12 @@ def _folder_source(folder: Path, architecture: Architecture, *, tied: bool) -> _
             files[name], shapes[name] = file, tuple(file.get_slice(name).get_shape())
     if not tied and head not in shapes:
         raise ModelLoadError(f"{folder}: tensor {head} is missing, and tie_word_embeddings is not set")
-    stale = {name for name in shapes if name.endswith(".rotary_emb.inv_freq")}
+    beyond = tuple(f"model.layers.{layer}." for layer in unused_layers)
+    stale = {name for name in shapes if name.endswith(".rotary_emb.inv_freq") or name.startswith(beyond)}
     return _Source(
         folder,
         shapes,
         lambda name: files[name].get_tensor(name).float(),
-        names,
         tied=tied,
         ignorable=frozenset(stale | ({head} if tied else set())),
     )
@@ -263,7 +236,7 @@ def _read_cache(path: Path, architecture: Architecture) -> dict[str, torch.Tenso
     except (OSError, SafetensorError) as error:
         _log.warning("weight cache %s is damaged and will be rebuilt: %s", path, error)
         return None
-    expected = fused_shapes(architecture, tied="output" not in tensors)
+    expected = {fused.name: fused.shape for fused in fused_tensors(architecture, tied="output" not in tensors)}
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
         _log.warning("weight cache %s does not fit the model and will be rebuilt", path)
         return None

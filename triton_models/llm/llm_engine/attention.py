@@ -1,0 +1,99 @@
+"""A layer's attention: rows in, what they attend to out; keys and values go to the cache.
+
+Owns two forms: grouped queries (Ainslie et al., 2023), and DeepSeek's multi-head latent attention
+(DeepSeek-V2, 2024), which caches one compressed vector a token for all heads. Invariant: both keep nothing
+but weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .architecture import Architecture, Latent
+from .kv_cache import KvCache
+from .matmul import Projection
+from .rotary import rotated
+from .step_tensors import StepTensors
+
+# transformers builds the norms of latents without the config's epsilon, and so were the weights trained.
+_LATENT_NORM_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's rows stand; `cosines` and `sines` are [row_count, 1, rope_size / 2]."""
+
+    layer: int
+    step: StepTensors
+    cosines: torch.Tensor
+    sines: torch.Tensor
+    kv_cache: KvCache
+
+    def attend(self, queries: torch.Tensor) -> torch.Tensor:
+        """[row_count, head_count, key_size] to [row_count, head_count * value_size]."""
+        groups = self.step.groups
+        parts = [self.kv_cache.attend(self.layer, queries[group.rows], group) for group in groups]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+class GroupedQueryAttention:
+    """Query heads share fewer key and value heads."""
+
+    def __init__(self, architecture: Architecture, weights: Mapping[str, torch.Tensor], qkv: Projection) -> None:
+        self._architecture = a = architecture
+        self._qkv = qkv
+        self._head_norms = None
+        if a.has_head_norms:
+            of_each = [weights["query_norm"]] * a.head_count + [weights["key_norm"]] * a.kv_head_count
+            self._head_norms = torch.stack(of_each)
+
+    def __call__(self, rows: torch.Tensor, place: Place) -> torch.Tensor:
+        """[row_count, hidden_size] to [row_count, query_size]."""
+        a = self._architecture
+        by_head = self._qkv(rows).reshape(rows.shape[0], -1, a.head_dim)
+        queries_keys, values = by_head.split((a.head_count + a.kv_head_count, a.kv_head_count), dim=1)
+        if self._head_norms is not None:
+            queries_keys = F.rms_norm(queries_keys, (a.head_dim,), eps=a.norm_epsilon) * self._head_norms
+        turned = rotated(queries_keys, place.cosines, place.sines)
+        queries, keys = turned.split((a.head_count, a.kv_head_count), dim=1)
+        place.kv_cache.write(place.layer, place.step.slots, torch.cat((keys, values), dim=1).flatten(1))
+        return place.attend(queries)
+
+
+class LatentAttention:
+    """All heads read one compressed vector a token; expanding it to keys and values is folded into the queries and
+    into what was attended to, so that nothing of a context is expanded (the "absorbed" form)."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        latent: Latent,
+        weights: Mapping[str, torch.Tensor],
+        latents: Projection,
+        query: Projection | None,
+    ) -> None:
+        self._latent, self._heads = latent, architecture.head_count
+        self._latents, self._query = latents, query
+        self._query_norm, self._kv_norm = weights.get("query_latent_norm"), weights["kv_latent_norm"]
+        expanding = weights["keys_values"].view(self._heads, -1, latent.kv_rank)
+        self._to_keys, self._to_values = expanding.split((latent.nope_size, latent.value_size), dim=1)
+
+    def __call__(self, rows: torch.Tensor, place: Place) -> torch.Tensor:
+        """[row_count, hidden_size] to [row_count, head_count * value_size]."""
+        latent = self._latent
+        compressed = self._latents(rows)
+        sizes = (compressed.shape[1] - latent.kv_rank - latent.rope_size, latent.kv_rank, latent.rope_size)
+        queries, kv, shared_key = compressed.split(sizes, dim=1)
+        if self._query is not None:
+            queries = self._query(F.rms_norm(queries, (sizes[0],), self._query_norm, _LATENT_NORM_EPSILON))
+        kv = F.rms_norm(kv, (latent.kv_rank,), self._kv_norm, _LATENT_NORM_EPSILON)
+        by_head = queries.reshape(rows.shape[0], self._heads, latent.key_size)
+        plain, turning = by_head.split((latent.nope_size, latent.rope_size), dim=2)
+        shared_key = rotated(shared_key.unsqueeze(1), place.cosines, place.sines).squeeze(1)
+        place.kv_cache.write(place.layer, place.step.slots, torch.cat((kv, shared_key), dim=1))
+        absorbed = torch.einsum("rhn,hnc->rhc", plain, self._to_keys)
+        turned = rotated(turning, place.cosines, place.sines)
+        attended = place.attend(torch.cat((absorbed, turned), dim=2)).view(rows.shape[0], self._heads, -1)
+        return torch.einsum("rhc,hvc->rhv", attended, self._to_values).flatten(1)

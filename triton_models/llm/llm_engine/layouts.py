@@ -1,0 +1,142 @@
+"""Which tensors a model is made of: their fused names here, their parts' names and shapes in Hugging Face's files.
+
+Owns the table of names. Invariants: every tensor of the mathematics stands in it once; nothing is read
+here. What is fused is multiplied at once: q, k and v; gate and up; all experts of a layer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .architecture import Architecture, Experts, Latent
+
+
+@dataclass(frozen=True)
+class RopeRows:
+    """Rows that are turned by their positions: of each `head_size` rows the last `rope_size`."""
+
+    head_size: int
+    rope_size: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    rope: RopeRows | None = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One tensor of the engine: its parts, joined along their rows."""
+
+    name: str
+    parts: tuple[Part, ...]
+    is_exact: bool = False
+    """It stays in fp32, whatever type the weights have."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All parts' rows; the columns are the same."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+
+def fused_tensors(architecture: Architecture, *, tied: bool) -> list[Fused]:
+    """All tensors of a model; a tied one has no output matrix."""
+    a = architecture
+    fused = [_single("embedding", "model.embed_tokens.weight", a.vocabulary_size, a.hidden_size)]
+    for layer in range(a.layer_count):
+        fused += _layer(a, layer)
+    fused.append(_single("final_norm", "model.norm.weight", a.hidden_size))
+    if not tied:
+        fused.append(_single("output", "lm_head.weight", a.vocabulary_size, a.hidden_size))
+    return fused
+
+
+def _single(name: str, part: str, *shape: int) -> Fused:
+    return Fused(name, (Part(part, shape),))
+
+
+def _layer(a: Architecture, layer: int) -> Iterator[Fused]:
+    here, there = f"layers.{layer}.{{}}".format, f"model.layers.{layer}.{{}}".format
+    yield _single(here("attention_norm"), there("input_layernorm.weight"), a.hidden_size)
+    if a.latent is None:
+        yield from _grouped_query(a, here, there)
+    else:
+        yield from _latent(a, a.latent, here, there)
+    yield _single(here("mlp_norm"), there("post_attention_layernorm.weight"), a.hidden_size)
+    if a.experts is None or not a.experts.are_in(layer):
+        yield from _mlp(here(""), there("mlp."), a.intermediate_size, a.hidden_size)
+    else:
+        yield from _experts(a.experts, a.hidden_size, here, there)
+
+
+def _grouped_query(a: Architecture, here: Callable[[str], str], there: Callable[[str], str]) -> Iterator[Fused]:
+    rope = RopeRows(a.head_dim, a.head_dim)
+    sizes = (("q", a.query_size, rope), ("k", a.kv_size, rope), ("v", a.kv_size, None))
+
+    def parts(ending: str, *columns: int) -> tuple[Part, ...]:
+        names = (there(f"self_attn.{letter}_proj.{ending}") for letter, _, _ in sizes)
+        return tuple(Part(name, (rows, *columns), turned) for name, (_, rows, turned) in zip(names, sizes, strict=True))
+
+    yield Fused(here("qkv"), parts("weight", a.hidden_size))
+    if a.has_qkv_bias:
+        yield Fused(here("qkv_bias"), parts("bias"))
+    if a.has_head_norms:
+        yield _single(here("query_norm"), there("self_attn.q_norm.weight"), a.head_dim)
+        yield _single(here("key_norm"), there("self_attn.k_norm.weight"), a.head_dim)
+    yield _single(here("attention_output"), there("self_attn.o_proj.weight"), a.hidden_size, a.query_size)
+
+
+def _latent(
+    a: Architecture, latent: Latent, here: Callable[[str], str], there: Callable[[str], str]
+) -> Iterator[Fused]:
+    """Multi-head latent attention: what is compressed is computed at once, then each is expanded."""
+    query_size = a.head_count * latent.key_size
+    query_rope = RopeRows(latent.key_size, latent.rope_size)
+    compressed_size = latent.kv_rank + latent.rope_size
+    compressed = Part(
+        there("self_attn.kv_a_proj_with_mqa.weight"),
+        (compressed_size, a.hidden_size),
+        RopeRows(compressed_size, latent.rope_size),
+    )
+    if latent.query_rank is None:
+        queries = Part(there("self_attn.q_proj.weight"), (query_size, a.hidden_size), query_rope)
+        yield Fused(here("latents"), (queries, compressed))
+    else:
+        queries = Part(there("self_attn.q_a_proj.weight"), (latent.query_rank, a.hidden_size))
+        yield Fused(here("latents"), (queries, compressed))
+        yield _single(here("query_latent_norm"), there("self_attn.q_a_layernorm.weight"), latent.query_rank)
+        expanded = Part(there("self_attn.q_b_proj.weight"), (query_size, latent.query_rank), query_rope)
+        yield Fused(here("query"), (expanded,))
+    yield _single(here("kv_latent_norm"), there("self_attn.kv_a_layernorm.weight"), latent.kv_rank)
+    kv_size = a.head_count * (latent.nope_size + latent.value_size)
+    yield _single(here("keys_values"), there("self_attn.kv_b_proj.weight"), kv_size, latent.kv_rank)
+    value_size = a.head_count * latent.value_size
+    yield _single(here("attention_output"), there("self_attn.o_proj.weight"), a.hidden_size, value_size)
+
+
+def _mlp(here: str, there: str, size: int, hidden_size: int) -> Iterator[Fused]:
+    parts = tuple(Part(f"{there}{name}_proj.weight", (size, hidden_size)) for name in ("gate", "up"))
+    yield Fused(f"{here}gate_up", parts)
+    yield _single(f"{here}down", f"{there}down_proj.weight", hidden_size, size)
+
+
+def _experts(
+    experts: Experts, hidden_size: int, here: Callable[[str], str], there: Callable[[str], str]
+) -> Iterator[Fused]:
+    yield _single(here("router"), there("mlp.gate.weight"), experts.count, hidden_size)
+    if experts.has_choice_bias:
+        bias = Part(there("mlp.gate.e_score_correction_bias"), (experts.count,))
+        yield Fused(here("router_bias"), (bias,), is_exact=True)
+    gate_up, down = [], []
+    for expert in range(experts.count):
+        one, other = _mlp("", there(f"mlp.experts.{expert}."), experts.intermediate_size, hidden_size)
+        gate_up += one.parts
+        down += other.parts
+    yield Fused(here("experts_gate_up"), tuple(gate_up))
+    yield Fused(here("experts_down"), tuple(down))
+    if experts.shared_intermediate_size:
+        shared = experts.shared_intermediate_size
+        yield from _mlp(here("shared_"), there("mlp.shared_experts."), shared, hidden_size)

@@ -1,0 +1,88 @@
+"""A layer's feed-forward part: one SwiGLU (Shazeer, 2020), or a mixture of many of which each row takes a few.
+
+Owns the choice of experts, as Qwen3-MoE, DeepSeek-V2 and DeepSeek-V3 make it. Invariant: a row's experts
+depend on that row alone.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .architecture import Experts
+from .matmul import Projection
+
+
+class Mlp:
+    """A SwiGLU whose gate and up are one matrix."""
+
+    def __init__(self, gate_up: Projection, down: Projection) -> None:
+        self._gate_up, self._down = gate_up, down
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[row_count, hidden_size], both ways."""
+        gate, up = self._gate_up(rows).chunk(2, dim=-1)
+        # In place: fresh memory for each of these costs a prefill more than the arithmetic.
+        return self._down(F.silu(gate, inplace=True).mul_(up))
+
+
+class ExpertMixture:
+    """Routed experts, and one that all rows pass where the model has it."""
+
+    def __init__(
+        self,
+        experts: Experts,
+        *,
+        router: torch.Tensor,
+        choice_bias: torch.Tensor | None,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        shared: Mlp | None,
+    ) -> None:
+        self._experts = experts
+        self._router = router.float()
+        self._choice_bias = choice_bias
+        self._gate_up = gate_up.view(experts.count, -1, gate_up.shape[1])
+        self._down = down.view(experts.count, -1, down.shape[1])
+        self._shared = shared
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[row_count, hidden_size], both ways."""
+        mixed = torch.zeros_like(rows) if self._shared is None else self._shared(rows)
+        chosen, shares = self._route(rows)
+        # Rows in the order of their experts, so that each expert multiplies all of its rows at once.
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=self._experts.count).tolist()
+        of_row = order // self._experts.per_row
+        sorted_rows, sorted_shares = rows[of_row], shares.flatten()[order].unsqueeze(1).to(rows.dtype)
+        first = 0
+        for expert, count in enumerate(counts):
+            if not count:
+                continue
+            span = slice(first, first + count)
+            gate, up = F.linear(sorted_rows[span], self._gate_up[expert]).chunk(2, dim=-1)
+            part = F.linear(F.silu(gate, inplace=True).mul_(up), self._down[expert])
+            mixed.index_add_(0, of_row[span], part.mul_(sorted_shares[span]))
+            first += count
+        return mixed
+
+    def _route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's experts, and what each contributes: [row_count, per_row] int64 and fp32."""
+        e = self._experts
+        logits = F.linear(rows.float(), self._router)
+        scores = logits.sigmoid() if e.scoring == "sigmoid" else logits.softmax(dim=-1)
+        choosing = scores if self._choice_bias is None else scores + self._choice_bias
+        if e.group_count > 1:
+            choosing = self._within_groups(choosing)
+        chosen = choosing.topk(e.per_row, dim=-1).indices
+        shares = scores.gather(1, chosen)
+        if e.renormalizes:
+            shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
+        return chosen, shares * e.scale
+
+    def _within_groups(self, choosing: torch.Tensor) -> torch.Tensor:
+        """Leave only the experts of each row's best groups: by their best expert, or the sum of their best two."""
+        e = self._experts
+        by_group = choosing.view(-1, e.group_count, e.count // e.group_count)
+        group_scores = by_group.topk(e.group_score_count, dim=-1).values.sum(dim=-1)
+        best = group_scores.topk(e.groups_per_row, dim=-1).indices
+        left_out = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        return by_group.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(1)

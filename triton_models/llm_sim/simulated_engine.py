@@ -134,6 +134,9 @@ class SimulatedEngine:
         """Drop a request and free its blocks at once; False where there is none of this name."""
         return self._batcher.remove(request_id) is not None
 
+    def watch(self, on_broken: Callable[[str], None]) -> None:
+        """Nothing of a simulation can break by itself."""
+
     @property
     def has_work(self) -> bool:
         """Whether a step would compute anything."""

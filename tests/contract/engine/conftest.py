@@ -9,7 +9,7 @@ import pytest
 
 # Before torch loads: waiting threads that spin slow each other tenfold on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "triton_models" / "llm"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[3] / "triton_models" / "llm"), str(Path(__file__).parent)]
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def prompt_logits():
     import torch
 
     from llm_engine import SequenceRequest
-    from llm_engine.step_tensors import step_tensors
+    from llm_engine.step_tensors import row_works
 
     def compute(engine, token_ids: list[int], last: int | None = None):
         first = 0 if last is None else max(0, len(token_ids) - last)
@@ -69,9 +69,9 @@ def prompt_logits():
         parts = []
         while sum(map(len, parts)) < len(token_ids) - first:
             plan = engine._batcher.plan()
-            step = step_tensors(plan, engine._layout)
+            step = engine._rank.lay_out(row_works(plan))
             wanted = (step.positions >= first).nonzero().flatten()
-            parts.append(engine._model.forward(dataclasses.replace(step, sample_rows=wanted), engine._kv_cache))
+            parts.append(engine._rank.forward(dataclasses.replace(step, sample_rows=wanted)))
             engine._batcher.commit(plan)
         engine.cancel("logits")
         return torch.cat(parts)

@@ -2,109 +2,7 @@
 
 import pytest
 import torch
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
-QWEN_EXPERTS = {
-    "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True, "head_dim": 16,
-}  # fmt: skip
-LATENT = {
-    "num_key_value_heads": 6, "q_lora_rank": 40, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
-    "v_head_dim": 20,
-}  # fmt: skip
-DEEPSEEK_EXPERTS = {
-    "n_routed_experts": 16, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
-    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
-}  # fmt: skip
-SHAPES = {
-    "grouped": {},
-    "every head its own": {"num_key_value_heads": 6},
-    "one kv head": {"num_key_value_heads": 1},
-    "head_dim of its own": {"head_dim": 32},
-    "tied": {"tie_word_embeddings": True},
-    "rope base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    "rope linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
-    "rope llama3": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-            "rope_theta": 10000.0,
-        }
-    },
-    "rope yarn": {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}},
-    "rope yarn, as DeepSeek writes it": {
-        "rope_parameters": {
-            **YARN,
-            "original_max_position_embeddings": 128,
-            "beta_fast": 16.0,
-            "beta_slow": 2.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.7,
-            "truncate": False,
-        }
-    },
-    "qwen2": {"family": "Qwen2"},
-    "qwen2, tied, yarn": {
-        "family": "Qwen2",
-        "tie_word_embeddings": True,
-        "rope_parameters": {**YARN, "original_max_position_embeddings": 512},
-    },
-    "qwen3": {"family": "Qwen3", "head_dim": 32},
-    "qwen3, one kv head, tied": {
-        "family": "Qwen3", "head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True,
-    },
-    "qwen3_moe": {"family": "Qwen3Moe", **QWEN_EXPERTS},
-    "qwen3_moe, some layers dense, shares as they are": {
-        "family": "Qwen3Moe", **QWEN_EXPERTS, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3],
-        "norm_topk_prob": False,
-    },
-    "deepseek_v2": {"family": "DeepseekV2", **LATENT, **DEEPSEEK_EXPERTS, "topk_method": "greedy"},
-    "deepseek_v2, groups, no query latent": {
-        "family": "DeepseekV2", **LATENT, **DEEPSEEK_EXPERTS, "topk_method": "group_limited_greedy",
-        "q_lora_rank": None, "routed_scaling_factor": 4.0,
-    },
-    "deepseek_v3": {"family": "DeepseekV3", **LATENT, **DEEPSEEK_EXPERTS},
-    "deepseek_v3, yarn": {
-        "family": "DeepseekV3", **LATENT, **DEEPSEEK_EXPERTS, "norm_topk_prob": False,
-        "rope_parameters": {
-            **YARN, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0,
-        },
-    },
-    "deepseek_v3, rope by halves, all layers dense": {
-        "family": "DeepseekV3", **LATENT, **DEEPSEEK_EXPERTS, "rope_interleave": False, "first_k_dense_replace": 3,
-    },
-}  # fmt: skip
-
-
-def small_model(*, family: str = "Llama", seed: int = 0, **changes):
-    import transformers
-
-    fields = {
-        "vocab_size": 300,
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "rms_norm_eps": 1e-5,
-        "eos_token_id": 7,
-    }
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**fields, **changes})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "norm.weight")):
-                # They begin as zeros and ones, under which an engine that left them out would be right.
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.add_(torch.randn_like(buffer) * 0.2)
-    return model
+from small_models import SHAPES, small_model
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -151,14 +49,14 @@ def test_decoding_together_gives_the_log_probabilities_of_transformers(tmp_path,
 
 
 def test_bf16_products_come_near_those_of_fp32(tmp_path, make_engine, prompt_logits, reference_logits, monkeypatch):
-    from llm_engine import engine as engine_module
+    from llm_engine import rank as rank_module
 
     model = small_model(initializer_range=0.1)
     model.save_pretrained(tmp_path)
     tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = reference_logits(model, tokens)
     kept_narrow = make_engine(tmp_path, dtype="bf16", kv_cache_bytes=1 << 24)
-    monkeypatch.setattr(engine_module, "compute_dtype", lambda weight_dtype, device: weight_dtype)
+    monkeypatch.setattr(rank_module, "compute_dtype", lambda weight_dtype, device: weight_dtype)
     narrow = make_engine(tmp_path, dtype="bf16", kv_cache_bytes=1 << 24)
     assert narrow.model_info.compute_dtype == "bf16"
     for engine in (kept_narrow, narrow):

@@ -2,8 +2,9 @@
 
 Owns the engine and which channel each sequence answers to. Invariants: nobody who calls `submit` or `cancel` waits
 for a step; the inbox is bounded; every sequence that was submitted without a refusal ends in exactly one output
-with a finish reason. A step that raises ends the sequences that were in the engine, with an error; steps that raise
-again and again, or cancelling that does, mean a broken engine: it takes nothing more and `on_broken` is told.
+with a finish reason. A step that raises ends the sequences that were in the engine, with an error; one that raises
+EngineBroken, steps that raise again and again, or cancelling that does, mean a broken engine: it takes nothing more and
+`on_broken` is told.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Protocol
 
 from outbox import Channel, Outbox
 
-from llm_engine import EngineLoad, ModelInfo, RequestRefused, SequenceOutput, SequenceRequest
+from llm_engine import EngineBroken, EngineLoad, ModelInfo, RequestRefused, SequenceOutput, SequenceRequest
 
 QUEUE_FULL = "QUEUE_FULL"
 DUPLICATE_ID = "DUPLICATE_ID"
@@ -39,6 +40,7 @@ class Engine(Protocol):
     def add(self, request: SequenceRequest) -> None: ...
     def cancel(self, request_id: str) -> bool: ...
     def step(self, is_unwanted: Callable[[str], bool]) -> list[SequenceOutput]: ...
+    def watch(self, on_broken: Callable[[str], None]) -> None: ...
     @property
     def has_work(self) -> bool: ...
     @property
@@ -198,7 +200,11 @@ class EngineThread:
         try:
             for name in names:
                 self._engine.cancel(name)
-            broken = self._engine.has_work or self._failed_step_count >= MAX_FAILED_STEP_COUNT
+            broken = (
+                isinstance(error, EngineBroken)
+                or self._engine.has_work
+                or self._failed_step_count >= MAX_FAILED_STEP_COUNT
+            )
         except Exception as second:  # An engine that cannot drop a sequence is broken.
             self._log("".join(traceback.format_exception(second)))
             broken = True

@@ -68,6 +68,7 @@ class TritonModel(ABC):
             on_hung=self._end_broken,
             log=self._log_error,
         )
+        engine.watch(self._end_broken)
         call_on_terminate(self._end_work)
 
     def execute(self, requests: list[Any]) -> None:

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from .config import EngineConfig
-from .errors import EngineError, ModelLoadError, RequestRefused
+from .errors import EngineBroken, EngineError, ModelLoadError, RequestRefused
 from .request import EngineLoad, ModelInfo, SamplingParams, SequenceOutput, SequenceRequest
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Engine",
+    "EngineBroken",
     "EngineConfig",
     "EngineError",
     "EngineLoad",

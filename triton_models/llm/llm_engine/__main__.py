@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", default="fp32")
         command.add_argument("--device", default="cpu")
         command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--tensor-parallel-size", type=int, default=1)
         command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)
         command.add_argument("--step-token-budget", type=int, default=128)
         command.add_argument("--max-sequences", type=int, default=32)
@@ -69,6 +70,7 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         dtype=options.dtype,
         device=options.device,
         thread_count=options.threads,
+        tensor_parallel_size=options.tensor_parallel_size,
         kv_cache_bytes=options.kv_cache_bytes,
         step_token_budget=options.step_token_budget,
         max_sequences=options.max_sequences,

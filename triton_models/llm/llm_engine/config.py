@@ -38,7 +38,10 @@ class EngineConfig:
     """Tokens computed in one step; it bounds how long a prompt can stall the running decodes. The default suits a
     CPU, where a step of 128 tokens takes a few tenths of a second; a GPU fills up at 2,048 and more."""
     thread_count: int = 1
-    """Threads that torch uses in this process; it is set for the whole process."""
+    """Threads that torch uses in a rank's process; it is set for the whole process."""
+    tensor_parallel_size: int = 1
+    """Ranks that a model is divided among, each a process (and on CUDA a device) of this host. `kv_cache_bytes` and
+    `thread_count` are each rank's own."""
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -77,4 +80,5 @@ _BOUNDS = (
     ("block_token_count", 1, 1024),
     ("step_token_budget", 1, 1 << 20),
     ("thread_count", 1, 1024),
+    ("tensor_parallel_size", 1, 1024),
 )

@@ -9,27 +9,24 @@ sequence that fails takes no other with it. Who runs next is left to `batcher.py
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .batcher import Batcher, StepPlan
 from .block_pool import BlockPool
 from .config import EngineConfig
-from .errors import DUPLICATE_ID, NON_FINITE_LOGITS, QUEUE_FULL, ModelLoadError, RequestRefused
-from .kv_cache import KvCache, block_byte_count
-from .matmul import compute_dtype
-from .model import Model
+from .errors import DUPLICATE_ID, NON_FINITE_LOGITS, QUEUE_FULL, RequestRefused
+from .layouts import parameter_count
+from .rank import LoadedRank, Rank
+from .ranks import Alone
 from .request import EngineLoad, ModelInfo, SequenceOutput, SequenceRequest
 from .sampler import SampledToken, SamplingRow, sample
 from .sequence import Sequence
-from .step_tensors import StepLayout, step_tensors
+from .step_tensors import row_works
 from .validation import validated_token_ids
-from .weights import TORCH_DTYPES, Checkpoint, load_checkpoint
+from .weights import TORCH_DTYPES
 
-# Keys that one decode group gathers at most: on a CPU a few MB, which its cache holds.
-_CPU_GROUP_TOKEN_BOUND = 2048
-_CUDA_GROUP_TOKEN_BOUND = 1 << 20
+if TYPE_CHECKING:
+    from .rank_group import RankGroup
 
 
 class Engine:
@@ -38,43 +35,13 @@ class Engine:
     def __init__(self, config: EngineConfig, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.config = config
         self._clock = clock
-        torch.set_num_threads(config.thread_count)
-        device = _device(config)
-        checkpoint = load_checkpoint(
-            Path(config.model_path),
-            dtype=config.dtype,
-            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
-        )
-        dtype = compute_dtype(TORCH_DTYPES[config.dtype], device)
-        block_count = _block_count(config, checkpoint, dtype)
-        self.model_info = _model_info(config, checkpoint, dtype, block_count)
+        loaded, self._rank = _ranks(config)
+        self.model_info = _model_info(config, loaded)
         self._batcher = Batcher(
-            BlockPool(block_count, config.block_token_count),
+            BlockPool(loaded.block_count, config.block_token_count),
             max_sequences=config.max_sequences,
             max_waiting=config.max_waiting,
             step_token_budget=config.step_token_budget,
-        )
-        self._kv_cache = KvCache(
-            checkpoint.architecture,
-            block_count=block_count,
-            block_token_count=config.block_token_count,
-            dtype=dtype,
-            device=device,
-        )
-        self._model = Model(
-            checkpoint.architecture,
-            checkpoint.tensors,
-            context_token_count=self.model_info.context_token_count,
-            dtype=dtype,
-            device=device,
-        )
-        self._layout = StepLayout(
-            block_token_count=config.block_token_count,
-            padding_block=self._kv_cache.padding_block,
-            group_size=checkpoint.architecture.group_size,
-            group_token_bound=_CPU_GROUP_TOKEN_BOUND if device.type == "cpu" else _CUDA_GROUP_TOKEN_BOUND,
-            dtype=dtype,
-            device=device,
         )
         self._arrival_count = 0
         self._step_count = 0
@@ -89,22 +56,26 @@ class Engine:
         Args:
             is_unwanted: asked for each prompt of the step between layers, from this thread. Where it says yes
                 the step is given up, with no output and nothing changed: a long prompt whose client has left
-                holds its slot no longer than one layer takes.
+                holds its slot no longer than one layer takes. Steps of several ranks are not given up.
+
+        Raises:
+            EngineBroken: another rank is gone; no step will work any more.
         """
         if not self.has_work:
             return []
         started = self._clock()
         plan = self._batcher.plan()
-        step = step_tensors(plan, self._layout)
+        step = self._rank.lay_out(row_works(plan))
         prompts = [work.sequence.request_id for work in plan.work if work.count > 1]
         # Given up, a step has only written keys and values that the next one writes again.
-        logits = self._model.forward(step, self._kv_cache, give_up=lambda: any(map(is_unwanted, prompts)))
+        logits = self._rank.forward(step, give_up=lambda: any(map(is_unwanted, prompts)))
         if logits is None:
             return []
-        sampled = sample(logits, [_sampling_row(sequence) for sequence in step.sampled])
+        sequences = [plan.work[place].sequence for place in step.sampled]
+        sampled = sample(logits, [_sampling_row(sequence) for sequence in sequences])
         self._batcher.commit(plan)
         self._count(plan)
-        outputs = [self._advance(*pair) for pair in zip(step.sampled, sampled, strict=True)]
+        outputs = [self._advance(*pair) for pair in zip(sequences, sampled, strict=True)]
         self._step_seconds_last = self._clock() - started
         return outputs
 
@@ -138,6 +109,14 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """Drop a request and free its blocks at once; False where there is none of this name."""
         return self._batcher.remove(request_id) is not None
+
+    def watch(self, on_broken: Callable[[str], None]) -> None:
+        """Be told, from another thread, as soon as the engine cannot compute any more, also while it has no work."""
+        self._rank.watch(on_broken)
+
+    def close(self) -> None:
+        """End the processes of the other ranks; the engine computes nothing afterwards."""
+        self._rank.close()
 
     @property
     def has_work(self) -> bool:
@@ -189,7 +168,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence) -> SequenceOutput:
         """End a sequence whose logits are not finite, and clean its blocks for the next owner."""
-        self._kv_cache.clear(sequence.block_ids)
+        self._rank.clear(sequence.block_ids)
         self._batcher.remove(sequence.request_id)
         return SequenceOutput(
             request_id=sequence.request_id,
@@ -214,45 +193,34 @@ class Engine:
             self._prompt_token_total += max(0, min(work.count, work.sequence.prompt_token_count - work.start))
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError("device is 'cuda', but torch finds no CUDA device")
-    return torch.device(config.device)
+def _ranks(config: EngineConfig) -> "tuple[LoadedRank, Rank | RankGroup]":
+    """What computes: this process alone, or with one a rank beside it."""
+    if config.tensor_parallel_size == 1:
+        loaded = LoadedRank(config, 0)
+        return loaded, loaded.ready(Alone())
+    # Only here, since torch's distributed part takes its time to load.
+    from .rank_group import RankGroup
+
+    group = RankGroup(config)
+    return group.loaded, group
 
 
-def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """How many KV blocks the bound holds, the padding block included in the bound."""
-    one = block_byte_count(checkpoint.architecture, config.block_token_count, dtype)
-    count = config.kv_cache_bytes // one - 1
-    if count < 1:
-        raise ModelLoadError(
-            f"kv_cache_bytes is {config.kv_cache_bytes}, expected at least {2 * one}:"
-            f" a block of {config.block_token_count} tokens takes {one}, and one is kept for padding"
-        )
-    return count
-
-
-def _model_info(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, block_count: int) -> ModelInfo:
-    architecture = checkpoint.architecture
-    asked = config.max_context_tokens
-    if asked is not None and asked > architecture.context_token_count:
-        raise ModelLoadError(
-            f"max_context_tokens is {asked}, the model's own bound is {architecture.context_token_count}"
-        )
+def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:
+    architecture = loaded.checkpoint.architecture
     return ModelInfo(
         name=architecture.name,
         architecture=architecture.family,
         vocabulary_size=architecture.vocabulary_size,
-        context_token_count=min(asked or architecture.context_token_count, block_count * config.block_token_count),
+        context_token_count=loaded.context_token_count,
         eos_token_ids=architecture.eos_token_ids,
         bos_token_id=architecture.bos_token_id,
         layer_count=architecture.layer_count,
         hidden_size=architecture.hidden_size,
         head_count=architecture.head_count,
         kv_head_count=architecture.kv_head_count,
-        parameter_count=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        parameter_count=parameter_count(architecture, tied="output" not in loaded.checkpoint.tensors),
         weight_dtype=config.dtype,
-        compute_dtype=next(name for name, value in TORCH_DTYPES.items() if value == dtype),
+        compute_dtype=next(name for name, value in TORCH_DTYPES.items() if value == loaded.dtype),
         device=config.device,
     )
 

@@ -25,6 +25,10 @@ class ModelLoadError(EngineError):
         super().__init__(" ".join(message.split()))
 
 
+class EngineBroken(EngineError):
+    """The engine cannot compute any more, for good: a rank of it has died, or does not answer."""
+
+
 class RequestRefused(EngineError):
     """A request was not taken; the engine's state is as it was before."""
 

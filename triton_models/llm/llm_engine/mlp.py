@@ -36,16 +36,18 @@ class ExpertMixture:
         gate_up: torch.Tensor,
         down: torch.Tensor,
         shared: Mlp | None,
+        here: range,
     ) -> None:
-        self._experts = experts
+        """`here`: the experts that this rank has; routers know all of them."""
+        self._experts, self._here = experts, here
         self._router = router.float()
         self._choice_bias = choice_bias
-        self._gate_up = gate_up.view(experts.count, -1, gate_up.shape[1])
-        self._down = down.view(experts.count, -1, down.shape[1])
+        self._gate_up = gate_up.view(len(here), -1, gate_up.shape[1])
+        self._down = down.view(len(here), -1, down.shape[1])
         self._shared = shared
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[row_count, hidden_size], both ways."""
+        """[row_count, hidden_size], both ways; of several ranks each gives a part of the sum."""
         mixed = torch.zeros_like(rows) if self._shared is None else self._shared(rows)
         chosen, shares = self._route(rows)
         # Rows in the order of their experts, so that each expert multiplies all of its rows at once.
@@ -53,13 +55,13 @@ class ExpertMixture:
         counts = torch.bincount(chosen.flatten(), minlength=self._experts.count).tolist()
         of_row = order // self._experts.per_row
         sorted_rows, sorted_shares = rows[of_row], shares.flatten()[order].unsqueeze(1).to(rows.dtype)
-        first = 0
-        for expert, count in enumerate(counts):
+        first = sum(counts[: self._here.start])
+        for index, count in enumerate(counts[self._here.start : self._here.stop]):
             if not count:
                 continue
             span = slice(first, first + count)
-            gate, up = F.linear(sorted_rows[span], self._gate_up[expert]).chunk(2, dim=-1)
-            part = F.linear(F.silu(gate, inplace=True).mul_(up), self._down[expert])
+            gate, up = F.linear(sorted_rows[span], self._gate_up[index]).chunk(2, dim=-1)
+            part = F.linear(F.silu(gate, inplace=True).mul_(up), self._down[index])
             mixed.index_add_(0, of_row[span], part.mul_(sorted_shares[span]))
             first += count
         return mixed

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 
 from .architecture import Architecture
 from .attention import GroupedQueryAttention, LatentAttention, Place
+from .division import Division
 from .kv_cache import KvCache
 from .matmul import Projection
 from .mlp import ExpertMixture, Mlp
+from .ranks import Alone, Group
 from .rotary import rotary_tables
 from .step_tensors import StepTensors
 
@@ -30,20 +32,24 @@ class _Layer:
 
 
 class Model:
-    """Weights in the compute type on the device, ready to run."""
+    """One rank's weights in the compute type on the device, ready to run."""
 
     def __init__(
         self,
         architecture: Architecture,
         tensors: dict[str, torch.Tensor],
+        here: Division,
+        ranks: Alone | Group,
         *,
         context_token_count: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.architecture = architecture
+        self._here, self._ranks = here, ranks
         weights = _Weights(tensors, dtype, device)
-        self._layers = [_layer(architecture, layer, weights) for layer in range(architecture.layer_count)]
+        local = here.local(architecture)
+        self._layers = [_layer(local, here, layer, weights) for layer in range(architecture.layer_count)]
         self._final_norm = weights.tensor("final_norm")
         self._output = weights.projection("output" if "output" in tensors else "embedding")
         self._embedding = weights.tensor("embedding") if "output" in tensors else self._output.weight
@@ -55,9 +61,10 @@ class Model:
     ) -> torch.Tensor | None:
         """Compute a step's rows; gives the logits of its sampled rows, [sampled_count, vocabulary] fp32.
 
-        `give_up` is asked before each layer; None is the answer of a step that was given up.
+        `give_up` is asked before each layer; None is the answer of a step that was given up. Of several ranks only
+        the first gets all logits, and the others must be given the same step.
         """
-        hidden = F.embedding(step.token_ids, self._embedding)
+        hidden = self._embedded(step.token_ids)
         cosines = self._cosines[step.positions].unsqueeze(1)
         sines = self._sines[step.positions].unsqueeze(1)
         for index, layer in enumerate(self._layers):
@@ -66,10 +73,19 @@ class Model:
             place = Place(index, step, cosines, sines, kv_cache)
             attended = layer.attention(self._norm(hidden, layer.attention_norm), place)
             # In place: fresh memory for each of these costs a prefill more than the arithmetic.
-            hidden += layer.attention_output(attended)
-            hidden += layer.mlp(self._norm(hidden, layer.mlp_norm))
+            hidden += self._ranks.add_up(layer.attention_output(attended))
+            hidden += self._ranks.add_up(layer.mlp(self._norm(hidden, layer.mlp_norm)))
         wanted = hidden.index_select(0, step.sample_rows)
-        return self._output(self._norm(wanted, self._final_norm)).float().contiguous()
+        return self._ranks.joined(self._output(self._norm(wanted, self._final_norm)).float().contiguous())
+
+    def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[row_count, hidden_size]; a rank looks up what it has of the vocabulary, and the sum is everything."""
+        if self._ranks.size == 1:
+            return F.embedding(token_ids, self._embedding)
+        places = token_ids - self._here.vocabulary.start
+        is_here = (places >= 0) & (places < len(self._embedding))
+        found = F.embedding(torch.where(is_here, places, 0), self._embedding)
+        return self._ranks.add_up(found.masked_fill_(~is_here.unsqueeze(1), 0))
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm (Zhang and Sennrich, 2019) of rows [row_count, hidden_size]; torch sums in fp32."""
@@ -111,14 +127,14 @@ class _Weights:
         return Mlp(self.projection(f"{kind}gate_up"), self.projection(f"{kind}down"))
 
 
-def _layer(architecture: Architecture, index: int, weights: _Weights) -> _Layer:
+def _layer(architecture: Architecture, division: Division, index: int, weights: _Weights) -> _Layer:
     here = weights.of(index)
     return _Layer(
         attention_norm=here.tensor("attention_norm"),
         attention=_attention(architecture, here),
         attention_output=here.projection("attention_output"),
         mlp_norm=here.tensor("mlp_norm"),
-        mlp=_mixture(architecture, here) if here.has("router") else here.mlp(),
+        mlp=_mixture(architecture, division, here) if here.has("router") else here.mlp(),
     )
 
 
@@ -134,7 +150,7 @@ def _attention(architecture: Architecture, here: _Weights) -> GroupedQueryAttent
     )
 
 
-def _mixture(architecture: Architecture, here: _Weights) -> ExpertMixture:
+def _mixture(architecture: Architecture, division: Division, here: _Weights) -> ExpertMixture:
     assert architecture.experts is not None
     return ExpertMixture(
         architecture.experts,
@@ -143,4 +159,5 @@ def _mixture(architecture: Architecture, here: _Weights) -> ExpertMixture:
         gate_up=here.tensor("experts_gate_up"),
         down=here.tensor("experts_down"),
         shared=here.mlp("shared_") if here.has("shared_down") else None,
+        here=division.experts,
     )

@@ -12,8 +12,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .batcher import StepPlan, StepWork
-from .sequence import Sequence
+from .batcher import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class RowWork:
+    """Consecutive tokens of one sequence, all that a step must know of them; it can be sent to other ranks."""
+
+    start: int
+    """The first one's position."""
+    token_ids: list[int]
+    block_ids: list[int]
+    """All of the sequence's blocks."""
+    samples: bool
+    """Whether a token follows the last of these."""
+
+    @property
+    def count(self) -> int:
+        """How many tokens."""
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,10 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """One step's input; `sampled[i]` belongs to row `sample_rows[i]`."""
+    """One step's input; the work `sampled[i]`, by its place in the plan, belongs to row `sample_rows[i]`."""
+
+    works: list[RowWork]
+    """What it was made of."""
 
     token_ids: torch.Tensor
     """[row_count] int64"""
@@ -47,7 +67,7 @@ class StepTensors:
     groups: list[AttentionGroup]
     sample_rows: torch.Tensor
     """[sampled_count] int64"""
-    sampled: list[Sequence]
+    sampled: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +84,28 @@ class StepLayout:
     device: torch.device
 
 
-def step_tensors(plan: StepPlan, layout: StepLayout) -> StepTensors:
-    """Lay out a plan's tokens as rows."""
-    decodes = sorted((work for work in plan.work if work.count == 1), key=lambda work: work.start)
-    prefills = [work for work in plan.work if work.count > 1]
-    ordered = [*decodes, *prefills]
+def row_works(plan: StepPlan) -> list[RowWork]:
+    """What a plan computes, without the sequences."""
+    return [
+        RowWork(
+            start=work.start,
+            token_ids=work.sequence.token_ids[work.start : work.start + work.count],
+            block_ids=work.sequence.block_ids,
+            samples=work.samples,
+        )
+        for work in plan.work
+    ]
+
+
+def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
+    """Lay out a step's tokens as rows."""
+    one, several = ([place for place, work in enumerate(works) if (work.count > 1) is more] for more in (False, True))
+    order = sorted(one, key=lambda place: works[place].start) + several
+    ordered = [works[place] for place in order]
+    decodes, prefills = ordered[: len(one)], ordered[len(one) :]
     positions = np.concatenate([np.arange(w.start, w.start + w.count) for w in ordered])
     last_rows = np.cumsum([work.count for work in ordered]) - 1
-    token_ids = np.concatenate([w.sequence.token_ids[w.start : w.start + w.count] for w in ordered])
+    token_ids = np.concatenate([w.token_ids for w in ordered])
     groups = list(_decode_groups(decodes, layout))
     first_row = len(decodes)
     for work in prefills:
@@ -79,16 +113,17 @@ def step_tensors(plan: StepPlan, layout: StepLayout) -> StepTensors:
         first_row += work.count
     sampling = [index for index, work in enumerate(ordered) if work.samples]
     return StepTensors(
+        works=works,
         token_ids=_moved(token_ids, layout),
         positions=_moved(positions, layout),
         slots=_moved(_slots(ordered, positions, layout), layout),
         groups=groups,
         sample_rows=_moved(last_rows[sampling], layout),
-        sampled=[ordered[index].sequence for index in sampling],
+        sampled=[order[index] for index in sampling],
     )
 
 
-def _decode_groups(decodes: list[StepWork], layout: StepLayout) -> Iterator[AttentionGroup]:
+def _decode_groups(decodes: list[RowWork], layout: StepLayout) -> Iterator[AttentionGroup]:
     """Cut the decodes, which come sorted by length, where a group's padded keys pass the bound."""
     first = 0
     for end in range(1, len(decodes) + 1):
@@ -98,14 +133,14 @@ def _decode_groups(decodes: list[StepWork], layout: StepLayout) -> Iterator[Atte
             first = end
 
 
-def _group(works: list[StepWork], first_row: int, layout: StepLayout) -> AttentionGroup:
+def _group(works: list[RowWork], first_row: int, layout: StepLayout) -> AttentionGroup:
     """One attention call: several decodes, or one prompt's chunk. The last has the longest context."""
     context = max(_padded(work, layout) for work in works)
     query_count = works[0].count
     blocks = np.full((len(works), context // layout.block_token_count), layout.padding_block)
     for row, work in enumerate(works):
         used = _padded(work, layout) // layout.block_token_count
-        blocks[row, :used] = work.sequence.block_ids[:used]
+        blocks[row, :used] = work.block_ids[:used]
     starts = torch.tensor([work.start for work in works])
     last_seen = starts[:, None] + torch.arange(query_count)
     hidden = torch.arange(context) > last_seen[:, :, None]
@@ -120,19 +155,19 @@ def _group(works: list[StepWork], first_row: int, layout: StepLayout) -> Attenti
     )
 
 
-def _slots(works: list[StepWork], positions: np.ndarray, layout: StepLayout) -> np.ndarray:
+def _slots(works: list[RowWork], positions: np.ndarray, layout: StepLayout) -> np.ndarray:
     """[row_count] int64: where each row's key and value are kept."""
     blocks = np.concatenate(
-        [np.asarray(work.sequence.block_ids)[_block_indices(work, layout.block_token_count)] for work in works]
+        [np.asarray(work.block_ids)[_block_indices(work, layout.block_token_count)] for work in works]
     )
     return blocks * layout.block_token_count + positions % layout.block_token_count
 
 
-def _block_indices(work: StepWork, block_token_count: int) -> np.ndarray:
+def _block_indices(work: RowWork, block_token_count: int) -> np.ndarray:
     return np.arange(work.start, work.start + work.count) // block_token_count
 
 
-def _padded(work: StepWork, layout: StepLayout) -> int:
+def _padded(work: RowWork, layout: StepLayout) -> int:
     """The context that the work's last token sees, in whole blocks."""
     return -(-(work.start + work.count) // layout.block_token_count) * layout.block_token_count
 

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from . import architecture as architectures
 from .architecture import Architecture
+from .division import Division, division
 from .errors import ModelLoadError
 from .gguf_reader import GgufFile
-from .layouts import RopeRows, fused_tensors
+from .layouts import Part, RopeRows, fused_tensors
 
 # Counted up whenever the fused layout or the reading of a file changes.
 CACHE_VERSION = 1
@@ -36,6 +37,8 @@ class Checkpoint:
     """A model's architecture and its fused weights, each [output size, input size], on the CPU."""
 
     architecture: Architecture
+    """The whole model's, also where the tensors are one rank's."""
+    division: Division
     tensors: dict[str, torch.Tensor]
 
 
@@ -45,7 +48,8 @@ class _Source:
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], torch.Tensor]
+    read: Callable[[str, tuple[slice, ...]], torch.Tensor]
+    """A tensor by its name, of which only what the slices say is read."""
     tied: bool
     """Whether the embedding is the output matrix too."""
     name_of: Callable[[str], str] = str
@@ -53,23 +57,44 @@ class _Source:
     ignorable: frozenset[str] = frozenset()
 
 
-def load_checkpoint(model_path: Path, *, dtype: str, cache_dir: Path | None) -> Checkpoint:
-    """Load a GGUF file or a Hugging Face folder; ModelLoadError says what is wrong with it."""
-    if model_path.is_dir():
-        return _load_folder(model_path, dtype)
-    if not model_path.exists():
-        raise ModelLoadError(f"{model_path}: there is no such file or folder")
-    file = GgufFile(model_path)
-    architecture = architectures.from_gguf(model_path, file.metadata)
-    source = _gguf_source(file)
-    _check(source, architecture)
-    cached = None if cache_dir is None else _cache_path(cache_dir, model_path, dtype)
-    tensors = None if cached is None else _read_cache(cached, architecture)
+def load_checkpoint(
+    model_path: Path, *, dtype: str, cache_dir: Path | None, rank: int = 0, size: int = 1
+) -> Checkpoint:
+    """Load a GGUF file or a Hugging Face folder; ModelLoadError says what is wrong with it.
+
+    Of `size` ranks each loads its own part; a safetensors file is not read beyond it.
+    """
+    source, architecture = _opened(model_path)
+    here = division(model_path, architecture, rank, size)
+    # A folder's tensors are mapped as they are; those of a GGUF file cost seconds to dequantise.
+    is_cached = cache_dir is not None and not model_path.is_dir()
+    cached = _cache_path(cache_dir, model_path, dtype, rank, size) if is_cached else None
+    tensors = None if cached is None else _read_cache(cached, architecture, here)
     if tensors is None:
-        tensors = _fuse(source, architecture, dtype)
+        tensors = _fuse(source, architecture, here, dtype)
         if cached is not None:
             _write_cache(cached, tensors)
-    return Checkpoint(architecture, tensors)
+    return Checkpoint(architecture, here, tensors)
+
+
+def check_model(model_path: Path, size: int) -> None:
+    """Raise ModelLoadError for what can be told without reading weights: fields, names, shapes, and the ranks."""
+    _, architecture = _opened(model_path)
+    for rank in range(size):
+        division(model_path, architecture, rank, size)
+
+
+def _opened(model_path: Path) -> tuple[_Source, Architecture]:
+    """A model's files, read as far as their headers, and checked."""
+    if model_path.is_dir():
+        source, architecture = _opened_folder(model_path)
+    elif not model_path.exists():
+        raise ModelLoadError(f"{model_path}: there is no such file or folder")
+    else:
+        file = GgufFile(model_path)
+        source, architecture = _gguf_source(file), architectures.from_gguf(model_path, file.metadata)
+    _check(source, architecture)
+    return source, architecture
 
 
 def _check(source: _Source, architecture: Architecture) -> None:
@@ -89,13 +114,14 @@ def _check(source: _Source, architecture: Architecture) -> None:
         raise ModelLoadError(f"{source.path}: tensor {unused[0]} is not supported ({len(unused)} such)")
 
 
-def _fuse(source: _Source, architecture: Architecture, dtype: str) -> dict[str, torch.Tensor]:
+def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: str) -> dict[str, torch.Tensor]:
     """Read, reorder, convert and join: fused name to its tensor of the wanted type."""
     tensors = {}
     for fused in fused_tensors(architecture, tied=source.tied):
         parts = []
-        for part in fused.parts:
-            tensor = source.read(source.name_of(part.name))
+        for part in filter(here.is_here, fused.parts):
+            name = source.name_of(part.name)
+            tensor = source.read(name, _slices(here, part))
             if not torch.isfinite(tensor).all():
                 raise ModelLoadError(
                     f"{source.path}: tensor {source.name_of(part.name)} holds values that are not finite"
@@ -105,6 +131,23 @@ def _fuse(source: _Source, architecture: Architecture, dtype: str) -> dict[str, 
             parts.append(tensor if fused.is_exact else tensor.to(TORCH_DTYPES[dtype]))
         tensors[fused.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return tensors
+
+
+def _slices(here: Division, part: Part) -> tuple[slice, ...]:
+    """What the rank holds of a tensor, as an index."""
+    span = here.span(part)
+    if span is None or part.cut is None:
+        return (slice(None),)
+    return (*[slice(None)] * part.cut.axis, slice(span.start, span.stop))
+
+
+def _fused_shapes(architecture: Architecture, here: Division, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """The rank's fused tensors: all parts' rows, and the columns of one."""
+    shapes = {}
+    for fused in fused_tensors(architecture, tied=tied):
+        parts = [here.shape(part) for part in filter(here.is_here, fused.parts)]
+        shapes[fused.name] = (sum(shape[0] for shape in parts), *parts[0][1:])
+    return shapes
 
 
 def _deinterleaved(weight: torch.Tensor, rope: RopeRows) -> torch.Tensor:
@@ -145,13 +188,13 @@ def _gguf_source(file: GgufFile) -> _Source:
     return _Source(
         file.path,
         shapes,
-        lambda name: torch.from_numpy(file.tensor(name)),
+        lambda name, slices: torch.from_numpy(file.tensor(name))[slices],
         tied="output.weight" not in shapes,
         name_of=_gguf_name,
     )
 
 
-def _load_folder(folder: Path, dtype: str) -> Checkpoint:
+def _opened_folder(folder: Path) -> tuple[_Source, Architecture]:
     config = _json(folder / "config.json")
     generation_path = folder / "generation_config.json"
     generation = _json(generation_path) if generation_path.exists() else {}
@@ -163,8 +206,7 @@ def _load_folder(folder: Path, dtype: str) -> Checkpoint:
         tied=bool(config.get("tie_word_embeddings", False)),
         unused_layers=range(layers, layers + guessing),
     )
-    _check(source, architecture)
-    return Checkpoint(architecture, _fuse(source, architecture, dtype))
+    return source, architecture
 
 
 def _folder_source(folder: Path, *, tied: bool, unused_layers: range) -> _Source:
@@ -182,7 +224,7 @@ def _folder_source(folder: Path, *, tied: bool, unused_layers: range) -> _Source
     return _Source(
         folder,
         shapes,
-        lambda name: files[name].get_tensor(name).float(),
+        lambda name, slices: files[name].get_slice(name)[slices].float(),
         tied=tied,
         ignorable=frozenset(stale | ({head} if tied else set())),
     )
@@ -218,15 +260,17 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _cache_path(cache_dir: Path, model_path: Path, dtype: str) -> Path:
-    """The cache file's name changes with the model file, the type and the layout."""
+def _cache_path(cache_dir: Path, model_path: Path, dtype: str, rank: int, size: int) -> Path:
+    """The cache file's name changes with the model file, the type, the rank and the layout."""
     status = model_path.stat()
     identity = [str(model_path.resolve()), status.st_size, status.st_mtime_ns, dtype, CACHE_VERSION]
+    if size > 1:
+        identity += [rank, size]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return cache_dir / f"{model_path.stem}-{dtype}-{digest}.safetensors"
 
 
-def _read_cache(path: Path, architecture: Architecture) -> dict[str, torch.Tensor] | None:
+def _read_cache(path: Path, architecture: Architecture, here: Division) -> dict[str, torch.Tensor] | None:
     """The cached weights, mapped and not copied; None where there is no sound file."""
     if not path.exists():
         return None
@@ -236,7 +280,7 @@ def _read_cache(path: Path, architecture: Architecture) -> dict[str, torch.Tenso
     except (OSError, SafetensorError) as error:
         _log.warning("weight cache %s is damaged and will be rebuilt: %s", path, error)
         return None
-    expected = {fused.name: fused.shape for fused in fused_tensors(architecture, tied="output" not in tensors)}
+    expected = _fused_shapes(architecture, here, tied="output" not in tensors)
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
         _log.warning("weight cache %s does not fit the model and will be rebuilt", path)
         return None

@@ -1,0 +1,124 @@
+"""Models divided among ranks: the same logits, and an end instead of a hang when one of them dies."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import LATENT, SHAPES, small_model
+
+SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True}
+
+
+@pytest.fixture
+def make_ranks(make_engine):
+    """An engine of several ranks, whose processes end with the test."""
+    engines = []
+
+    def make(path, size, **settings):
+        settings = {"kv_cache_bytes": 1 << 22, "step_token_budget": 48, "thread_count": 1, **settings}
+        engines.append(make_engine(path, tensor_parallel_size=size, **settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def tokens_of(count):
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        (SMOLLM2, 2),
+        (SHAPES["grouped"], 4),
+        (SHAPES["qwen2"], 3),
+        (SHAPES["qwen3_moe"], 2),
+        (SHAPES["deepseek_v2, groups, no query latent"], 2),
+        (SHAPES["deepseek_v3, yarn"], 3),
+    ],
+    ids=["uneven heads", "more ranks than kv heads", "qwen2", "qwen3_moe", "deepseek_v2", "deepseek_v3"],
+)
+def test_logits_are_those_of_one_rank(tmp_path, make_ranks, prompt_logits, reference_logits, shape, size):
+    model = small_model(**shape)
+    model.save_pretrained(tmp_path)
+    engine = make_ranks(tmp_path, size)
+    for count in (1, 130):
+        expected = reference_logits(model, tokens_of(count))
+        difference = (prompt_logits(engine, tokens_of(count)) - expected).abs().max()
+        assert difference < 1e-3, count
+
+
+def test_texts_of_a_batch_are_those_of_one_rank(tmp_path, make_ranks):
+    from llm_engine import SamplingParams, SequenceRequest
+
+    greedy = SamplingParams(temperature=0.0)
+    small_model(**SHAPES["deepseek_v3"]).save_pretrained(tmp_path)
+    texts = []
+    for size in (1, 2):
+        engine, answers = make_ranks(tmp_path, size), {}
+        for count in (3, 20, 60, 90):
+            engine.add(
+                SequenceRequest(
+                    request_id=str(count),
+                    token_ids=tokens_of(count),
+                    max_tokens=20,
+                    sampling=greedy,
+                    ignore_eos=True,
+                )
+            )
+        while engine.has_work:
+            for output in engine.step():
+                answers.setdefault(output.request_id, []).extend(output.token_ids)
+        texts.append(answers)
+    assert texts[0] == texts[1]
+    assert all(len(tokens) == 20 for tokens in texts[0].values())
+
+
+def test_a_rank_that_dies_ends_the_engine_at_once(tmp_path, make_ranks):
+    from llm_engine import EngineBroken, SequenceRequest
+
+    small_model().save_pretrained(tmp_path)
+    engine = make_ranks(tmp_path, 3)
+    told, words = threading.Event(), []
+    engine.watch(lambda message: (words.append(message), told.set()))
+    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
+    engine.step()
+    os.kill(engine._rank._others[1]._process.pid, signal.SIGKILL)
+    assert told.wait(10)
+    assert words == ["rank 2 has ended, with status -9"]
+    with pytest.raises(EngineBroken, match="rank"):
+        for _ in range(2):
+            engine.step()
+
+
+def test_a_rank_that_cannot_load_is_named(tmp_path, make_ranks):
+    from llm_engine import ModelLoadError
+
+    small_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ModelLoadError, match=r"rank 1: .*model.layers.1.mlp.up_proj.weight holds values"):
+        make_ranks(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "words"),
+    [
+        ({}, 7, "2 KV heads with 3 query heads each"),
+        ({**SHAPES["deepseek_v3"], **LATENT}, 7, "6 query heads"),
+        ({**SHAPES["qwen3_moe"], "num_experts": 4}, 5, "4 experts"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(tmp_path, make_ranks, shape, size, words):
+    from llm_engine import ModelLoadError
+
+    small_model(**shape).save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match=f"tensor_parallel_size is {size}, and {words}"):
+        make_ranks(tmp_path, size)

@@ -1,0 +1,136 @@
+"""One rank: its part of the weights and of the KV cache, and the steps that it computes with them.
+
+Owns what every rank of a group does alike. Invariants: memory is taken at start and does not grow; all ranks have
+the same number of blocks. An engine alone is the only rank of its group.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .config import EngineConfig
+from .division import division
+from .errors import ModelLoadError
+from .kv_cache import KvCache, block_byte_count
+from .matmul import compute_dtype
+from .model import Model
+from .ranks import Alone, Group
+from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors
+from .weights import TORCH_DTYPES, Checkpoint, load_checkpoint
+
+# Keys that one decode group gathers at most: on a CPU a few MB, which its cache holds.
+_CPU_GROUP_TOKEN_BOUND = 2048
+_CUDA_GROUP_TOKEN_BOUND = 1 << 20
+
+
+class LoadedRank:
+    """Weights that are read, before the ranks have found each other; loading raises ModelLoadError."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        torch.set_num_threads(config.thread_count)
+        self.config, self.rank = config, rank
+        self.device = _device(config, rank)
+        self.checkpoint: Checkpoint = load_checkpoint(
+            Path(config.model_path),
+            dtype=config.dtype,
+            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+            rank=rank,
+            size=config.tensor_parallel_size,
+        )
+        self.dtype = compute_dtype(TORCH_DTYPES[config.dtype], self.device)
+        self.block_count = _block_count(config, self.checkpoint, self.dtype)
+        self.context_token_count = _context_token_count(config, self.checkpoint, self.block_count)
+
+    def column_counts(self) -> list[int]:
+        """How much of the vocabulary each rank has."""
+        path, size = Path(self.config.model_path), self.config.tensor_parallel_size
+        return [len(division(path, self.checkpoint.architecture, rank, size).vocabulary) for rank in range(size)]
+
+    def ready(self, ranks: Alone | Group) -> "Rank":
+        """The rank with its others."""
+        return Rank(self, ranks)
+
+
+class Rank:
+    """Computes steps; every rank of a group must be given the same ones, in the same order."""
+
+    def __init__(self, loaded: LoadedRank, ranks: Alone | Group) -> None:
+        config, checkpoint, dtype, device = loaded.config, loaded.checkpoint, loaded.dtype, loaded.device
+        local = checkpoint.division.local(checkpoint.architecture)
+        self.kv_cache = KvCache(
+            local,
+            block_count=loaded.block_count,
+            block_token_count=config.block_token_count,
+            dtype=dtype,
+            device=device,
+        )
+        self.model = Model(
+            checkpoint.architecture,
+            checkpoint.tensors,
+            checkpoint.division,
+            ranks,
+            context_token_count=loaded.context_token_count,
+            dtype=dtype,
+            device=device,
+        )
+        self._layout = StepLayout(
+            block_token_count=config.block_token_count,
+            padding_block=self.kv_cache.padding_block,
+            group_size=local.group_size,
+            group_token_bound=_CPU_GROUP_TOKEN_BOUND if device.type == "cpu" else _CUDA_GROUP_TOKEN_BOUND,
+            dtype=dtype,
+            device=device,
+        )
+
+    def lay_out(self, works: list[RowWork]) -> StepTensors:
+        """A step's tensors on this rank."""
+        return step_tensors(works, self._layout)
+
+    def forward(self, step: StepTensors, *, give_up: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+        """A step's logits, [sampled_count, vocabulary] fp32; None for a step that was given up."""
+        return self.model.forward(step, self.kv_cache, give_up=give_up)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks that hold what is not finite."""
+        self.kv_cache.clear(blocks)
+
+    def watch(self, on_broken: Callable[[str], None]) -> None:
+        """Nothing to watch: all is this process's."""
+
+    def close(self) -> None:
+        """Nothing to end either."""
+
+
+def _device(config: EngineConfig, rank: int) -> torch.device:
+    if config.device != "cuda":
+        return torch.device(config.device)
+    if not torch.cuda.is_available():
+        raise ModelLoadError("device is 'cuda', but torch finds no CUDA device")
+    if rank >= torch.cuda.device_count():
+        raise ModelLoadError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, but torch finds {torch.cuda.device_count()}"
+            " CUDA devices"
+        )
+    return torch.device("cuda", rank)
+
+
+def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """How many KV blocks the bound holds on the rank that needs most for one, the padding block included."""
+    architecture, size = checkpoint.architecture, config.tensor_parallel_size
+    divisions = [division(Path(config.model_path), architecture, rank, size) for rank in range(size)]
+    one = max(block_byte_count(here.local(architecture), config.block_token_count, dtype) for here in divisions)
+    count = config.kv_cache_bytes // one - 1
+    if count < 1:
+        raise ModelLoadError(
+            f"kv_cache_bytes is {config.kv_cache_bytes}, expected at least {2 * one}:"
+            f" a block of {config.block_token_count} tokens takes {one}, and one is kept for padding"
+        )
+    return count
+
+
+def _context_token_count(config: EngineConfig, checkpoint: Checkpoint, block_count: int) -> int:
+    asked, most = config.max_context_tokens, checkpoint.architecture.context_token_count
+    if asked is not None and asked > most:
+        raise ModelLoadError(f"max_context_tokens is {asked}, the model's own bound is {most}")
+    return min(asked or most, block_count * config.block_token_count)

@@ -1,0 +1,61 @@
+"""`python -m llm_engine.rank_process`: a rank beside the first, which starts it and gives it steps.
+
+It answers once, when it has loaded: with an empty text, or with what is wrong. It ends when its connection does.
+"""
+
+import dataclasses
+import json
+import sys
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as distributed
+
+from .config import EngineConfig
+from .errors import EngineBroken, ModelLoadError
+from .rank import LoadedRank, Rank
+from .rank_group import COLLECTIVE_TIMEOUT, START_TIMEOUT
+from .ranks import LOOPBACK, Group
+
+
+def main() -> int:
+    """Serve until the first rank is gone; 1 where it is lost in the middle of a step."""
+    connection = Connection(int(sys.argv[1]))
+    settings = json.loads(sys.argv[2])
+    config, rank = EngineConfig(**settings["config"]), settings["rank"]
+    try:
+        store = distributed.TCPStore(
+            LOOPBACK, settings["store_port"], is_master=False, timeout=START_TIMEOUT, wait_for_workers=False
+        )
+        loaded = LoadedRank(config, rank)
+    except (ModelLoadError, RuntimeError) as error:
+        connection.send(str(error))
+        return 1
+    connection.send("")
+    try:
+        group = Group(
+            store, rank, column_counts=loaded.column_counts(), device=loaded.device, timeout=COLLECTIVE_TIMEOUT
+        )
+        _serve(connection, loaded.ready(group))
+    except EngineBroken as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (EOFError, OSError):
+        return 0
+    return 0
+
+
+def _serve(connection: Connection, rank: Rank) -> None:
+    while True:
+        order, *arguments = connection.recv()
+        if order == "clear":
+            rank.clear(*arguments)
+            continue
+        works, sample_rows = arguments
+        rows = torch.tensor(sample_rows, dtype=torch.int64)
+        step = rank.lay_out(works)
+        rank.forward(dataclasses.replace(step, sample_rows=rows.to(step.positions.device)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The collectives of tensor parallelism: sums over all ranks, and columns joined on the first.
+
+Invariants: no wait is longer than the time-out; whatever goes wrong in a collective is EngineBroken. On CPUs
+it is gloo, on GPUs NCCL.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+
+from .errors import EngineBroken
+
+LOOPBACK = "127.0.0.1"
+Result = TypeVar("Result")
+
+
+class Alone:
+    """The only rank: sums and joins are what it has."""
+
+    rank, size = 0, 1
+
+    def add_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' rows."""
+        return rows
+
+    def joined(self, columns: torch.Tensor) -> torch.Tensor:
+        """All ranks' columns, side by side."""
+        return columns
+
+
+class Group:
+    """One of several ranks; building it waits for the others.
+
+    Args:
+        store: where the ranks find each other.
+        column_counts: each rank's columns in what is joined.
+        timeout: the bound on a collective, which is how long the slowest rank may be behind.
+    """
+
+    def __init__(
+        self,
+        store: distributed.Store,
+        rank: int,
+        *,
+        column_counts: list[int],
+        device: torch.device,
+        timeout: timedelta,
+    ) -> None:
+        self.rank, self.size = rank, len(column_counts)
+        self._column_counts = column_counts
+        self._timeout = timeout
+        self._group = self._guarded(lambda: _backend(store, rank, self.size, device, timeout))
+
+    def add_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' rows, on every rank."""
+        summed = rows.contiguous()
+        self._guarded(lambda: self._group.allreduce([summed]).wait(self._timeout))
+        return summed
+
+    def joined(self, columns: torch.Tensor) -> torch.Tensor:
+        """All ranks' columns side by side, on the first rank; the others get their own back."""
+        widest = max(self._column_counts)
+        padded = F.pad(columns, (0, widest - columns.shape[1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else []
+        options = distributed.GatherOptions()
+        options.rootRank = 0
+        self._guarded(lambda: self._group.gather([parts] if parts else [], [padded], options).wait(self._timeout))
+        if not parts:
+            return columns
+        return torch.cat([part[:, :count] for part, count in zip(parts, self._column_counts, strict=True)], dim=1)
+
+    def _guarded(self, collective: Callable[[], Result]) -> Result:
+        try:
+            return collective()
+        except RuntimeError as error:
+            raise EngineBroken(f"rank {self.rank} of {self.size} lost the others: {error}") from error
+
+
+def _backend(
+    store: distributed.Store, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> distributed.Backend:
+    """A group of its own: torch's global one would be shared by all engines of a process."""
+    if device.type == "cuda":
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return distributed.ProcessGroupNCCL(store, rank, size, options)
+    options = distributed.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    # Gloo would otherwise listen where the host's name points to.
+    options._devices = [distributed.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    return distributed.ProcessGroupGloo(store, rank, size, options)

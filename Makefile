@@ -50,7 +50,8 @@ doctor: setup  ## Check that this machine has everything a mesh needs
 test: test-unit test-contract test-mesh  ## Run all tests on the real parts, the fast ones first
 
 test-unit: setup-tests
-	$(PYTEST) tests/unit $(wildcard tests/scenarios) $(addprefix --ignore=,$(ENGINE_TESTS))
+	$(PYTEST) tests/unit $(addprefix --ignore=,$(ENGINE_TESTS))
+	$(PYTEST) --numprocesses=2 tests/scenarios
 	$(ENGINE_PYTEST) tests/unit/engine
 
 test-contract: setup-tests

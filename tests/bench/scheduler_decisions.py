@@ -153,6 +153,8 @@ async def main(count: int, parallel: int) -> None:
             "TIDEGATE_SCHEDULER_METRICS_PORT": "0",
             "TIDEGATE_SCHEDULER_MESH_ADDRESS": f"127.0.0.1:{fakes_port}",
             "TIDEGATE_SCHEDULER_ENDPOINTS_FILE": str(endpoints),
+            # The replica never tells that a prompt has begun, so starts must not be paced: nothing is to wait here.
+            "TIDEGATE_SCHEDULER_START_SHARE": "1",
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tidegate.scheduler", env={**os.environ, **environment}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engine_thread import MAX_FAILED_STEP_COUNT, Unavailable
 
-from llm_engine import RequestRefused
+from llm_engine import EngineBroken, RequestRefused
 
 
 def test_a_sequence_gets_its_tokens_in_order_and_one_end(engine_thread, make_channel, make_sequence):
@@ -107,6 +107,15 @@ def test_an_engine_that_fails_again_and_again_is_broken(engine, engine_thread, b
     with pytest.raises(Unavailable, match="CUDA error"):
         engine_thread.submit(make_sequence("later"), channel)
     assert len(broken) == 1
+
+
+def test_an_engine_that_says_so_is_broken_at_once(engine, engine_thread, broken, make_channel, make_sequence, until):
+    engine.step_failures = [EngineBroken("rank 1 is gone")]
+    channel = make_channel()
+    engine_thread.submit(make_sequence(), channel)
+    channel.wait_for_ends(1)
+    assert channel.outputs[-1].error_reason == "ENGINE_UNAVAILABLE"
+    until(lambda: broken == ["the engine's step failed: rank 1 is gone"])
 
 
 def test_an_engine_that_cannot_drop_a_sequence_is_broken_at_once(

@@ -172,6 +172,7 @@ QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim
         ({**QWEN_MOE, "num_experts": None}, ["num_experts", "missing"]),
         ({**QWEN_MOE, "num_experts_per_tok": 5}, ["5 experts", "4"]),
         ({**QWEN_MOE, "moe_intermediate_size": 0}, ["intermediate_size", "0"]),
+        ({**QWEN_MOE, "decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
         ({**QWEN_MOE, "mlp_only_layers": ["1"]}, ["mlp_only_layers", "'1'"]),
         (DEEPSEEK, ["model.layers.0.self_attn.kv_a_proj_with_mqa.weight", "[12, 32]", "missing"]),
         ({**DEEPSEEK, "kv_lora_rank": None}, ["kv_lora_rank", "missing"]),

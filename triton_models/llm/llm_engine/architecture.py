@@ -209,6 +209,8 @@ class _Family:
 def _qwen_experts(fields: "_Fields", layer_count: int) -> Experts | None:
     """Qwen3-MoE's fields."""
     step, dense = fields.integer("decoder_sparse_step", default=1), fields.integers("mlp_only_layers", default=[])
+    if step < 1:
+        raise fields.fault("decoder_sparse_step", step)
     named = fields.integer("num_local_experts", default=None)
     layers = frozenset(layer for layer in range(layer_count) if (layer + 1) % step == 0) - frozenset(dense)
     return Experts(
@@ -273,8 +275,7 @@ def _deepseek_latent(fields: "_Fields") -> Latent:
     )
 
 
-# A Qwen config always names a window; `use_sliding_window` says whether there is one. What DeepSeek's rope fields
-# mean for the layout of rows is read where its architecture is built.
+# A Qwen config always names a window; `use_sliding_window` says whether there is one.
 _FAMILIES = {
     "llama": _Family(class_name="LlamaForCausalLM"),
     "qwen2": _Family(class_name="Qwen2ForCausalLM", has_qkv_bias=True, unused=("sliding_window", "attention_bias")),
@@ -288,7 +289,6 @@ _FAMILIES = {
     "deepseek_v2": _Family(class_name="DeepseekV2ForCausalLM", latent=_deepseek_latent, experts=_deepseek_v2_experts),
     "deepseek_v3": _Family(
         class_name="DeepseekV3ForCausalLM",
-        unused=("rope_interleaved",),
         latent=_deepseek_latent,
         experts=_deepseek_v3_experts,
     ),
@@ -502,6 +502,10 @@ class _Fields:
     def text(self, key: str, *, default: Any = _MISSING) -> Any:
         return self._typed(key, str, default)
 
+    def fault(self, key: str, value: object) -> ModelLoadError:
+        """For a value that cannot be."""
+        return ModelLoadError(f"{self._path}: field {key} is {value!r}: not supported")
+
     def integers(self, key: str, *, default: Any = _MISSING) -> Any:
         values = self._typed(key, list, default)
         if not all(type(value) is int for value in values):
@@ -515,7 +519,7 @@ class _Fields:
         """Refuse a value that is not one of `values`."""
         value = self._typed(key, object, default)
         if value not in values:
-            raise ModelLoadError(f"{self._path}: field {key} is {value!r}: not supported")
+            raise self.fault(key, value)
 
     def _typed(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
         value = self._values.get(key)

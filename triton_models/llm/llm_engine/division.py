@@ -53,11 +53,6 @@ class Division:
         return dataclasses.replace(architecture, head_count=len(self.query_heads), kv_head_count=len(self.kv_heads))
 
 
-def whole(architecture: Architecture) -> Division:
-    """The only rank of one."""
-    return division(Path(architecture.name), architecture, 0, 1)
-
-
 def division(path: Path, architecture: Architecture, rank: int, size: int) -> Division:
     """A rank's ranges; ModelLoadError where the model cannot be divided among so many."""
     a = architecture

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,7 +25,7 @@ import torch.distributed as distributed
 from .config import EngineConfig
 from .errors import EngineBroken, ModelLoadError
 from .rank import LoadedRank
-from .ranks import LOOPBACK, Group
+from .ranks import Group
 from .step_tensors import RowWork, StepTensors
 from .weights import check_model
 
@@ -41,15 +42,19 @@ class RankGroup:
     """The first rank, and through it all of them; it has a `Rank`'s interface."""
 
     def __init__(self, config: EngineConfig) -> None:
-        check_model(Path(config.model_path), config.tensor_parallel_size)
-        self._store = distributed.TCPStore(LOOPBACK, 0, is_master=True, timeout=START_TIMEOUT, wait_for_workers=False)
-        self._others = [_Other(config, rank, self._store.port) for rank in range(1, config.tensor_parallel_size)]
+        size = config.tensor_parallel_size
+        check_model(Path(config.model_path), size)
+        # A file that only this user can read: torch's store by TCP listens on all interfaces, and trusts everybody.
+        self._meeting = tempfile.TemporaryDirectory(prefix="tidegate-ranks-")
+        self._others: list[_Other] = []
         try:
+            for rank in range(1, size):
+                self._others.append(_Other(config, rank, _meeting_file(self._meeting.name)))
             self.loaded = LoadedRank(config, 0)
             for other in self._others:
                 other.wait_until_loaded()
             group = Group(
-                self._store,
+                distributed.FileStore(_meeting_file(self._meeting.name), size),
                 0,
                 column_counts=self.loaded.column_counts(),
                 device=self.loaded.device,
@@ -88,21 +93,27 @@ class RankGroup:
         """Ends the other ranks."""
         for other in self._others:
             other.close()
+        self._meeting.cleanup()
 
     def _tell(self, *words: object) -> None:
         for other in self._others:
             other.tell(words)
 
 
+def _meeting_file(folder: str) -> str:
+    """Where ranks find each other."""
+    return str(Path(folder) / "ranks")
+
+
 class _Other:
     """One other rank's process, and the connection to it."""
 
-    def __init__(self, config: EngineConfig, rank: int, store_port: int) -> None:
+    def __init__(self, config: EngineConfig, rank: int, meeting: str) -> None:
         self._rank = rank
         self._is_closing = False
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
-        settings = {"config": dataclasses.asdict(config), "rank": rank, "store_port": store_port}
+        settings = {"config": dataclasses.asdict(config), "rank": rank, "meeting": meeting}
         with theirs:
             self._process = subprocess.Popen(
                 [_python(), "-m", "llm_engine.rank_process", str(theirs.fileno()), json.dumps(settings)],

@@ -14,8 +14,8 @@ import torch.distributed as distributed
 from .config import EngineConfig
 from .errors import EngineBroken, ModelLoadError
 from .rank import LoadedRank, Rank
-from .rank_group import COLLECTIVE_TIMEOUT, START_TIMEOUT
-from .ranks import LOOPBACK, Group
+from .rank_group import COLLECTIVE_TIMEOUT
+from .ranks import Group
 
 
 def main() -> int:
@@ -24,9 +24,6 @@ def main() -> int:
     settings = json.loads(sys.argv[2])
     config, rank = EngineConfig(**settings["config"]), settings["rank"]
     try:
-        store = distributed.TCPStore(
-            LOOPBACK, settings["store_port"], is_master=False, timeout=START_TIMEOUT, wait_for_workers=False
-        )
         loaded = LoadedRank(config, rank)
     except (ModelLoadError, RuntimeError) as error:
         connection.send(str(error))
@@ -34,7 +31,11 @@ def main() -> int:
     connection.send("")
     try:
         group = Group(
-            store, rank, column_counts=loaded.column_counts(), device=loaded.device, timeout=COLLECTIVE_TIMEOUT
+            distributed.FileStore(settings["meeting"], config.tensor_parallel_size),
+            rank,
+            column_counts=loaded.column_counts(),
+            device=loaded.device,
+            timeout=COLLECTIVE_TIMEOUT,
         )
         _serve(connection, loaded.ready(group))
     except EngineBroken as error:

@@ -101,7 +101,8 @@ async def measure(port: int, pid: int, count: int, parallel: int) -> None:
         for _ in range(100):
             await decide(stub, first, body)
         alone = [await decide(stub, first, body) for _ in range(300)]
-        print(f"one at a time: p50 {statistics.median(alone) * 1000:.2f} ms")
+        p99 = statistics.quantiles(alone, n=100)[98]
+        print(f"one at a time: p50 {statistics.median(alone) * 1000:.2f} ms, p99 {p99 * 1000:.2f} ms")
         remaining = iter(range(count))
 
         async def work() -> list[float]:

@@ -178,11 +178,6 @@ def _engine_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("TIDEGATE_ENGINE_")}
 
 
-_SCHEDULER_MEMORY: Final = {"PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1"}
-"""Thousands of requests may wait in a scheduler, and then none. Python keeps a MiB for each object that lives on in it;
-glibc gives back every page that is free."""
-
-
 def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str]) -> Program:
     module = name.partition("-")[0]
     common = {
@@ -192,7 +187,7 @@ def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str
         "MESH_ADDRESS": mesh.addresses["mesh"],
         "LOG_LEVEL": settings.log_level,
     }
-    environment = _inherited() | (_SCHEDULER_MEMORY if name == "scheduler" else {})
+    environment = _inherited()
     environment |= {f"TIDEGATE_{module.upper()}_{key}": value for key, value in {**common, **values}.items()}
     argv = [sys.executable, "-m", f"tidegate.{module}"]
     return Program(

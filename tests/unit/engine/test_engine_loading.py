@@ -235,6 +235,19 @@ def test_the_weight_cache_gives_the_same_weights_and_follows_the_file(make_gguf,
     assert len(list(cache.iterdir())) == 3
 
 
+def test_each_rank_of_a_gguf_has_its_part_of_the_weights_and_a_cache_of_its_own(make_gguf, tmp_path):
+    path, cache = make_gguf(), tmp_path / "cache"
+    whole = load(path).tensors
+    for _ in range(2):
+        ranks = [load(path, cache_dir=cache, rank=rank, size=2).tensors for rank in range(2)]
+        assert len(list(cache.iterdir())) == 2
+        for name, axis in (("embedding", 0), ("layers.1.attention_output", 1), ("layers.0.down", 1)):
+            assert torch.equal(torch.cat([tensors[name] for tensors in ranks], dim=axis), whole[name]), name
+        for tensors in ranks:
+            # A view of the whole would keep all of it in memory.
+            assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors.values())
+
+
 def test_a_damaged_weight_cache_is_rebuilt_and_one_that_cannot_be_written_costs_nothing(make_gguf, tmp_path, caplog):
     cache, path = tmp_path / "cache", make_gguf()
     sound = load(path, cache_dir=cache)

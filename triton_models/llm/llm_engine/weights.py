@@ -129,7 +129,8 @@ def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: st
             if architecture.has_interleaved_rope and part.rope is not None:
                 tensor = _deinterleaved(tensor, part.rope)
             parts.append(tensor if fused.is_exact else tensor.to(TORCH_DTYPES[dtype]))
-        tensors[fused.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # A rank's part may be a view of the whole tensor, which joining copies.
+        tensors[fused.name] = parts[0] if len(parts) == 1 and here.size == 1 else torch.cat(parts)
     return tensors
 
 

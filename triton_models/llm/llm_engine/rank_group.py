@@ -44,22 +44,23 @@ class RankGroup:
     def __init__(self, config: EngineConfig) -> None:
         size = config.tensor_parallel_size
         check_model(Path(config.model_path), size)
-        # A file that only this user can read: torch's store by TCP listens on all interfaces, and trusts everybody.
-        self._meeting = tempfile.TemporaryDirectory(prefix="tidegate-ranks-")
         self._others: list[_Other] = []
         try:
-            for rank in range(1, size):
-                self._others.append(_Other(config, rank, _meeting_file(self._meeting.name)))
-            self.loaded = LoadedRank(config, 0)
-            for other in self._others:
-                other.wait_until_loaded()
-            group = Group(
-                distributed.FileStore(_meeting_file(self._meeting.name), size),
-                0,
-                column_counts=self.loaded.column_counts(),
-                device=self.loaded.device,
-                timeout=COLLECTIVE_TIMEOUT,
-            )
+            # A file that only this user can read: torch's store by TCP listens on all interfaces, and trusts everybody.
+            with tempfile.TemporaryDirectory(prefix="tidegate-ranks-") as folder:
+                meeting = str(Path(folder) / "ranks")
+                for rank in range(1, size):
+                    self._others.append(_Other(config, rank, meeting))
+                self.loaded = LoadedRank(config, 0)
+                for other in self._others:
+                    other.wait_until_loaded()
+                group = Group(
+                    distributed.FileStore(meeting, size),
+                    0,
+                    column_counts=self.loaded.column_counts(),
+                    device=self.loaded.device,
+                    timeout=COLLECTIVE_TIMEOUT,
+                )
             self._rank = self.loaded.ready(group)
         except BaseException:
             self.close()
@@ -93,16 +94,10 @@ class RankGroup:
         """Ends the other ranks."""
         for other in self._others:
             other.close()
-        self._meeting.cleanup()
 
     def _tell(self, *words: object) -> None:
         for other in self._others:
             other.tell(words)
-
-
-def _meeting_file(folder: str) -> str:
-    """Where ranks find each other."""
-    return str(Path(folder) / "ranks")
 
 
 class _Other:

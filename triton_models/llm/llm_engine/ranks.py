@@ -54,6 +54,8 @@ class Group:
         self._column_counts = column_counts
         self._timeout = timeout
         self._group = self._guarded(lambda: _backend(store, rank, self.size, device, timeout))
+        # NCCL's ranks meet with their first collective; after it nobody needs the store.
+        self.add_up(torch.zeros(1, device=device))
 
     def add_up(self, rows: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' rows, on every rank."""

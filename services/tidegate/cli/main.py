@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -180,6 +182,71 @@ def bench(**flags: Any) -> None:
         talk.fail(str(error))
         sys.exit(talk.EXIT_USAGE)
     sys.exit(command.run_command(options))
+
+
+@cli.group()
+@click.option("--model", default="", help="A GGUF file or a Hugging Face folder. [default: SmolLM2-135M-Instruct]")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Of the weights. [default: fp32]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="[default: cpu]")
+@click.option("--threads", type=click.IntRange(1, 1024), default=2, help="Of each rank. [default: 2]")
+@click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 1024), default=1,
+              help="Processes that the model is divided among. [default: 1]")  # fmt: skip
+@click.pass_context
+def engine(context: click.Context, /, **flags: Any) -> None:
+    """Drives the engine alone, without Triton or a mesh, to compare and to debug."""
+    from tidegate.cli import engine as command
+
+    context.obj = command.Options(**flags)
+
+
+@engine.command()
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, help="Of the answer. [default: 64]")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy. [default: 0]")
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.pass_obj
+def generate(options: Any, /, prompt: str, **flags: Any) -> None:
+    """Continues PROMPT, as it stands: no chat template is put around it."""
+    from tidegate.cli import engine as command
+
+    _of_engine(lambda: command.generate(options, prompt, **flags))
+
+
+@engine.command("bench")
+@click.option("--sequences", type=click.IntRange(1, 4096), default=32, help="At once. [default: 32]")
+@click.option("--tokens", type=click.IntRange(min=1), default=128, help="Of each answer. [default: 128]")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=64, help="Of each prompt. [default: 64]")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+@click.pass_obj
+def engine_bench(options: Any, /, **flags: Any) -> None:
+    """Measures tokens per second, of prompts and of answers."""
+    from tidegate.cli import engine as command
+
+    _of_engine(lambda: command.bench(options, **flags))
+
+
+@engine.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+@click.pass_obj
+def perplexity(options: Any, /, file: Path, output: str) -> None:
+    """Tells how likely the model holds the text in FILE, in pieces of 1,024 tokens; lower is likelier."""
+    from tidegate.cli import engine as command
+
+    _of_engine(lambda: command.perplexity(options, file, output))
+
+
+def _of_engine(run: Callable[[], int]) -> None:
+    from tidegate.cli import engine as command
+    from tidegate.common.settings import SettingsError
+
+    try:
+        sys.exit(run())
+    except command.EngineFailed:
+        sys.exit(talk.EXIT_FAILED)
+    except SettingsError as error:
+        talk.fail(str(error))
+        sys.exit(talk.EXIT_USAGE)
 
 
 def main() -> None:

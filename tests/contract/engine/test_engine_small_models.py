@@ -48,6 +48,22 @@ def test_decoding_together_gives_the_log_probabilities_of_transformers(tmp_path,
         assert (expected.max(dim=1).values - chosen).max() < 1e-3, name
 
 
+@pytest.mark.parametrize("count", [2, 48, 130])
+def test_scores_of_a_text_are_those_of_transformers(tmp_path, make_engine, reference_logits, count):
+    from llm_engine.scoring import log_probabilities
+
+    model = small_model(**SHAPES["qwen3"])
+    model.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48)
+    expected = reference_logits(model, tokens)[:-1].log_softmax(dim=-1)
+    expected = expected.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
+    found = torch.tensor(log_probabilities(engine, tokens))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-3
+    assert not engine.has_work
+
+
 def test_bf16_products_come_near_those_of_fp32(tmp_path, make_engine, prompt_logits, reference_logits, monkeypatch):
     from llm_engine import rank as rank_module
 

@@ -49,6 +49,30 @@ def test_without_a_mesh_each_command_says_so_in_one_line(mesh: Any, tmp_path: An
     assert usage.returncode == 2 and "--temperature" in usage.stderr
 
 
+def test_the_engine_alone_says_what_the_mesh_says(mesh: Any, tmp_path: Any) -> None:
+    """The same prompt, greedy; and a text is likelier than its words in another order."""
+    prompt = "The largest port of the North Sea is"
+    with Client(mesh.ingress) as client:
+        request = pb.GenerateRequest(
+            text=prompt, max_tokens=8, sampling=pb.SamplingParameters(temperature=0), ignore_eos=True
+        )
+        expected = "".join(event.delta.text for event in client.generate(request))
+    answer = mesh.run("engine", "generate", "--max-tokens", "8", prompt)
+    assert (answer.returncode, answer.stdout) == (0, expected + "\n")
+    found = {}
+    for name, text in (("text", prompt * 3), ("shuffled", "Sea the is of port The North largest " * 3)):
+        (tmp_path / name).write_text(text)
+        found[name] = json.loads(mesh.run("engine", "perplexity", "-o", "json", str(tmp_path / name)).stdout)
+    assert 1 < found["text"]["perplexity"] < found["shuffled"]["perplexity"]
+
+
+def test_the_engine_alone_refuses_in_one_line(mesh: Any, tmp_path: Any) -> None:
+    for flags, words in ((["--model", "/nowhere"], "/nowhere"), (["--tensor-parallel-size", "40"], "40")):
+        answer = mesh.run("engine", *flags, "generate", "Hello", home=tmp_path)
+        assert (answer.returncode, answer.stdout) == (1, "")
+        assert words in answer.stderr and "Traceback" not in answer.stderr
+
+
 @pytest.mark.parametrize("running", [True, False], ids=["a mesh runs", "nothing runs"])
 def test_doctor_checks_in_groups_and_every_failure_has_its_fix(mesh: Any, tmp_path: Any, running: bool) -> None:
     home = None if running else tmp_path

@@ -1,12 +1,14 @@
-"""`python -m llm_engine generate|bench`: drives the engine in its own process, without a server.
+"""`python -m llm_engine generate|bench|perplexity`: drives the engine in its own process, without a server.
 
 `generate` continues one prompt of token ids. `bench` measures tokens per second of the engine alone,
-so that the cost of everything around it can be told by comparison. Results go to stdout, one JSON
-object with `--json`; talk goes to stderr.
+so that the cost of everything around it can be told by comparison. `perplexity` tells how likely the model
+holds given texts, for comparing types and attentions. Results go to stdout, one JSON object with `--json`;
+talk goes to stderr. `tidegate engine` does the same with texts instead of token ids.
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -22,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         started = time.perf_counter()
         engine = Engine(_config(options))
         result = {"load_seconds": round(time.perf_counter() - started, 3)}
-        result |= _generate(engine, options) if options.command == "generate" else _bench(engine, options)
+        result |= _COMMANDS[options.command](engine, options)
+        engine.close()
     except (EngineError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt-tokens", type=int, default=64, help="length of the random prompts")
     bench.add_argument("--prompts", type=Path, help="JSON file: a list of lists of token ids, used in turn")
     bench.add_argument("--temperature", type=float, default=0.0)
-    for command in (generate, bench):
+    perplexity = commands.add_parser("perplexity", help="how likely the model holds texts")
+    perplexity.add_argument("--prompts", type=Path, required=True, help="JSON file: a list of lists of token ids")
+    for command in (generate, bench, perplexity):
         command.add_argument("--model", required=True, help="GGUF file or Hugging Face folder")
         command.add_argument("--cache-dir")
         command.add_argument("--dtype", default="fp32")
@@ -127,11 +132,36 @@ def _bench(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def _perplexity(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
+    """The exponential of the mean of what each token but a text's first costs, in natural logarithms."""
+    from .scoring import log_probabilities
+
+    started = time.perf_counter()
+    found = [value for prompt in _given(options.prompts) for value in log_probabilities(engine, prompt)]
+    if not found:
+        raise ValueError(f"{options.prompts}: no text has two tokens")
+    return {
+        "perplexity": round(math.exp(-sum(found) / len(found)), 4),
+        "tokens": len(found),
+        "tokens_per_second": round(len(found) / (time.perf_counter() - started), 2),
+        "weight_dtype": engine.model_info.weight_dtype,
+        "compute_dtype": engine.model_info.compute_dtype,
+    }
+
+
+def _given(path: Path) -> list[list[int]]:
+    given = json.loads(path.read_text())
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{path}: expected a list of lists of token ids")
+    return given
+
+
+_COMMANDS = {"generate": _generate, "bench": _bench, "perplexity": _perplexity}
+
+
 def _prompts(engine: Engine, options: argparse.Namespace) -> list[list[int]]:
     if options.prompts is not None:
-        given = json.loads(options.prompts.read_text())
-        if not isinstance(given, list) or not given:
-            raise ValueError(f"{options.prompts}: expected a list of lists of token ids")
+        given = _given(options.prompts)
         return [given[index % len(given)] for index in range(options.sequences)]
     source = random.Random(0)
     words = range(engine.model_info.vocabulary_size)

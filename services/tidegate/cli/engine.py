@@ -75,7 +75,10 @@ def perplexity(options: Options, file: Path, output: str) -> int:
     except (OSError, UnicodeDecodeError) as error:
         talk.fail(f"{file}: {error}")
         return talk.EXIT_USAGE
-    window = min(WINDOW_TOKENS, text.context_token_count)
+    if len(token_ids) < 2:
+        talk.fail(f"{file}: {len(token_ids)} tokens, and nothing follows the first")
+        return talk.EXIT_USAGE
+    window = min(WINDOW_TOKENS, text.context_token_count - 1)
     pieces = [token_ids[first : first + window] for first in range(0, len(token_ids), window)]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as prompts:
         json.dump([piece for piece in pieces if len(piece) > 1], prompts)

@@ -67,6 +67,10 @@ def test_the_engine_alone_says_what_the_mesh_says(mesh: Any, tmp_path: Any) -> N
 
 
 def test_the_engine_alone_refuses_in_one_line(mesh: Any, tmp_path: Any) -> None:
+    (tmp_path / "empty").touch()
+    answer = mesh.run("engine", "perplexity", str(tmp_path / "empty"), home=tmp_path)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "empty: 0 tokens" in answer.stderr
     for flags, words in ((["--model", "/nowhere"], "/nowhere"), (["--tensor-parallel-size", "40"], "40")):
         answer = mesh.run("engine", *flags, "generate", "Hello", home=tmp_path)
         assert (answer.returncode, answer.stdout) == (1, "")

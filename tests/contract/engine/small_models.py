@@ -73,6 +73,9 @@ SHAPES = {
             **YARN, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0,
         },
     },
+    "deepseek_v3, whole vectors": {
+        "family": "DeepseekV3", **LATENT, **DEEPSEEK_EXPERTS, "kv_lora_rank": 32, "qk_rope_head_dim": 16,
+    },
     "deepseek_v3, rope by halves, all layers dense": {
         "family": "DeepseekV3", **LATENT, **DEEPSEEK_EXPERTS, "rope_interleave": False, "first_k_dense_replace": 3,
     },

@@ -6,12 +6,12 @@ from small_models import SHAPES, small_model
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("shard", ["50GB", "300KB"], ids=["one file", "sharded"])
+@pytest.mark.parametrize("shard", ["50GB", "300KB"], ids=["one file, by kernels", "sharded, by torch"])
 def test_logits_are_those_of_transformers(tmp_path, make_engine, prompt_logits, reference_logits, shape, shard):
     model = small_model(**SHAPES[shape], seed=int(shard != "50GB"))
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard != "50GB")
-    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48)
+    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48, cpu_kernels=shard == "50GB")
     assert engine.model_info.eos_token_ids == (7,)
     for count in (1, 5, 200):
         tokens = torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
@@ -20,13 +20,19 @@ def test_logits_are_those_of_transformers(tmp_path, make_engine, prompt_logits, 
         assert difference < 1e-4 * expected.abs().max(), (shape, count)
 
 
-@pytest.mark.parametrize("shape", ["grouped", "qwen2", "qwen3_moe", "deepseek_v2", "deepseek_v3, yarn"])
-def test_decoding_together_gives_the_log_probabilities_of_transformers(tmp_path, make_engine, reference_logits, shape):
+@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["by kernels", "by torch"])
+@pytest.mark.parametrize(
+    "shape", ["grouped", "qwen2", "qwen3_moe", "deepseek_v2", "deepseek_v3, yarn", "deepseek_v3, whole vectors"]
+)
+def test_decoding_together_gives_the_log_probabilities_of_transformers(
+    tmp_path, make_engine, reference_logits, shape, cpu_kernels
+):
     from llm_engine import SamplingParams, SequenceRequest
 
     model = small_model(**SHAPES[shape], seed=2)
     model.save_pretrained(tmp_path)
-    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48)
+    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48, cpu_kernels=cpu_kernels)
+    assert engine._rank.kv_cache.reads_blocks == (cpu_kernels and shape not in ("deepseek_v2", "deepseek_v3, yarn"))
     source = torch.Generator().manual_seed(3)
     prompts = {str(count): torch.randint(0, 300, (count,), generator=source).tolist() for count in (1, 9, 30, 60, 100)}
     answers = {name: ([], []) for name in prompts}

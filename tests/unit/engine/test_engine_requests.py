@@ -248,8 +248,9 @@ def test_arrays_are_taken_as_prompts_and_the_callers_data_is_left_alone(make_eng
 def test_a_sequence_that_is_not_finite_ends_alone_and_leaves_nothing_behind(make_engine, bad):
     engine = make_engine(kv_cache_bytes=2048 * 12)
     sound = {name: result["token_ids"] for name, result in finish(engine, request("a"), request("b")).items()}
-    engine._rank.model._embedding = engine._rank.model._embedding.clone()
-    engine._rank.model._embedding[90] = bad
+    embedding = engine._rank.model._embedding
+    embedding._weight = embedding._weight.clone()
+    embedding._weight[90] = bad
     results = finish(engine, request("a"), request("poison", [90] * 18), request("b"))
     assert results["poison"]["finish_reason"] == "error"
     assert results["poison"]["last"].error_reason == NON_FINITE_LOGITS

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", default="fp32")
         command.add_argument("--device", default="cpu")
         command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--no-cpu-kernels", action="store_true", help="let torch compute everything")
         command.add_argument("--tensor-parallel-size", type=int, default=1)
         command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)
         command.add_argument("--step-token-budget", type=int, default=128)
@@ -75,6 +76,7 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         dtype=options.dtype,
         device=options.device,
         thread_count=options.threads,
+        cpu_kernels=not options.no_cpu_kernels,
         tensor_parallel_size=options.tensor_parallel_size,
         kv_cache_bytes=options.kv_cache_bytes,
         step_token_budget=options.step_token_budget,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .architecture import Architecture, Latent
+from .cpu_kernels import CpuKernels
 from .kv_cache import KvCache
 from .matmul import Projection
 from .rotary import rotated
@@ -23,13 +24,17 @@ _LATENT_NORM_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's rows stand; `cosines` and `sines` are [row_count, 1, rope_size / 2]."""
+    """Where a layer's rows stand; `tables` are cosines and sines, [context, rope_size / 2] each."""
 
     layer: int
     step: StepTensors
-    cosines: torch.Tensor
-    sines: torch.Tensor
+    tables: tuple[torch.Tensor, torch.Tensor]
     kv_cache: KvCache
+
+    def rotated(self, heads: torch.Tensor) -> torch.Tensor:
+        """Turn [row_count, head_count, rope_size] by the rows' positions."""
+        cosines, sines = (table[self.step.positions].unsqueeze(1) for table in self.tables)
+        return rotated(heads, cosines, sines)
 
     def attend(self, queries: torch.Tensor) -> torch.Tensor:
         """[row_count, head_count, key_size] to [row_count, head_count * value_size]."""
@@ -41,9 +46,15 @@ class Place:
 class GroupedQueryAttention:
     """Query heads share fewer key and value heads."""
 
-    def __init__(self, architecture: Architecture, weights: Mapping[str, torch.Tensor], qkv: Projection) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Mapping[str, torch.Tensor],
+        qkv: Projection,
+        kernels: CpuKernels | None,
+    ) -> None:
         self._architecture = a = architecture
-        self._qkv = qkv
+        self._qkv, self._kernels = qkv, kernels
         self._head_norms = None
         if a.has_head_norms:
             of_each = [weights["query_norm"]] * a.head_count + [weights["key_norm"]] * a.kv_head_count
@@ -52,11 +63,20 @@ class GroupedQueryAttention:
     def __call__(self, rows: torch.Tensor, place: Place) -> torch.Tensor:
         """[row_count, hidden_size] to [row_count, query_size]."""
         a = self._architecture
-        by_head = self._qkv(rows).reshape(rows.shape[0], -1, a.head_dim)
+        qkv = self._qkv(rows)
+        if self._kernels is not None:
+            qkv = qkv.contiguous()
+            heads = (a.head_count, a.kv_head_count, a.head_dim)
+            cache, step = place.kv_cache.layer(place.layer), place.step
+            self._kernels.rotate_and_write(
+                qkv, heads, place.tables, step.positions, self._head_norms, a.norm_epsilon, cache, step.slots
+            )
+            return place.attend(qkv[:, : a.query_size].unflatten(1, (a.head_count, a.head_dim)))
+        by_head = qkv.reshape(rows.shape[0], -1, a.head_dim)
         queries_keys, values = by_head.split((a.head_count + a.kv_head_count, a.kv_head_count), dim=1)
         if self._head_norms is not None:
             queries_keys = F.rms_norm(queries_keys, (a.head_dim,), eps=a.norm_epsilon) * self._head_norms
-        turned = rotated(queries_keys, place.cosines, place.sines)
+        turned = place.rotated(queries_keys)
         queries, keys = turned.split((a.head_count, a.kv_head_count), dim=1)
         place.kv_cache.write(place.layer, place.step.slots, torch.cat((keys, values), dim=1).flatten(1))
         return place.attend(queries)
@@ -91,9 +111,9 @@ class LatentAttention:
         kv = F.rms_norm(kv, (latent.kv_rank,), self._kv_norm, _LATENT_NORM_EPSILON)
         by_head = queries.reshape(rows.shape[0], self._heads, latent.key_size)
         plain, turning = by_head.split((latent.nope_size, latent.rope_size), dim=2)
-        shared_key = rotated(shared_key.unsqueeze(1), place.cosines, place.sines).squeeze(1)
+        shared_key = place.rotated(shared_key.unsqueeze(1)).squeeze(1)
         place.kv_cache.write(place.layer, place.step.slots, torch.cat((kv, shared_key), dim=1))
         absorbed = torch.einsum("rhn,hnc->rhc", plain, self._to_keys)
-        turned = rotated(turning, place.cosines, place.sines)
+        turned = place.rotated(turning)
         attended = place.attend(torch.cat((absorbed, turned), dim=2)).view(rows.shape[0], self._heads, -1)
         return torch.einsum("rhc,hvc->rhv", attended, self._to_values).flatten(1)

@@ -39,6 +39,9 @@ class EngineConfig:
     CPU, where a step of 128 tokens takes a few tenths of a second; a GPU fills up at 2,048 and more."""
     thread_count: int = 1
     """Threads that torch uses in a rank's process; it is set for the whole process."""
+    cpu_kernels: bool = True
+    """On a CPU: compute by kernels that are built at the first start with the machine's C compiler, several times
+    quicker for a few sequences. Without a compiler torch computes, as it does where this is off."""
     tensor_parallel_size: int = 1
     """Ranks that a model is divided among, each a process (and on CUDA a device) of this host. `kv_cache_bytes` and
     `thread_count` are each rank's own."""

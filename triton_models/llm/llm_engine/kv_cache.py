@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .architecture import Architecture
+from .matmul import Compute
 from .step_tensors import AttentionGroup
 
 
@@ -32,8 +33,7 @@ class KvCache:
         *,
         block_count: int,
         block_token_count: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        compute: Compute,
     ) -> None:
         self.padding_block = block_count
         self._heads = architecture.kv_head_count
@@ -42,13 +42,24 @@ class KvCache:
         self._group_size = architecture.group_size
         self._token_size = architecture.cached_token_size
         self._scale = architecture.softmax_scale
+        self._block_token_count = block_token_count
+        self._kernels = compute.kernels
+        sizes = (self._key_size, self._value_size, compute.dtype)
+        self.reads_blocks = self._kernels is not None and self._kernels.can_attend(*sizes)
+        """Whether single rows attend to blocks where they lie; else all are gathered."""
+        dtype, device = compute.dtype, compute.device
         shape = (block_count + 1, block_token_count * self._token_size)
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.layer_count)]
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     def write(self, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
         """Keep what is cached of the rows' tokens: [row_count, cached_token_size] at slots [row_count] int64."""
-        self._layers[layer].view(-1, self._token_size).index_copy_(0, slots, keys_values)
+        cache = self._layers[layer].view(-1, self._token_size)
+        cache.index_copy_(0, slots, keys_values.to(cache.dtype))
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """A layer's blocks."""
+        return self._layers[layer]
 
     def attend(self, layer: int, queries: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
         """Attend a group's rows, [row_count, head_count, key size], to their sequences; the value's size comes back.
@@ -56,22 +67,40 @@ class KvCache:
         The query heads that share a KV head stand as query rows beneath it: torch's fused CPU kernel
         takes that with a mask, which it does not with `enable_gqa`.
         """
+        if group.mask is None:
+            return self._attend_blocks(layer, queries, group)
         count, query_count = group.sequence_count, group.query_count
         keys, values = self._gather(layer, group)
         split = (count, query_count, self._heads, self._group_size, self._key_size)
-        under_kv_head = queries.reshape(split).permute(0, 2, 3, 1, 4)
+        under_kv_head = queries.to(keys.dtype).reshape(split).permute(0, 2, 3, 1, 4)
         shape = (count, self._heads, self._group_size * query_count, self._key_size)
         attended = F.scaled_dot_product_attention(
             under_kv_head.reshape(shape), keys, values, attn_mask=group.mask, scale=self._scale
         )
         by_row = attended.view(*under_kv_head.shape[:-1], self._value_size).permute(0, 3, 1, 2, 4)
-        return by_row.reshape(*queries.shape[:-1], self._value_size)
+        return by_row.reshape(*queries.shape[:-1], self._value_size).to(queries.dtype)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite: under a mask a NaN still reaches the next owner."""
         index = torch.tensor(blocks, dtype=torch.int64, device=self._layers[0].device)
         for layer in self._layers:
             layer.index_fill_(0, index, 0)
+
+    def _attend_blocks(self, layer: int, queries: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+        assert self._kernels is not None and group.lengths is not None
+        return self._kernels.attend(
+            queries,
+            self._layers[layer],
+            self._token_size,
+            self._block_token_count,
+            group.blocks,
+            group.lengths,
+            group.longest,
+            self._heads,
+            self._value_size,
+            0 if self._is_latent else self._heads * self._key_size,
+            self._scale,
+        )
 
     def _gather(self, layer: int, group: AttentionGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as views of one buffer, [sequences, kv heads, context, size] each."""
@@ -80,7 +109,7 @@ class KvCache:
         if self._gathered.numel() < size:
             self._gathered = self._gathered.new_empty(size)
         gathered = self._gathered[:size].view(-1, blocks.shape[1])
-        torch.index_select(blocks, 0, group.blocks, out=gathered)
+        torch.index_select(blocks, 0, group.blocks.flatten(), out=gathered)
         if self._is_latent:
             keys = gathered.view(group.sequence_count, 1, -1, self._key_size)
             return keys, keys[..., : self._value_size]

@@ -8,18 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from .architecture import Experts
+from .cpu_kernels import CpuKernels
 from .matmul import Projection
 
 
 class Mlp:
     """A SwiGLU whose gate and up are one matrix."""
 
-    def __init__(self, gate_up: Projection, down: Projection) -> None:
-        self._gate_up, self._down = gate_up, down
+    def __init__(self, gate_up: Projection, down: Projection, kernels: CpuKernels | None) -> None:
+        self._gate_up, self._down, self._kernels = gate_up, down, kernels
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[row_count, hidden_size], both ways."""
-        gate, up = self._gate_up(rows).chunk(2, dim=-1)
+        gate_up = self._gate_up(rows)
+        if self._kernels is not None:
+            return self._down(self._kernels.silu_mul(gate_up.contiguous()))
+        gate, up = gate_up.chunk(2, dim=-1)
         # In place: fresh memory for each of these costs a prefill more than the arithmetic.
         return self._down(F.silu(gate, inplace=True).mul_(up))
 
@@ -33,8 +37,7 @@ class ExpertMixture:
         *,
         router: torch.Tensor,
         choice_bias: torch.Tensor | None,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        experts_here: list[Mlp],
         shared: Mlp | None,
         here: range,
     ) -> None:
@@ -42,8 +45,7 @@ class ExpertMixture:
         self._experts, self._here = experts, here
         self._router = router.float()
         self._choice_bias = choice_bias
-        self._gate_up = gate_up.view(len(here), -1, gate_up.shape[1])
-        self._down = down.view(len(here), -1, down.shape[1])
+        self._experts_here = experts_here
         self._shared = shared
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -60,8 +62,7 @@ class ExpertMixture:
             if not count:
                 continue
             span = slice(first, first + count)
-            gate, up = F.linear(sorted_rows[span], self._gate_up[index]).chunk(2, dim=-1)
-            part = F.linear(F.silu(gate, inplace=True).mul_(up), self._down[index])
+            part = self._experts_here[index](sorted_rows[span])
             mixed.index_add_(0, of_row[span], part.mul_(sorted_shares[span]))
             first += count
         return mixed

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from .architecture import Architecture
 from .attention import GroupedQueryAttention, LatentAttention, Place
+from .blocks import Blocks
 from .division import Division
 from .kv_cache import KvCache
-from .matmul import Projection
+from .matmul import Compute, Embedding, Projection
 from .mlp import ExpertMixture, Mlp
 from .ranks import Alone, Group
 from .rotary import rotary_tables
@@ -37,23 +38,22 @@ class Model:
     def __init__(
         self,
         architecture: Architecture,
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, torch.Tensor | Blocks],
         here: Division,
         ranks: Alone | Group,
         *,
         context_token_count: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        compute: Compute,
     ) -> None:
         self.architecture = architecture
-        self._here, self._ranks = here, ranks
-        weights = _Weights(tensors, dtype, device)
+        self._here, self._ranks, self._compute = here, ranks, compute
+        weights = _Weights(tensors, compute)
         local = here.local(architecture)
         self._layers = [_layer(local, here, layer, weights) for layer in range(architecture.layer_count)]
         self._final_norm = weights.tensor("final_norm")
         self._output = weights.projection("output" if "output" in tensors else "embedding")
-        self._embedding = weights.tensor("embedding") if "output" in tensors else self._output.weight
-        self._cosines, self._sines = rotary_tables(architecture, context_token_count, dtype, device)
+        self._embedding = Embedding(tensors["embedding"], compute)
+        self._tables = rotary_tables(architecture, context_token_count, compute.activations, compute.device)
 
     @torch.inference_mode()
     def forward(
@@ -65,12 +65,10 @@ class Model:
         the first gets all logits, and the others must be given the same step.
         """
         hidden = self._embedded(step.token_ids)
-        cosines = self._cosines[step.positions].unsqueeze(1)
-        sines = self._sines[step.positions].unsqueeze(1)
         for index, layer in enumerate(self._layers):
             if give_up():
                 return None
-            place = Place(index, step, cosines, sines, kv_cache)
+            place = Place(index, step, self._tables, kv_cache)
             attended = layer.attention(self._norm(hidden, layer.attention_norm), place)
             # In place: fresh memory for each of these costs a prefill more than the arithmetic.
             hidden += self._ranks.add_up(layer.attention_output(attended))
@@ -81,14 +79,16 @@ class Model:
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[row_count, hidden_size]; a rank looks up what it has of the vocabulary, and the sum is everything."""
         if self._ranks.size == 1:
-            return F.embedding(token_ids, self._embedding)
+            return self._embedding(token_ids)
         places = token_ids - self._here.vocabulary.start
         is_here = (places >= 0) & (places < len(self._embedding))
-        found = F.embedding(torch.where(is_here, places, 0), self._embedding)
+        found = self._embedding(torch.where(is_here, places, 0))
         return self._ranks.add_up(found.masked_fill_(~is_here.unsqueeze(1), 0))
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm (Zhang and Sennrich, 2019) of rows [row_count, hidden_size]; torch sums in fp32."""
+        if self._compute.kernels is not None:
+            return self._compute.kernels.rms_norm(hidden, weight, self.architecture.norm_epsilon)
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.architecture.norm_epsilon)
 
 
@@ -96,35 +96,47 @@ class Model:
 class _Weights:
     """The fused tensors of `layouts.py`, brought to the device as they are asked for."""
 
-    tensors: dict[str, torch.Tensor]
-    dtype: torch.dtype
-    device: torch.device
+    tensors: dict[str, torch.Tensor | Blocks]
+    compute: Compute
     prefix: str = ""
 
     def of(self, layer: int) -> "_Weights":
         """Those of one layer, by their names without it."""
-        return _Weights(self.tensors, self.dtype, self.device, f"layers.{layer}.")
+        return _Weights(self.tensors, self.compute, f"layers.{layer}.")
 
     def has(self, name: str) -> bool:
         return self.prefix + name in self.tensors
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[self.prefix + name].to(self.device, self.dtype)
+        """In the type of activations."""
+        return self._dense(name).to(self.compute.device, self.compute.activations)
 
     def exact(self, name: str) -> torch.Tensor:
         """In the type that it was loaded in."""
-        return self.tensors[self.prefix + name].to(self.device)
+        return self._dense(name).to(self.compute.device)
 
     def named(self, *names: str) -> dict[str, torch.Tensor]:
         """Those that the model has of `names`."""
         return {name: self.tensor(name) for name in names if self.has(name)}
 
     def projection(self, name: str) -> Projection:
-        bias = self.tensors.get(f"{self.prefix}{name}_bias")
-        return Projection(self.tensors[self.prefix + name], self.dtype, self.device, bias=bias)
+        bias = self._dense(f"{name}_bias") if self.has(f"{name}_bias") else None
+        return Projection(self.tensors[self.prefix + name], self.compute, bias=bias)
+
+    def projections(self, name: str, count: int) -> list[Projection]:
+        """Of a tensor that is `count` matrices of the same size, one below the other."""
+        whole = self.tensors[self.prefix + name]
+        size = whole.shape[0] // count
+        spans = [slice(first, first + size) for first in range(0, whole.shape[0], size)]
+        parts = [whole.rows(span) if isinstance(whole, Blocks) else whole[span] for span in spans]
+        return [Projection(part, self.compute) for part in parts]
 
     def mlp(self, kind: str = "") -> Mlp:
-        return Mlp(self.projection(f"{kind}gate_up"), self.projection(f"{kind}down"))
+        return Mlp(self.projection(f"{kind}gate_up"), self.projection(f"{kind}down"), self.compute.kernels)
+
+    def _dense(self, name: str) -> torch.Tensor:
+        found = self.tensors[self.prefix + name]
+        return found.dense() if isinstance(found, Blocks) else found
 
 
 def _layer(architecture: Architecture, division: Division, index: int, weights: _Weights) -> _Layer:
@@ -140,7 +152,8 @@ def _layer(architecture: Architecture, division: Division, index: int, weights: 
 
 def _attention(architecture: Architecture, here: _Weights) -> GroupedQueryAttention | LatentAttention:
     if architecture.latent is None:
-        return GroupedQueryAttention(architecture, here.named("query_norm", "key_norm"), here.projection("qkv"))
+        norms = here.named("query_norm", "key_norm")
+        return GroupedQueryAttention(architecture, norms, here.projection("qkv"), here.compute.kernels)
     return LatentAttention(
         architecture,
         architecture.latent,
@@ -156,8 +169,12 @@ def _mixture(architecture: Architecture, division: Division, here: _Weights) -> 
         architecture.experts,
         router=here.tensor("router"),
         choice_bias=here.exact("router_bias") if here.has("router_bias") else None,
-        gate_up=here.tensor("experts_gate_up"),
-        down=here.tensor("experts_down"),
+        experts_here=_expert_mlps(here, len(division.experts)),
         shared=here.mlp("shared_") if here.has("shared_down") else None,
         here=division.experts,
     )
+
+
+def _expert_mlps(here: _Weights, count: int) -> list[Mlp]:
+    both = zip(here.projections("experts_gate_up", count), here.projections("experts_down", count), strict=True)
+    return [Mlp(gate_up, down, here.compute.kernels) for gate_up, down in both]

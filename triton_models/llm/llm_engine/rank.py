@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from .config import EngineConfig
+from .cpu_kernels import load_kernels
 from .division import division
 from .errors import ModelLoadError
 from .kv_cache import KvCache, block_byte_count
-from .matmul import compute_dtype
+from .matmul import Compute, compute_dtype
 from .model import Model
 from .ranks import Alone, Group
 from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors
@@ -31,14 +32,22 @@ class LoadedRank:
         torch.set_num_threads(config.thread_count)
         self.config, self.rank = config, rank
         self.device = _device(config, rank)
+        cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
         self.checkpoint: Checkpoint = load_checkpoint(
             Path(config.model_path),
             dtype=config.dtype,
-            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+            cache_dir=cache_dir,
             rank=rank,
             size=config.tensor_parallel_size,
         )
         self.dtype = compute_dtype(TORCH_DTYPES[config.dtype], self.device)
+        is_cpu = self.device.type == "cpu"
+        self.compute = Compute(
+            device=self.device,
+            dtype=self.dtype,
+            activations=torch.float32 if is_cpu else self.dtype,
+            kernels=load_kernels(cache_dir, config.thread_count) if is_cpu and config.cpu_kernels else None,
+        )
         self.block_count = _block_count(config, self.checkpoint, self.dtype)
         self.context_token_count = _context_token_count(config, self.checkpoint, self.block_count)
 
@@ -56,14 +65,13 @@ class Rank:
     """Computes steps; every rank of a group must be given the same ones, in the same order."""
 
     def __init__(self, loaded: LoadedRank, ranks: Alone | Group) -> None:
-        config, checkpoint, dtype, device = loaded.config, loaded.checkpoint, loaded.dtype, loaded.device
+        config, checkpoint, compute = loaded.config, loaded.checkpoint, loaded.compute
         local = checkpoint.division.local(checkpoint.architecture)
         self.kv_cache = KvCache(
             local,
             block_count=loaded.block_count,
             block_token_count=config.block_token_count,
-            dtype=dtype,
-            device=device,
+            compute=compute,
         )
         self.model = Model(
             checkpoint.architecture,
@@ -71,16 +79,16 @@ class Rank:
             checkpoint.division,
             ranks,
             context_token_count=loaded.context_token_count,
-            dtype=dtype,
-            device=device,
+            compute=compute,
         )
         self._layout = StepLayout(
             block_token_count=config.block_token_count,
             padding_block=self.kv_cache.padding_block,
             group_size=local.group_size,
-            group_token_bound=_CPU_GROUP_TOKEN_BOUND if device.type == "cpu" else _CUDA_GROUP_TOKEN_BOUND,
-            dtype=dtype,
-            device=device,
+            group_token_bound=_CPU_GROUP_TOKEN_BOUND if compute.device.type == "cpu" else _CUDA_GROUP_TOKEN_BOUND,
+            reads_blocks=self.kv_cache.reads_blocks,
+            dtype=compute.dtype,
+            device=compute.device,
         )
 
     def lay_out(self, works: list[RowWork]) -> StepTensors:

@@ -41,9 +41,13 @@ class AttentionGroup:
     sequence_count: int
     query_count: int
     blocks: torch.Tensor
-    """[sequence_count * block_count] int64: the sequences' blocks in order, padded."""
-    mask: torch.Tensor
+    """[sequence_count, block_count] int64: the sequences' blocks in order, padded."""
+    longest: int
+    """Tokens that the row with the longest context sees."""
+    mask: torch.Tensor | None = None
     """[sequence_count, 1, group_size * query_count, context] compute dtype: 0 where a query sees a key."""
+    lengths: torch.Tensor | None = None
+    """[sequence_count] int64: tokens that each sees; where blocks are read where they lie, instead of a mask."""
 
     @property
     def rows(self) -> slice:
@@ -80,6 +84,8 @@ class StepLayout:
     """Query heads to a KV head."""
     group_token_bound: int
     """Keys that one decode group gathers at most, so that on a CPU they stay in its cache."""
+    reads_blocks: bool
+    """Single rows attend to blocks where they lie: all decodes are one group, without a mask."""
     dtype: torch.dtype
     device: torch.device
 
@@ -125,12 +131,34 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
 
 def _decode_groups(decodes: list[RowWork], layout: StepLayout) -> Iterator[AttentionGroup]:
     """Cut the decodes, which come sorted by length, where a group's padded keys pass the bound."""
+    if layout.reads_blocks:
+        if decodes:
+            yield _unmasked_group(decodes, layout)
+        return
     first = 0
     for end in range(1, len(decodes) + 1):
         grown = (end - first + 1) * _padded(decodes[min(end, len(decodes) - 1)], layout)
         if end == len(decodes) or grown > layout.group_token_bound:
             yield _group(decodes[first:end], first, layout)
             first = end
+
+
+def _unmasked_group(works: list[RowWork], layout: StepLayout) -> AttentionGroup:
+    """All decodes, which stand first."""
+    longest = works[-1].start + 1
+    blocks = np.zeros((len(works), -(-longest // layout.block_token_count)), dtype=np.int64)
+    for row, work in enumerate(works):
+        used = work.block_ids[: blocks.shape[1]]
+        blocks[row, : len(used)] = used
+    lengths = np.fromiter((work.start + 1 for work in works), np.int64, len(works))
+    return AttentionGroup(
+        first_row=0,
+        sequence_count=len(works),
+        query_count=1,
+        blocks=_moved(blocks, layout),
+        longest=longest,
+        lengths=_moved(lengths, layout),
+    )
 
 
 def _group(works: list[RowWork], first_row: int, layout: StepLayout) -> AttentionGroup:
@@ -150,7 +178,8 @@ def _group(works: list[RowWork], first_row: int, layout: StepLayout) -> Attentio
         first_row=first_row,
         sequence_count=len(works),
         query_count=query_count,
-        blocks=_moved(blocks.reshape(-1), layout),
+        blocks=_moved(blocks, layout),
+        longest=context,
         mask=mask.reshape(len(works), 1, -1, context).to(layout.device),
     )
 

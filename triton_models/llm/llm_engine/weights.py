@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 
 from . import architecture as architectures
 from .architecture import Architecture
+from .blocks import Blocks, joined, unnamed
 from .division import Division, division
 from .errors import ModelLoadError
 from .gguf_reader import GgufFile
-from .layouts import Part, RopeRows, fused_tensors
+from .layouts import Fused, Part, RopeRows, fused_tensors
 
 # Counted up whenever the fused layout or the reading of a file changes.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _log = logging.getLogger("llm_engine.weights")
@@ -39,7 +40,8 @@ class Checkpoint:
     architecture: Architecture
     """The whole model's, also where the tensors are one rank's."""
     division: Division
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor | Blocks]
+    """In blocks is what a file has in blocks, whatever type is wanted."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class _Source:
     name_of: Callable[[str], str] = str
     """From Hugging Face's name of a tensor to the one that it has here."""
     ignorable: frozenset[str] = frozenset()
+    blocks: Callable[[str], Blocks | None] = lambda name: None
+    """A tensor's own blocks, where it has some."""
 
 
 def load_checkpoint(
@@ -114,24 +118,57 @@ def _check(source: _Source, architecture: Architecture) -> None:
         raise ModelLoadError(f"{source.path}: tensor {unused[0]} is not supported ({len(unused)} such)")
 
 
-def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: str) -> dict[str, torch.Tensor]:
-    """Read, reorder, convert and join: fused name to its tensor of the wanted type."""
-    tensors = {}
+def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: str) -> dict[str, torch.Tensor | Blocks]:
+    """Read, reorder, convert and join: fused name to its blocks, or its tensor of the wanted type."""
+    tensors: dict[str, torch.Tensor | Blocks] = {}
     for fused in fused_tensors(architecture, tied=source.tied):
+        blocks = _fused_blocks(source, architecture, here, fused)
+        if blocks is not None:
+            tensors[fused.name] = blocks
+            continue
         parts = []
         for part in filter(here.is_here, fused.parts):
             name = source.name_of(part.name)
             tensor = source.read(name, _slices(here, part))
             if not torch.isfinite(tensor).all():
-                raise ModelLoadError(
-                    f"{source.path}: tensor {source.name_of(part.name)} holds values that are not finite"
-                )
+                raise _not_finite(source, name)
             if architecture.has_interleaved_rope and part.rope is not None:
                 tensor = _deinterleaved(tensor, part.rope)
             parts.append(tensor if fused.is_exact else tensor.to(TORCH_DTYPES[dtype]))
         # A rank's part may be a view of the whole tensor, which joining copies.
         tensors[fused.name] = parts[0] if len(parts) == 1 and here.size == 1 else torch.cat(parts)
     return tensors
+
+
+def _fused_blocks(source: _Source, architecture: Architecture, here: Division, fused: Fused) -> Blocks | None:
+    """The blocks of all parts of a tensor; None where not all have some, and of the same kind."""
+    found = []
+    for part in filter(here.is_here, fused.parts):
+        blocks = None if fused.is_exact else _block_part(source, architecture, here, part)
+        if blocks is None or (found and blocks.bits != found[0].bits):
+            return None
+        found.append(blocks)
+    return joined(found)
+
+
+def _block_part(source: _Source, architecture: Architecture, here: Division, part: Part) -> Blocks | None:
+    """The rank's blocks of a tensor, in the order that is wanted here; None where it has none."""
+    name = source.name_of(part.name)
+    blocks, span = source.blocks(name), here.span(part)
+    if blocks is None:
+        return None
+    if not blocks.is_finite:
+        raise _not_finite(source, name)
+    if span is not None:
+        assert part.cut is not None
+        blocks = blocks.rows(slice(span.start, span.stop)) if part.cut.axis == 0 else blocks.columns(span)
+    if blocks is not None and architecture.has_interleaved_rope and part.rope is not None:
+        blocks = blocks.rows(_deinterleaved(torch.arange(len(blocks.words)), part.rope))
+    return blocks
+
+
+def _not_finite(source: _Source, name: str) -> ModelLoadError:
+    return ModelLoadError(f"{source.path}: tensor {name} holds values that are not finite")
 
 
 def _slices(here: Division, part: Part) -> tuple[slice, ...]:
@@ -192,6 +229,7 @@ def _gguf_source(file: GgufFile) -> _Source:
         lambda name, slices: torch.from_numpy(file.tensor(name))[slices],
         tied="output.weight" not in shapes,
         name_of=_gguf_name,
+        blocks=file.blocks,
     )
 
 
@@ -271,13 +309,13 @@ def _cache_path(cache_dir: Path, model_path: Path, dtype: str, rank: int, size: 
     return cache_dir / f"{model_path.stem}-{dtype}-{digest}.safetensors"
 
 
-def _read_cache(path: Path, architecture: Architecture, here: Division) -> dict[str, torch.Tensor] | None:
+def _read_cache(path: Path, architecture: Architecture, here: Division) -> dict[str, torch.Tensor | Blocks] | None:
     """The cached weights, mapped and not copied; None where there is no sound file."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = unnamed({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         _log.warning("weight cache %s is damaged and will be rebuilt: %s", path, error)
         return None
@@ -288,12 +326,15 @@ def _read_cache(path: Path, architecture: Architecture, here: Division) -> dict[
     return tensors
 
 
-def _write_cache(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _write_cache(path: Path, tensors: dict[str, torch.Tensor | Blocks]) -> None:
     """Write the whole file beside its place, then move it there; a failure costs only the next start."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished)
+        flat: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            flat |= tensor.named(name) if isinstance(tensor, Blocks) else {name: tensor}
+        save_file(flat, unfinished)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         _log.warning("weight cache %s cannot be written: %s", path, error)

@@ -1,0 +1,249 @@
+"""The CPU kernels against torch, and what they promise of rows and threads."""
+
+import logging
+import math
+import os
+
+import pytest
+import torch
+from torch.nn.functional import linear, rms_norm, silu
+
+from llm_engine import cpu_kernels
+from llm_engine.blocks import Blocks, rounded
+from llm_engine.cpu_kernels import load_kernels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def kernels(request, folder):
+    loaded = load_kernels(folder, request.param)
+    assert loaded is not None
+    return loaded
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def four_bits(outputs: int, inputs: int) -> Blocks:
+    words = torch.randint(-(2**31), 2**31, (outputs, inputs // 8), generator=torch.Generator().manual_seed(1))
+    scales = random(outputs, inputs // 32, seed=2).half()
+    return Blocks(words.to(torch.int32), scales, random(outputs, inputs // 32, seed=3).half())
+
+
+WEIGHTS = {
+    "four bits": lambda outputs, inputs: four_bits(outputs, inputs),
+    "eight bits": lambda outputs, inputs: rounded(random(outputs, inputs)),
+    "bf16": lambda outputs, inputs: random(outputs, inputs).bfloat16(),
+    "fp16": lambda outputs, inputs: random(outputs, inputs).half(),
+}
+
+
+def values(weight: torch.Tensor | Blocks) -> torch.Tensor:
+    return weight.dense() if isinstance(weight, Blocks) else weight.float()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (31, 64), (70, 96), (128, 1536)])
+def test_products_are_those_of_torch(kernels, kind, outputs, inputs):
+    weight = WEIGHTS[kind](outputs, inputs)
+    packed = kernels.pack(weight)
+    for count in (1, 2, 3, 5, 8, 9, 40):
+        rows = random(count, inputs, seed=count)
+        expected = linear(rows.double(), values(weight).double())
+        found = kernels.linear(packed, rows)
+        assert found.shape == (count, outputs)
+        assert (found - expected).abs().max() < 2e-6 * inputs
+        bias = random(outputs, seed=9)
+        assert torch.equal(kernels.linear(packed, rows, bias), found + bias)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_row_comes_out_the_same_in_any_company(kernels, folder, kind):
+    packed = kernels.pack(WEIGHTS[kind](96, 256))
+    rows = random(37, 256)
+    together = kernels.linear(packed, rows)
+    alone = torch.cat([kernels.linear(packed, row.unsqueeze(0)) for row in rows])
+    assert torch.equal(together, alone)
+    assert torch.equal(together, load_kernels(folder, 2).linear(packed, rows))
+
+
+def test_rows_may_lie_apart(kernels):
+    packed = kernels.pack(rounded(random(40, 64)))
+    wide = random(5, 200)
+    assert torch.equal(kernels.linear(packed, wide[:, 7:71]), kernels.linear(packed, wide[:, 7:71].contiguous()))
+
+
+@pytest.mark.parametrize("inputs", [8, 33])
+def test_sixteen_bits_need_no_whole_vectors(kernels, inputs):
+    weight = random(6, inputs).bfloat16()
+    found = kernels.linear(kernels.pack(weight), random(3, inputs))
+    assert torch.allclose(found, linear(random(3, inputs), weight.float()), atol=1e-5)
+
+
+def test_fp32_weights_are_left_to_torch(kernels):
+    assert kernels.pack(random(4, 32)) is None
+
+
+@pytest.mark.parametrize("size", [5, 16, 576])
+def test_the_norm_is_that_of_torch(kernels, size):
+    rows, weight = random(40, size) * 3, random(size, seed=1)
+    found = kernels.rms_norm(rows, weight, 1e-5)
+    assert torch.allclose(found, rms_norm(rows, (size,), weight, 1e-5), rtol=1e-5, atol=1e-6)
+    wide = random(4, 2 * size)
+    assert torch.equal(
+        kernels.rms_norm(wide[:, size:], weight, 1e-5), kernels.rms_norm(wide[:, size:].clone(), weight, 1e-5)
+    )
+
+
+@pytest.mark.parametrize("size", [7, 64, 1000])
+def test_swiglu_is_that_of_torch(kernels, size):
+    gate_up = random(33, 2 * size) * 20
+    gate_up[0, :5] = torch.tensor([-1e4, 1e4, 0.0, -88.5, 88.5])
+    gate, up = gate_up.double().chunk(2, dim=1)
+    expected = silu(gate) * up
+    assert torch.allclose(kernels.silu_mul(gate_up).double(), expected, rtol=2e-6, atol=1e-30)
+
+
+def test_what_is_not_finite_stays_so(kernels):
+    gate_up = random(2, 64)
+    gate_up[1, 3] = float("nan")
+    found = kernels.silu_mul(gate_up)
+    assert found[0].isfinite().all()
+    assert found[1, 3].isnan()
+    assert kernels.rms_norm(gate_up, torch.ones(64), 1e-5)[1].isnan().all()
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_are_turned_and_kept(kernels, has_norms, dtype):
+    heads, kv_heads, size, count = 6, 2, 16, 50
+    qkv = random(count, (heads + 2 * kv_heads) * size)
+    angles = torch.outer(torch.arange(64).float(), 1.0 / 100 ** (torch.arange(size // 2) / 8))
+    tables = (angles.cos(), angles.sin())
+    positions = torch.arange(count) % 64
+    norms = random(heads + kv_heads, size, seed=4) if has_norms else None
+    slots = torch.randperm(80, generator=torch.Generator().manual_seed(0))[:count]
+    cache = torch.zeros(80, 2 * kv_heads * size, dtype=dtype)
+
+    by_head = qkv.view(count, -1, size)
+    turning, plain = by_head.split((heads + kv_heads, kv_heads), dim=1)
+    if norms is not None:
+        turning = rms_norm(turning, (size,), eps=1e-5) * norms
+    first, second = turning.chunk(2, dim=2)
+    cosines, sines = (table[positions].unsqueeze(1) for table in tables)
+    turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=2)
+
+    kernels.rotate_and_write(qkv, (heads, kv_heads, size), tables, positions, norms, 1e-5, cache, slots)
+    assert torch.allclose(qkv.view(count, -1, size)[:, : heads + kv_heads], turned, atol=1e-5)
+    kept = torch.cat((turned[:, heads:], plain), dim=1).flatten(1)
+    assert torch.allclose(cache[slots].float(), kept.to(dtype).float(), atol=1e-5 if dtype == torch.float32 else 0.02)
+    untouched = torch.ones(80, dtype=torch.bool).index_fill_(0, slots, False)
+    assert not cache[untouched].any()
+
+
+SHARING = {"one each": (4, 4), "three": (6, 2), "five": (5, 1), "all": (9, 1)}
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_latent", [False, True])
+def test_attention_is_that_of_torch(kernels, sharing, dtype, is_latent):
+    heads, kv_heads = SHARING[sharing]
+    if is_latent:
+        heads, kv_heads, key_size, value_size, values_at = heads, 1, 48, 32, 0
+        token_size = key_size
+    else:
+        key_size = value_size = 80
+        values_at, token_size = kv_heads * key_size, 2 * kv_heads * key_size
+    lengths = torch.tensor([1, 16, 17, 255, 256, 257, 700])
+    blocks_each = -(-int(lengths.max()) // 16)
+    generator = torch.Generator().manual_seed(5)
+    cache = random(len(lengths) * blocks_each, 16 * token_size).to(dtype)
+    blocks = torch.randperm(len(cache), generator=generator).view(len(lengths), blocks_each)
+    wide = random(len(lengths), heads * key_size + 5, seed=6) * 2
+    queries = wide[:, : heads * key_size].unflatten(1, (heads, key_size))
+    scale = key_size**-0.5
+
+    found = kernels.attend(queries, cache, token_size, 16, blocks, lengths, 700, kv_heads, value_size, values_at, scale)
+    for row, length in enumerate(lengths.tolist()):
+        tokens = cache[blocks[row]].view(-1, token_size)[:length].float()
+        keys = tokens[:, : kv_heads * key_size].view(length, kv_heads, key_size).repeat_interleave(heads // kv_heads, 1)
+        of_values = tokens[:, values_at : values_at + kv_heads * value_size].view(length, kv_heads, value_size)
+        of_values = of_values.repeat_interleave(heads // kv_heads, 1)
+        weights = (torch.einsum("hd,thd->ht", queries[row], keys) * scale).softmax(dim=1)
+        expected = torch.einsum("ht,thd->hd", weights, of_values)
+        assert torch.allclose(found[row], expected, atol=2e-6, rtol=1e-5), length
+
+    alone = kernels.attend(
+        queries[4:5], cache, token_size, 16, blocks[4:5], lengths[4:5], 256, kv_heads, value_size, values_at, scale
+    )
+    assert torch.equal(alone[0], found[4])
+
+
+def test_attention_reads_nothing_behind_a_sequences_end_and_keeps_nans_to_their_row(kernels):
+    cache = random(4, 16 * 2 * 16)
+    cache.view(-1, 32)[5:16] = float("nan")
+    queries, blocks = random(2, 1, 16), torch.tensor([[0, 9_999], [1, 2]])
+    found = kernels.attend(queries, cache, 32, 16, blocks, torch.tensor([5, 32]), 32, 1, 16, 16, 0.25)
+    assert found.isfinite().all()
+    found = kernels.attend(queries, cache, 32, 16, blocks, torch.tensor([6, 32]), 32, 1, 16, 16, 0.25)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
+
+
+def test_large_scores_do_not_overflow(kernels):
+    cache = torch.zeros(1, 16 * 2 * 16)
+    tokens = cache.view(16, 32)
+    tokens[:, 16:] = torch.arange(16.0).unsqueeze(1)
+    tokens[3, :16] = 1e4
+    found = kernels.attend(
+        torch.ones(1, 1, 16), cache, 32, 16, torch.tensor([[0]]), torch.tensor([16]), 16, 1, 16, 16, 1.0
+    )
+    assert torch.equal(found, torch.full((1, 1, 16), 3.0))
+
+
+def test_what_the_kernels_cannot_attend_to_is_known(kernels):
+    assert kernels.can_attend(64, 64, torch.float32)
+    assert not kernels.can_attend(20, 64, torch.float32)
+    assert not kernels.can_attend(64, 64, torch.float16)
+
+
+def test_the_library_is_built_once(tmp_path, monkeypatch):
+    assert load_kernels(tmp_path / "new", 1) is not None
+    (built,) = (tmp_path / "new").iterdir()
+    assert built.name.startswith("cpu-kernels-")
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    assert load_kernels(tmp_path / "new", 1) is not None
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+def test_without_a_compiler_there_are_no_kernels_and_a_warning(tmp_path, monkeypatch, caplog, compiler):
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.WARNING):
+        assert load_kernels(tmp_path, 1) is None
+    assert "no CPU kernels" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cpu_kernels.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"tidegate-kernels-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert load_kernels(None, 1) is None
+    assert "can be written by others" in caplog.text
+    folder.chmod(0o700)
+    assert load_kernels(None, 1) is not None
+
+
+def test_exponentials_are_exact_to_the_last_places(kernels):
+    """By way of SwiGLU, whose gate holds one: for an up of 1 and a gate of x it is x / (1 + exp(-x))."""
+    x = torch.linspace(-80, 80, 4000)
+    found = kernels.silu_mul(torch.cat((x, torch.ones(4000))).unsqueeze(0))[0]
+    expected = torch.tensor([value / (1 + math.exp(-value)) for value in x.tolist()])
+    assert ((found - expected).abs() <= 4e-7 * expected.abs() + 1e-37).all()

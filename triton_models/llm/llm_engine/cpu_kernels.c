@@ -1,0 +1,569 @@
+/* What a step computes on a CPU, where torch's own operators cost more than the arithmetic. `cpu_kernels.py` builds
+ * and calls it.
+ *
+ * Owns products with weights of four, eight and sixteen bits, the norm, rotary positions with the write into the KV
+ * cache, attention over KV blocks where they lie, and SwiGLU. Activations and sums are fp32 throughout.
+ *
+ * Invariants: no memory is kept between calls; what comes out for a row does not depend on the other rows of a call,
+ * nor on the number of threads.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 8 /* that are multiplied at once with what is read of the weights */
+#define PLAIN_ROWS 4
+#else
+#define LANES 8
+#define ROWS 4
+#define PLAIN_ROWS 2
+#endif
+#define TILE (2 * LANES) /* outputs whose weights are packed side by side */
+#define GROUP 32         /* inputs that share a scale */
+#define PLAIN_OUTPUTS 4
+
+typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FOUR_BITS = 4, EIGHT_BITS = 8 };
+
+/* Below so many numbers, a second thread costs more than it saves. */
+#define WORTH_THREADS 16384
+
+INLINE Floats load(const float *from) { return *(const Floats *)from; }
+INLINE void store(float *to, Floats value) { *(Floats *)to = value; }
+INLINE Floats all(float value) { return value - (Floats){0}; }
+
+INLINE float total(Floats value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)value);
+#else
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+    return sum;
+#endif
+}
+
+INLINE Floats from_bf16(const uint16_t *from) {
+    return (Floats)(__builtin_convertvector(*(const Halves *)from, Words) << 16);
+}
+
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+/* LANES numbers of IEEE half precision. */
+INLINE Floats from_fp16(const uint16_t *from) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    Floats value;
+    for (int lane = 0; lane < LANES; lane++) {
+        uint32_t half = from[lane], sign = (half & 0x8000) << 16, rest = half & 0x7fff, bits;
+        float number;
+        if (rest >= 0x7c00) bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+        else if (rest >= 0x400) bits = sign | ((rest << 13) + 0x38000000);
+        else { number = (float)rest * 0x1p-24f; memcpy(&bits, &number, 4); bits |= sign; }
+        memcpy(&number, &bits, 4);
+        value[lane] = number;
+    }
+    return value;
+#endif
+}
+
+/* Packed weights of one tile, from here on. A word holds consecutive inputs of one output, 8 of four bits or 4 of eight;
+ * the words of TILE outputs stand side by side, then come their next inputs. A group's scales are TILE halves; with
+ * four bits, TILE offsets follow.
+ */
+typedef struct {
+    const uint32_t *words;
+    const uint16_t *scales;
+} Tile;
+
+INLINE Tile tile_at(int packing, const void *weights, const uint16_t *scales, int64_t tile, int64_t inputs) {
+    int64_t groups = inputs / GROUP;
+    return (Tile){
+        (const uint32_t *)weights + tile * TILE * (inputs * packing / 32),
+        scales + tile * groups * TILE * (packing == FOUR_BITS ? 2 : 1),
+    };
+}
+
+/* The weights that TILE outputs give to input `input` of a group, of one half of the tile. */
+INLINE Floats unpacked(int packing, Words words, int place, Floats scale, Floats offset) {
+    if (packing == FOUR_BITS) {
+#if defined(__AVX512F__)
+        const __m512 digits = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        Floats digit = (Floats)_mm512_permutexvar_ps((__m512i)(words >> (4 * place)), digits);
+#else
+        Floats digit = __builtin_convertvector((Ints)(words >> (4 * place) & 15), Floats);
+#endif
+        return digit * scale + offset;
+    }
+    return __builtin_convertvector((Ints)(words << (24 - 8 * place)) >> 24, Floats) * scale;
+}
+
+/* A group's scales and offsets. */
+INLINE void take_scales(int packing, Tile *tile, Floats scale[2], Floats offset[2]) {
+    for (int half = 0; half < 2; half++) {
+        scale[half] = from_fp16(tile->scales + half * LANES);
+        offset[half] = packing == FOUR_BITS ? from_fp16(tile->scales + TILE + half * LANES) : (Floats){0};
+    }
+    tile->scales += packing == FOUR_BITS ? 2 * TILE : TILE;
+}
+
+/* `rows` rows times one tile straight from its packed form. */
+INLINE void few_rows(int packing, int rows, Tile tile, const float *x, int64_t stride, int64_t inputs, Floats sums[][2]) {
+    const int per_word = 32 / packing;
+    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
+    for (int64_t first = 0; first < inputs; first += GROUP) {
+        Floats scale[2], offset[2];
+        take_scales(packing, &tile, scale, offset);
+        for (int word = 0; word < GROUP / per_word; word++, tile.words += TILE) {
+            Words words[2] = {*(const Words *)tile.words, *(const Words *)(tile.words + LANES)};
+#pragma GCC unroll 8
+            for (int place = 0; place < per_word; place++) {
+                const float *input = x + first + word * per_word + place;
+                Floats low = unpacked(packing, words[0], place, scale[0], offset[0]);
+                Floats high = unpacked(packing, words[1], place, scale[1], offset[1]);
+#pragma GCC unroll 8
+                for (int row = 0; row < rows; row++) {
+                    sums[row][0] += low * input[row * stride];
+                    sums[row][1] += high * input[row * stride];
+                }
+            }
+        }
+    }
+}
+
+/* One tile as fp32, [inputs][TILE]. */
+INLINE void unpack(int packing, Tile tile, int64_t inputs, float *to) {
+    const int per_word = 32 / packing;
+    for (int64_t first = 0; first < inputs; first += GROUP) {
+        Floats scale[2], offset[2];
+        take_scales(packing, &tile, scale, offset);
+        for (int word = 0; word < GROUP / per_word; word++, tile.words += TILE) {
+#pragma GCC unroll 8
+            for (int place = 0; place < per_word; place++, to += TILE) {
+                for (int half = 0; half < 2; half++) {
+                    Words words = *(const Words *)(tile.words + half * LANES);
+                    store(to + half * LANES, unpacked(packing, words, place, scale[half], offset[half]));
+                }
+            }
+        }
+    }
+}
+
+/* `rows` rows times one tile that was unpacked. */
+INLINE void many_rows(int rows, const float *weights, const float *x, int64_t stride, int64_t inputs, Floats sums[][2]) {
+    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
+#pragma GCC unroll 2
+    for (int64_t input = 0; input < inputs; input++, weights += TILE) {
+        Floats low = load(weights), high = load(weights + LANES);
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            sums[row][0] += low * x[row * stride + input];
+            sums[row][1] += high * x[row * stride + input];
+        }
+    }
+}
+
+INLINE void put(Floats sums[2], const float *bias, float *out, int64_t first, int64_t outputs) {
+    for (int half = 0; half < 2; half++) {
+        int64_t begin = first + half * LANES;
+        if (begin + LANES <= outputs) {
+            Floats value = sums[half];
+            if (bias) value += load(bias + begin);
+            store(out + begin, value);
+        } else {
+            for (int64_t index = begin; index < outputs; index++)
+                out[index] = sums[half][index - begin] + (bias ? bias[index] : 0);
+        }
+    }
+}
+
+INLINE void packed_linear(
+    int packing, const void *weights, const uint16_t *scales, const float *bias, const float *x, int64_t stride,
+    float *out, int64_t rows, int64_t outputs, int64_t inputs, int threads
+) {
+    int64_t tiles = (outputs + TILE - 1) / TILE;
+#pragma omp parallel num_threads(threads)
+    {
+        float *unpacked_tile = rows > ROWS ? aligned_alloc(64, inputs * TILE * sizeof(float)) : NULL;
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            Floats sums[ROWS][2];
+            Tile place = tile_at(packing, weights, scales, tile, inputs);
+            if (unpacked_tile) unpack(packing, place, inputs, unpacked_tile);
+            for (int64_t row = 0; row < rows;) {
+                const float *from = x + row * stride;
+                int64_t count = rows - row < ROWS ? rows - row : ROWS;
+#define CASE(n)                                                                   \
+    case n:                                                                       \
+        if (unpacked_tile) many_rows(n, unpacked_tile, from, stride, inputs, sums); \
+        else few_rows(packing, n, place, from, stride, inputs, sums);              \
+        break;
+                switch (count) {
+                    CASE(1) CASE(2) CASE(3) CASE(4)
+#if ROWS == 8
+                    CASE(5) CASE(6) CASE(7) CASE(8)
+#endif
+                }
+#undef CASE
+                for (int64_t end = row + count; row < end; row++)
+                    put(sums[count - (end - row)], bias, out + row * outputs, tile * TILE, outputs);
+            }
+        }
+        free(unpacked_tile);
+    }
+}
+
+/* out [rows, outputs] = x [rows, inputs] times packed weights [outputs, inputs] transposed, + bias. `inputs` is a
+ * multiple of GROUP; strides count numbers.
+ */
+void tidegate_packed_linear(
+    int packing, const void *weights, const uint16_t *scales, const float *bias, const float *x, int64_t stride,
+    float *out, int64_t rows, int64_t outputs, int64_t inputs, int threads
+) {
+    if (packing == FOUR_BITS)
+        packed_linear(FOUR_BITS, weights, scales, bias, x, stride, out, rows, outputs, inputs, threads);
+    else
+        packed_linear(EIGHT_BITS, weights, scales, bias, x, stride, out, rows, outputs, inputs, threads);
+}
+
+INLINE Floats from_16_bits(int is_bf16, const uint16_t *from) { return is_bf16 ? from_bf16(from) : from_fp16(from); }
+
+INLINE float one_from_16_bits(int is_bf16, uint16_t from) {
+    uint16_t several[LANES] = {from};
+    return from_16_bits(is_bf16, several)[0];
+}
+
+/* `outputs` rows of weights, which lie as they were read, times `rows` rows. */
+INLINE void plain_block(
+    int is_bf16, int outputs, int rows, const uint16_t *weights, const float *bias, const float *x, int64_t stride,
+    float *out, int64_t out_stride, int64_t inputs
+) {
+    Floats sums[PLAIN_OUTPUTS][PLAIN_ROWS] = {{{0}}};
+    int64_t input = 0;
+    for (; input + LANES <= inputs; input += LANES) {
+        Floats from[PLAIN_ROWS];
+        for (int row = 0; row < rows; row++) from[row] = load(x + row * stride + input);
+        for (int output = 0; output < outputs; output++) {
+            Floats weight = from_16_bits(is_bf16, weights + output * inputs + input);
+            for (int row = 0; row < rows; row++) sums[output][row] += weight * from[row];
+        }
+    }
+    for (int output = 0; output < outputs; output++) {
+        for (int row = 0; row < rows; row++) {
+            float sum = total(sums[output][row]);
+            for (int64_t rest = input; rest < inputs; rest++)
+                sum += one_from_16_bits(is_bf16, weights[output * inputs + rest]) * x[row * stride + rest];
+            out[row * out_stride + output] = sum + (bias ? bias[output] : 0);
+        }
+    }
+}
+
+INLINE void plain_linear(
+    int is_bf16, const uint16_t *weights, const float *bias, const float *x, int64_t stride, float *out, int64_t rows,
+    int64_t outputs, int64_t inputs, int threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t output = 0; output < outputs; output += PLAIN_OUTPUTS) {
+        const uint16_t *from = weights + output * inputs;
+        const float *added = bias ? bias + output : NULL;
+        int64_t row = 0;
+        if (output + PLAIN_OUTPUTS <= outputs) {
+            for (; row + PLAIN_ROWS <= rows; row += PLAIN_ROWS)
+                plain_block(is_bf16, PLAIN_OUTPUTS, PLAIN_ROWS, from, added, x + row * stride, stride,
+                            out + row * outputs + output, outputs, inputs);
+            for (; row < rows; row++)
+                plain_block(is_bf16, PLAIN_OUTPUTS, 1, from, added, x + row * stride, stride,
+                            out + row * outputs + output, outputs, inputs);
+        } else {
+            for (int64_t last = output; last < outputs; last++)
+                for (row = 0; row < rows; row++)
+                    plain_block(is_bf16, 1, 1, weights + last * inputs, bias ? bias + last : NULL, x + row * stride,
+                                stride, out + row * outputs + last, outputs, inputs);
+        }
+    }
+}
+
+/* The same with weights [outputs, inputs] of bf16 or fp16, as they were read. */
+void tidegate_plain_linear(
+    int is_bf16, const uint16_t *weights, const float *bias, const float *x, int64_t stride, float *out, int64_t rows,
+    int64_t outputs, int64_t inputs, int threads
+) {
+    if (is_bf16) plain_linear(1, weights, bias, x, stride, out, rows, outputs, inputs, threads);
+    else plain_linear(0, weights, bias, x, stride, out, rows, outputs, inputs, threads);
+}
+
+INLINE void norm_row(const float *x, const float *weight, float epsilon, float *out, int64_t size) {
+    Floats squares = {0};
+    int64_t index = 0;
+    for (; index + LANES <= size; index += LANES) squares += load(x + index) * load(x + index);
+    float sum = total(squares);
+    for (; index < size; index++) sum += x[index] * x[index];
+    float scale = 1.0f / sqrtf(sum / size + epsilon);
+    for (index = 0; index + LANES <= size; index += LANES)
+        store(out + index, load(x + index) * scale * load(weight + index));
+    for (; index < size; index++) out[index] = x[index] * scale * weight[index];
+}
+
+/* Root mean square norm of rows [rows, size]: out = x / sqrt(mean(x^2) + epsilon) * weight. */
+void tidegate_rms_norm(
+    const float *x, int64_t stride, const float *weight, float epsilon, float *out, int64_t rows, int64_t size,
+    int threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * size > WORTH_THREADS)
+    for (int64_t row = 0; row < rows; row++) norm_row(x + row * stride, weight, epsilon, out + row * size, size);
+}
+
+/* The larger of each lane and a bound; what is not a number stays so. */
+INLINE Floats at_least(Floats x, float bound) {
+    Ints below = (Ints)(x < bound);
+    return (Floats)(((Ints)x & ~below) | ((Ints)all(bound) & below));
+}
+
+/* e to the power of each lane, to about one unit in the last place, for arguments of at most 88. */
+INLINE Floats exponential(Floats x) {
+    x = at_least(x, -87.0f);
+    /* Adding this constant leaves no digit behind the point. */
+    Floats whole = x * 1.44269504f + 12582912.0f - 12582912.0f;
+    Ints power = __builtin_convertvector(whole, Ints);
+    Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats sum = all(1.9875691500e-4f);
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    return sum * (Floats)((power + 127) << 23);
+}
+
+/* SwiGLU of rows [rows, 2 * size], gate and up side by side: out = gate / (1 + exp(-gate)) * up. */
+void tidegate_silu_mul(const float *gate_up, float *out, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * size > WORTH_THREADS)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *gates = gate_up + 2 * row * size, *ups = gates + size;
+        float *to = out + row * size;
+        int64_t index = 0;
+        for (; index + LANES <= size; index += LANES) {
+            Floats gate = load(gates + index);
+            Floats power = exponential(-at_least(gate, -87.0f));
+            store(to + index, gate / (1.0f + power) * load(ups + index));
+        }
+        for (; index < size; index++) to[index] = gates[index] / (1.0f + expf(-gates[index])) * ups[index];
+    }
+}
+
+/* Turn the query and key heads of rows [rows, (heads + 2 kv_heads) * size] in place, each normed before where the
+ * model has weights for it, and write keys and values into the cache at the rows' slots.
+ */
+void tidegate_rotate_and_write(
+    float *qkv, int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, const float *cosines, const float *sines,
+    const int64_t *positions, const float *norms, float epsilon, void *cache, int is_bf16, const int64_t *slots,
+    int threads
+) {
+    int64_t width = (heads + 2 * kv_heads) * size, half = size / 2, cached = 2 * kv_heads * size;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > WORTH_THREADS)
+    for (int64_t row = 0; row < rows; row++) {
+        float *of_row = qkv + row * width;
+        const float *cosine = cosines + positions[row] * half, *sine = sines + positions[row] * half;
+        for (int64_t head = 0; head < heads + kv_heads; head++) {
+            float *first = of_row + head * size, *second = first + half;
+            if (norms) norm_row(first, norms + head * size, epsilon, first, size);
+            for (int64_t index = 0; index < half; index++) {
+                float a = first[index], b = second[index];
+                first[index] = a * cosine[index] - b * sine[index];
+                second[index] = b * cosine[index] + a * sine[index];
+            }
+        }
+        const float *kept = of_row + heads * size;
+        if (is_bf16) {
+            uint16_t *to = (uint16_t *)cache + slots[row] * cached;
+            for (int64_t index = 0; index < cached; index++) to[index] = to_bf16(kept[index]);
+        } else {
+            memcpy((float *)cache + slots[row] * cached, kept, cached * sizeof(float));
+        }
+    }
+}
+
+/* How tokens lie in a layer's cache, and which of them a row sees. */
+typedef struct {
+    const void *cache;
+    const int64_t *blocks; /* of this sequence, in order */
+    int64_t block_tokens, token_size;
+} Context;
+
+INLINE int64_t offset_of(const Context *context, int64_t token) {
+    int64_t block = context->blocks[token / context->block_tokens];
+    return (block * context->block_tokens + token % context->block_tokens) * context->token_size;
+}
+
+INLINE Floats cached(int is_bf16, const void *cache, int64_t offset) {
+    return is_bf16 ? from_bf16((const uint16_t *)cache + offset) : load((const float *)cache + offset);
+}
+
+#define SPLIT 256 /* tokens of a context that one thread takes at a time */
+#define QUERIES 4 /* heads that share what is read of a key or value */
+#define WIDE 4    /* vectors of a value that are summed in registers */
+
+/* Scores of `count` tokens from `first` on for `queries` heads: [QUERIES][SPLIT]. */
+INLINE void score(
+    int is_bf16, int queries, const Context *context, int64_t key_offset, int64_t key_size, const float *query,
+    int64_t query_stride, float scale, int64_t first, int64_t count, float (*scores)[SPLIT]
+) {
+    for (int64_t token = 0; token < count; token++) {
+        int64_t offset = offset_of(context, first + token) + key_offset;
+        Floats sums[QUERIES] = {{0}};
+        for (int64_t index = 0; index < key_size; index += LANES) {
+            Floats key = cached(is_bf16, context->cache, offset + index);
+            for (int q = 0; q < queries; q++) sums[q] += key * load(query + q * query_stride + index);
+        }
+        for (int q = 0; q < queries; q++) scores[q][token] = total(sums[q]) * scale;
+    }
+}
+
+/* Weights from scores, in place; gives the largest score and the sum of the weights. */
+INLINE void soften(float *scores, int64_t count, float *largest, float *sum) {
+    float most = scores[0];
+    for (int64_t token = 1; token < count; token++) most = scores[token] > most ? scores[token] : most;
+    Floats sums = {0};
+    int64_t token = 0;
+    for (; token + LANES <= count; token += LANES) {
+        Floats weights = exponential(load(scores + token) - most);
+        store(scores + token, weights);
+        sums += weights;
+    }
+    *sum = total(sums);
+    for (; token < count; token++) {
+        scores[token] = expf(scores[token] - most);
+        *sum += scores[token];
+    }
+    *largest = most;
+}
+
+/* Sums of `width` vectors of values, weighted, for `queries` heads. */
+INLINE void weigh(
+    int is_bf16, int queries, int width, const Context *context, int64_t value_offset, int64_t first, int64_t count,
+    float (*weights)[SPLIT], float *out, int64_t out_stride
+) {
+    Floats sums[QUERIES][WIDE] = {{{0}}};
+    for (int64_t token = 0; token < count; token++) {
+        int64_t offset = offset_of(context, first + token) + value_offset;
+        for (int part = 0; part < width; part++) {
+            Floats value = cached(is_bf16, context->cache, offset + part * LANES);
+            for (int q = 0; q < queries; q++) sums[q][part] += value * weights[q][token];
+        }
+    }
+    for (int q = 0; q < queries; q++)
+        for (int part = 0; part < width; part++) store(out + q * out_stride + part * LANES, sums[q][part]);
+}
+
+INLINE void attend_split(
+    int is_bf16, int queries, const Context *context, int64_t key_offset, int64_t key_size, int64_t value_offset,
+    int64_t value_size, const float *query, float scale, int64_t first, int64_t count, float *partial
+) {
+    float scores[QUERIES][SPLIT];
+    score(is_bf16, queries, context, key_offset, key_size, query, key_size, scale, first, count, scores);
+    for (int q = 0; q < queries; q++)
+        soften(scores[q], count, partial + q * (value_size + 2), partial + q * (value_size + 2) + 1);
+    float *out = partial + 2;
+    int64_t part = 0, stride = value_size + 2;
+    for (; part + WIDE * LANES <= value_size; part += WIDE * LANES)
+        weigh(is_bf16, queries, WIDE, context, value_offset + part, first, count, scores, out + part, stride);
+    for (; part < value_size; part += LANES)
+        weigh(is_bf16, queries, 1, context, value_offset + part, first, count, scores, out + part, stride);
+}
+
+/* Attention of one row a sequence, [sequences, heads, key_size], over the first `lengths` tokens of each.
+ *
+ * key_size and value_size are multiples of LANES. Long contexts are cut into splits, so that a single sequence keeps
+ * all threads busy; `partials` holds a largest score, a sum and a value for each head and split.
+ */
+INLINE void attention(
+    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
+    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, int64_t sequences,
+    int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out,
+    float *partials, int64_t splits, int threads
+) {
+    int64_t group = heads / kv_heads, parts = (group + QUERIES - 1) / QUERIES, size = value_size + 2;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(4) schedule(dynamic, 4)
+        for (int64_t sequence = 0; sequence < sequences; sequence++)
+            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
+                for (int64_t part = 0; part < parts; part++)
+                    for (int64_t split = 0; split < splits; split++) {
+                        int64_t first = split * SPLIT, left = lengths[sequence] - first;
+                        if (left <= 0) continue;
+                        Context context = {cache, blocks + sequence * blocks_stride, block_tokens, token_size};
+                        int64_t head = kv_head * group + part * QUERIES;
+                        int64_t taken = group - part * QUERIES < QUERIES ? group - part * QUERIES : QUERIES;
+                        const float *query = queries + sequence * query_stride + head * key_size;
+                        /* [sequences, splits, heads, size] */
+                        float *partial = partials + ((sequence * splits + split) * heads + head) * size;
+                        int64_t count = left < SPLIT ? left : SPLIT;
+#define CASE(n)                                                                                                   \
+    case n:                                                                                                       \
+        attend_split(is_bf16, n, &context, kv_head * key_size, key_size, values_at + kv_head * value_size,        \
+                     value_size, query, scale, first, count, partial);                                            \
+        break;
+                        switch (taken) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef CASE
+                    }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t sequence = 0; sequence < sequences; sequence++)
+            for (int64_t head = 0; head < heads; head++) {
+                float *to = out + (sequence * heads + head) * value_size, most = -INFINITY, sum = 0;
+                int64_t used = (lengths[sequence] + SPLIT - 1) / SPLIT;
+                const float *from = partials + (sequence * splits * heads + head) * size;
+                for (int64_t split = 0; split < used; split++) {
+                    float largest = from[split * heads * size];
+                    if (!(largest <= most)) most = largest;
+                }
+                memset(to, 0, value_size * sizeof(float));
+                for (int64_t split = 0; split < used; split++) {
+                    const float *partial = from + split * heads * size;
+                    float weight = expf(partial[0] - most);
+                    sum += weight * partial[1];
+                    for (int64_t index = 0; index < value_size; index++) to[index] += weight * partial[2 + index];
+                }
+                for (int64_t index = 0; index < value_size; index++) to[index] /= sum;
+            }
+    }
+}
+
+void tidegate_attention(
+    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
+    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, int64_t sequences,
+    int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out,
+    float *partials, int64_t splits, int threads
+) {
+    if (is_bf16)
+        attention(1, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, sequences,
+                  heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits, threads);
+    else
+        attention(0, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, sequences,
+                  heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits, threads);
+}
+
+int64_t tidegate_tile(void) { return TILE; }
+int64_t tidegate_lanes(void) { return LANES; }
+int64_t tidegate_split(void) { return SPLIT; }

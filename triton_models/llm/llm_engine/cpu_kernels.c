@@ -404,18 +404,6 @@ void tidegate_rotate_and_write(
     }
 }
 
-/* How tokens lie in a layer's cache, and which of them a row sees. */
-typedef struct {
-    const void *cache;
-    const int64_t *blocks; /* of this sequence, in order */
-    int64_t block_tokens, token_size;
-} Context;
-
-INLINE int64_t offset_of(const Context *context, int64_t token) {
-    int64_t block = context->blocks[token / context->block_tokens];
-    return (block * context->block_tokens + token % context->block_tokens) * context->token_size;
-}
-
 INLINE Floats cached(int is_bf16, const void *cache, int64_t offset) {
     return is_bf16 ? from_bf16((const uint16_t *)cache + offset) : load((const float *)cache + offset);
 }
@@ -424,19 +412,54 @@ INLINE Floats cached(int is_bf16, const void *cache, int64_t offset) {
 #define QUERIES 4 /* heads that share what is read of a key or value */
 #define WIDE 4    /* vectors of a value that are summed in registers */
 
-/* Scores of `count` tokens from `first` on for `queries` heads: [QUERIES][SPLIT]. */
+/* The totals of LANES vectors, one in each lane. `sums` is overwritten. */
+INLINE Floats totals(Floats sums[LANES]) {
+    /* Each step adds the halves of every part, and puts what is left of two vectors side by side. */
+#define MERGE(count, low, high)                                                              \
+    for (int index = 0; index < count; index++)                                              \
+        sums[index] = low(sums[2 * index], sums[2 * index + 1]) + high(sums[2 * index], sums[2 * index + 1]);
+#if LANES == 16
+#define LOW8(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+#define HIGH8(a, b) __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define LOW4(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define HIGH4(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#define LOW2(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29)
+#define HIGH2(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31)
+#define LOW1(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define HIGH1(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+    MERGE(8, LOW8, HIGH8)
+    MERGE(4, LOW4, HIGH4)
+    MERGE(2, LOW2, HIGH2)
+#else
+#define LOW4(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define HIGH4(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#define LOW2(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13)
+#define HIGH2(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15)
+#define LOW1(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define HIGH1(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+    MERGE(4, LOW4, HIGH4)
+    MERGE(2, LOW2, HIGH2)
+#endif
+    MERGE(1, LOW1, HIGH1)
+    return sums[0];
+}
+
+/* Scores of the tokens at `count` offsets, which are whole LANES, for `queries` heads: [QUERIES][SPLIT]. */
 INLINE void score(
-    int is_bf16, int queries, const Context *context, int64_t key_offset, int64_t key_size, const float *query,
-    int64_t query_stride, float scale, int64_t first, int64_t count, float (*scores)[SPLIT]
+    int is_bf16, int queries, const void *cache, const int64_t *offsets, int64_t count, int64_t key_size,
+    const float *query, float scale, float (*scores)[SPLIT]
 ) {
-    for (int64_t token = 0; token < count; token++) {
-        int64_t offset = offset_of(context, first + token) + key_offset;
-        Floats sums[QUERIES] = {{0}};
-        for (int64_t index = 0; index < key_size; index += LANES) {
-            Floats key = cached(is_bf16, context->cache, offset + index);
-            for (int q = 0; q < queries; q++) sums[q] += key * load(query + q * query_stride + index);
+    for (int64_t first = 0; first < count; first += LANES) {
+        Floats sums[QUERIES][LANES];
+        for (int token = 0; token < LANES; token++) {
+            Floats of_token[QUERIES] = {{0}};
+            for (int64_t index = 0; index < key_size; index += LANES) {
+                Floats key = cached(is_bf16, cache, offsets[first + token] + index);
+                for (int q = 0; q < queries; q++) of_token[q] += key * load(query + q * key_size + index);
+            }
+            for (int q = 0; q < queries; q++) sums[q][token] = of_token[q];
         }
-        for (int q = 0; q < queries; q++) scores[q][token] = total(sums[q]) * scale;
+        for (int q = 0; q < queries; q++) store(scores[q] + first, totals(sums[q]) * scale);
     }
 }
 
@@ -459,16 +482,15 @@ INLINE void soften(float *scores, int64_t count, float *largest, float *sum) {
     *largest = most;
 }
 
-/* Sums of `width` vectors of values, weighted, for `queries` heads. */
+/* Sums of `width` vectors of values, `shift` behind the offsets, weighted, for `queries` heads. */
 INLINE void weigh(
-    int is_bf16, int queries, int width, const Context *context, int64_t value_offset, int64_t first, int64_t count,
+    int is_bf16, int queries, int width, const void *cache, const int64_t *offsets, int64_t shift, int64_t count,
     float (*weights)[SPLIT], float *out, int64_t out_stride
 ) {
     Floats sums[QUERIES][WIDE] = {{{0}}};
     for (int64_t token = 0; token < count; token++) {
-        int64_t offset = offset_of(context, first + token) + value_offset;
         for (int part = 0; part < width; part++) {
-            Floats value = cached(is_bf16, context->cache, offset + part * LANES);
+            Floats value = cached(is_bf16, cache, offsets[token] + shift + part * LANES);
             for (int q = 0; q < queries; q++) sums[q][part] += value * weights[q][token];
         }
     }
@@ -476,20 +498,38 @@ INLINE void weigh(
         for (int part = 0; part < width; part++) store(out + q * out_stride + part * LANES, sums[q][part]);
 }
 
+/* What `queries` heads get of `count` tokens, whose keys are at the offsets and values `shift` behind them. What is
+ * scored beyond `count`, to fill up the last vector, is not used.
+ */
 INLINE void attend_split(
-    int is_bf16, int queries, const Context *context, int64_t key_offset, int64_t key_size, int64_t value_offset,
-    int64_t value_size, const float *query, float scale, int64_t first, int64_t count, float *partial
+    int is_bf16, int queries, const void *cache, const int64_t *offsets, int64_t count, int64_t shift,
+    int64_t key_size, int64_t value_size, const float *query, float scale, float *partial
 ) {
     float scores[QUERIES][SPLIT];
-    score(is_bf16, queries, context, key_offset, key_size, query, key_size, scale, first, count, scores);
+    score(is_bf16, queries, cache, offsets, count, key_size, query, scale, scores);
     for (int q = 0; q < queries; q++)
         soften(scores[q], count, partial + q * (value_size + 2), partial + q * (value_size + 2) + 1);
     float *out = partial + 2;
     int64_t part = 0, stride = value_size + 2;
     for (; part + WIDE * LANES <= value_size; part += WIDE * LANES)
-        weigh(is_bf16, queries, WIDE, context, value_offset + part, first, count, scores, out + part, stride);
+        weigh(is_bf16, queries, WIDE, cache, offsets, shift + part, count, scores, out + part, stride);
     for (; part < value_size; part += LANES)
-        weigh(is_bf16, queries, 1, context, value_offset + part, first, count, scores, out + part, stride);
+        weigh(is_bf16, queries, 1, cache, offsets, shift + part, count, scores, out + part, stride);
+}
+
+/* Where the keys of `count` tokens of a sequence lie, from token `first` on, `inside` their tokens. The offsets are
+ * filled up to whole LANES with the last.
+ */
+INLINE void find(
+    const int64_t *blocks, int64_t block_tokens, int64_t token_size, int64_t inside, int64_t first, int64_t count,
+    int64_t *offsets
+) {
+    int64_t block = first / block_tokens, place = first % block_tokens, token = 0;
+    for (; token < count; token++) {
+        offsets[token] = (blocks[block] * block_tokens + place) * token_size + inside;
+        if (++place == block_tokens) place = 0, block++;
+    }
+    for (; token % LANES; token++) offsets[token] = offsets[count - 1];
 }
 
 /* Attention of one row a sequence, [sequences, heads, key_size], over the first `lengths` tokens of each.
@@ -513,17 +553,18 @@ INLINE void attention(
                     for (int64_t split = 0; split < splits; split++) {
                         int64_t first = split * SPLIT, left = lengths[sequence] - first;
                         if (left <= 0) continue;
-                        Context context = {cache, blocks + sequence * blocks_stride, block_tokens, token_size};
                         int64_t head = kv_head * group + part * QUERIES;
                         int64_t taken = group - part * QUERIES < QUERIES ? group - part * QUERIES : QUERIES;
                         const float *query = queries + sequence * query_stride + head * key_size;
                         /* [sequences, splits, heads, size] */
                         float *partial = partials + ((sequence * splits + split) * heads + head) * size;
-                        int64_t count = left < SPLIT ? left : SPLIT;
+                        int64_t count = left < SPLIT ? left : SPLIT, offsets[SPLIT];
+                        const int64_t *of_sequence = blocks + sequence * blocks_stride;
+                        find(of_sequence, block_tokens, token_size, kv_head * key_size, first, count, offsets);
+                        int64_t shift = values_at + kv_head * value_size - kv_head * key_size;
 #define CASE(n)                                                                                                   \
     case n:                                                                                                       \
-        attend_split(is_bf16, n, &context, kv_head * key_size, key_size, values_at + kv_head * value_size,        \
-                     value_size, query, scale, first, count, partial);                                            \
+        attend_split(is_bf16, n, cache, offsets, count, shift, key_size, value_size, query, scale, partial);      \
         break;
                         switch (taken) { CASE(1) CASE(2) CASE(3) CASE(4) }
 #undef CASE

@@ -186,7 +186,12 @@ def bench(**flags: Any) -> None:
 
 @cli.group()
 @click.option("--model", default="", help="A GGUF file or a Hugging Face folder. [default: SmolLM2-135M-Instruct]")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Of the weights. [default: fp32]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
+    default="fp32",
+    help="Of the weights. [default: fp32]",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="[default: cpu]")
 @click.option("--threads", type=click.IntRange(1, 1024), default=2, help="Of each rank. [default: 2]")
 @click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 1024), default=1,

@@ -32,7 +32,9 @@ def test_decoding_together_gives_the_log_probabilities_of_transformers(
     model = small_model(**SHAPES[shape], seed=2)
     model.save_pretrained(tmp_path)
     engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48, cpu_kernels=cpu_kernels)
-    assert engine._rank.kv_cache.reads_blocks == (cpu_kernels and shape not in ("deepseek_v2", "deepseek_v3, yarn"))
+    # The sizes of the other latents are no whole vectors on every processor.
+    if shape == "deepseek_v3, whole vectors" or "deepseek" not in shape:
+        assert engine._rank.kv_cache.reads_blocks == cpu_kernels
     source = torch.Generator().manual_seed(3)
     prompts = {str(count): torch.randint(0, 300, (count,), generator=source).tolist() for count in (1, 9, 30, 60, 100)}
     answers = {name: ([], []) for name in prompts}
@@ -70,17 +72,24 @@ def test_scores_of_a_text_are_those_of_transformers(tmp_path, make_engine, refer
     assert not engine.has_work
 
 
-def test_bf16_products_come_near_those_of_fp32(tmp_path, make_engine, prompt_logits, reference_logits, monkeypatch):
+@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["by kernels", "by torch"])
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 0.03), ("bf16 products", 0.03), ("fp16", 0.003), ("int8", 0.03)])
+@pytest.mark.parametrize("shape", ["grouped", "qwen2", "deepseek_v3"])
+def test_narrow_weights_come_near_those_of_fp32(
+    tmp_path, make_engine, prompt_logits, reference_logits, monkeypatch, shape, dtype, bound, cpu_kernels
+):
     from llm_engine import rank as rank_module
 
-    model = small_model(initializer_range=0.1)
+    model = small_model(**{**SHAPES[shape], "initializer_range": 0.1})
     model.save_pretrained(tmp_path)
     tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = reference_logits(model, tokens)
-    kept_narrow = make_engine(tmp_path, dtype="bf16", kv_cache_bytes=1 << 24)
-    monkeypatch.setattr(rank_module, "compute_dtype", lambda weight_dtype, device: weight_dtype)
-    narrow = make_engine(tmp_path, dtype="bf16", kv_cache_bytes=1 << 24)
-    assert narrow.model_info.compute_dtype == "bf16"
-    for engine in (kept_narrow, narrow):
-        difference = prompt_logits(engine, tokens) - expected
-        assert 0 < difference.abs().mean() < 0.03 * expected.abs().mean()
+    # As on a processor with such products, and on one without.
+    products = torch.bfloat16 if dtype == "bf16 products" else torch.float32
+    monkeypatch.setattr(rank_module, "compute_dtype", lambda dtype, device: products)
+    engine = make_engine(tmp_path, dtype=dtype.split()[0], kv_cache_bytes=1 << 24, cpu_kernels=cpu_kernels)
+    assert engine.model_info.compute_dtype == ("bf16" if dtype == "bf16 products" else "fp32")
+    difference = prompt_logits(engine, tokens) - expected
+    # A rounded row may choose another expert, which is no small difference.
+    bound *= 2 if shape == "deepseek_v3" else 1
+    assert 0 < difference.abs().mean() < bound * expected.abs().mean()

@@ -269,8 +269,8 @@ def test_a_damaged_weight_cache_is_rebuilt_and_one_that_cannot_be_written_costs_
 
 
 def test_settings_are_refused_all_at_once():
-    with pytest.raises(ValueError, match=r"dtype is 'int8'.*max_sequences is 0.*step_token_budget"):
-        EngineConfig(model_path="x", dtype="int8", max_sequences=0, step_token_budget=-1)
+    with pytest.raises(ValueError, match=r"dtype is 'int3'.*max_sequences is 0.*step_token_budget"):
+        EngineConfig(model_path="x", dtype="int3", max_sequences=0, step_token_budget=-1)
     with pytest.raises(ValueError, match="step_token_budget is 8, expected at least max_sequences"):
         EngineConfig(model_path="x", max_sequences=9, step_token_budget=8)
 

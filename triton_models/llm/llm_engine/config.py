@@ -7,7 +7,7 @@ together (how many blocks there are, which type the products run in) is not kept
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-DTYPES = ("bf16", "fp32")
+DTYPES = ("bf16", "fp16", "fp32", "int8")
 DEVICES = ("cpu", "cuda")
 
 
@@ -21,8 +21,9 @@ class EngineConfig:
     """Where the dequantised weights of a GGUF file are kept between starts; None keeps nothing."""
     dtype: str = "fp32"
     """The type the weights are held in. In fp32 an answer depends so little on what else is in the batch that a greedy
-    one goes on identically on another replica; bf16 halves the memory and is what a GPU wants. A CPU without bf16
-    products computes in fp32 from bf16 weights."""
+    one goes on identically on another replica; bf16 halves the memory and is what a GPU wants. int8 rounds matrices
+    to eight bits, 32 weights to a scale. What a GGUF file has in blocks of four or eight bits stays as it is. A CPU
+    computes in fp32, but for bf16 where it has such products."""
     device: str = "cpu"
     max_sequences: int = 32
     """Sequences that run at once; each costs one token of every step's budget."""

@@ -56,6 +56,8 @@ class Fused:
     parts: tuple[Part, ...]
     is_exact: bool = False
     """It stays in fp32, whatever type the weights have."""
+    can_be_rounded: bool = True
+    """To eight bits, where it is a matrix; what chooses experts, and what stands between two products, is not."""
 
 
 def fused_tensors(architecture: Architecture, *, tied: bool) -> list[Fused]:
@@ -75,8 +77,8 @@ def parameter_count(architecture: Architecture, *, tied: bool) -> int:
     return sum(math.prod(part.shape) for fused in fused_tensors(architecture, tied=tied) for part in fused.parts)
 
 
-def _single(name: str, part: str, *shape: int, cut: Cut | None = None) -> Fused:
-    return Fused(name, (Part(part, shape, cut=cut),))
+def _single(name: str, part: str, *shape: int, cut: Cut | None = None, can_be_rounded: bool = True) -> Fused:
+    return Fused(name, (Part(part, shape, cut=cut),), can_be_rounded=can_be_rounded)
 
 
 def _layer(a: Architecture, layer: int) -> Iterator[Fused]:
@@ -138,7 +140,7 @@ def _latent(
     yield _single(here("kv_latent_norm"), there("self_attn.kv_a_layernorm.weight"), latent.kv_rank)
     of_head = latent.nope_size + latent.value_size
     shape, cut = (a.head_count * of_head, latent.kv_rank), Cut(0, "query heads", of_head)
-    yield _single(here("keys_values"), there("self_attn.kv_b_proj.weight"), *shape, cut=cut)
+    yield _single(here("keys_values"), there("self_attn.kv_b_proj.weight"), *shape, cut=cut, can_be_rounded=False)
     shape, cut = (a.hidden_size, a.head_count * latent.value_size), Cut(1, "query heads", latent.value_size)
     yield _single(here("attention_output"), there("self_attn.o_proj.weight"), *shape, cut=cut)
 
@@ -152,7 +154,7 @@ def _mlp(here: str, there: str, size: int, hidden_size: int) -> Iterator[Fused]:
 def _experts(
     experts: Experts, hidden_size: int, here: Callable[[str], str], there: Callable[[str], str]
 ) -> Iterator[Fused]:
-    yield _single(here("router"), there("mlp.gate.weight"), experts.count, hidden_size)
+    yield _single(here("router"), there("mlp.gate.weight"), experts.count, hidden_size, can_be_rounded=False)
     if experts.has_choice_bias:
         bias = Part(there("mlp.gate.e_score_correction_bias"), (experts.count,))
         yield Fused(here("router_bias"), (bias,), is_exact=True)

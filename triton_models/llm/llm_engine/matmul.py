@@ -32,11 +32,11 @@ class Compute:
     kernels: CpuKernels | None
 
 
-def compute_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which products of many rows run with such weights."""
-    if device.type != "cpu" or (weight_dtype == torch.bfloat16 and _has_bf16_products()):
-        return weight_dtype
-    return torch.float32
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The type in which products of many rows run, with the engine's setting `dtype`."""
+    if device.type == "cpu":
+        return torch.bfloat16 if dtype == "bf16" and _has_bf16_products() else torch.float32
+    return {"fp32": torch.float32, "fp16": torch.float16}.get(dtype, torch.bfloat16)
 
 
 class Projection:
@@ -53,7 +53,7 @@ class Projection:
             self._dense = dense.to(compute.device, compute.dtype)
         self._narrow = None
         if self._packed is None and isinstance(weight, torch.Tensor) and weight.dtype == torch.bfloat16:
-            self._narrow = weight if self._dense.dtype == torch.float32 else None
+            self._narrow = weight if compute.dtype == torch.float32 else None
         self._weight_first = compute.device.type == "cpu" and compute.dtype == torch.float32
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .matmul import Compute, compute_dtype
 from .model import Model
 from .ranks import Alone, Group
 from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors
-from .weights import TORCH_DTYPES, Checkpoint, load_checkpoint
+from .weights import Checkpoint, load_checkpoint
 
 # Keys that one decode group gathers at most: on a CPU a few MB, which its cache holds.
 _CPU_GROUP_TOKEN_BOUND = 2048
@@ -40,7 +40,7 @@ class LoadedRank:
             rank=rank,
             size=config.tensor_parallel_size,
         )
-        self.dtype = compute_dtype(TORCH_DTYPES[config.dtype], self.device)
+        self.dtype = compute_dtype(config.dtype, self.device)
         is_cpu = self.device.type == "cpu"
         self.compute = Compute(
             device=self.device,

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from . import architecture as architectures
 from .architecture import Architecture
-from .blocks import Blocks, joined, unnamed
+from .blocks import Blocks, joined, rounded, unnamed
 from .division import Division, division
 from .errors import ModelLoadError
 from .gguf_reader import GgufFile
@@ -28,7 +28,8 @@ from .layouts import Fused, Part, RopeRows, fused_tensors
 
 # Counted up whenever the fused layout or the reading of a file changes.
 CACHE_VERSION = 2
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.float32}
+"""In which tensors are held; with int8, those that are not rounded."""
 
 _log = logging.getLogger("llm_engine.weights")
 
@@ -136,7 +137,8 @@ def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: st
                 tensor = _deinterleaved(tensor, part.rope)
             parts.append(tensor if fused.is_exact else tensor.to(TORCH_DTYPES[dtype]))
         # A rank's part may be a view of the whole tensor, which joining copies.
-        tensors[fused.name] = parts[0] if len(parts) == 1 and here.size == 1 else torch.cat(parts)
+        tensor = parts[0] if len(parts) == 1 and here.size == 1 else torch.cat(parts)
+        tensors[fused.name] = (rounded(tensor) if dtype == "int8" and fused.can_be_rounded else None) or tensor
     return tensors
 
 

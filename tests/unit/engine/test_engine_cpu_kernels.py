@@ -185,6 +185,42 @@ def test_attention_is_that_of_torch(kernels, sharing, dtype, is_latent):
     assert torch.equal(alone[0], found[4])
 
 
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_latent", [False, True])
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 70), (3, 130), (120, 20), (500, 65)])
+def test_a_prompts_attention_is_that_of_torch_however_it_is_cut(kernels, sharing, dtype, is_latent, start, count):
+    heads, kv_heads = SHARING[sharing]
+    if is_latent:
+        kv_heads, key_size, value_size, values_at, token_size = 1, 48, 32, 0, 48
+    else:
+        key_size = value_size = 80
+        values_at, token_size = kv_heads * key_size, 2 * kv_heads * key_size
+    length = start + count
+    cache = random(50, 16 * token_size).to(dtype)
+    blocks = torch.randperm(50, generator=torch.Generator().manual_seed(5))[: -(-length // 16)].contiguous()
+    wide = random(count, heads * key_size + 5, seed=6) * 2
+    queries = wide[:, : heads * key_size].unflatten(1, (heads, key_size))
+    rest = (kv_heads, value_size, values_at, key_size**-0.5)
+
+    found = kernels.attend_chunk(queries, cache, token_size, 16, blocks, start, *rest)
+    tokens = cache[blocks].view(-1, token_size)[:length].float()
+    keys = tokens[:, : kv_heads * key_size].view(length, kv_heads, key_size).repeat_interleave(heads // kv_heads, 1)
+    of_values = tokens[:, values_at : values_at + kv_heads * value_size].view(length, kv_heads, value_size)
+    scores = torch.einsum("rhd,thd->hrt", queries, keys) * key_size**-0.5
+    hidden = torch.arange(length) > torch.arange(start, length).unsqueeze(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=2)
+    expected = torch.einsum("hrt,thd->rhd", weights, of_values.repeat_interleave(heads // kv_heads, 1))
+    assert torch.allclose(found, expected, atol=3e-6, rtol=1e-5)
+
+    cut = count // 3
+    parts = [
+        kernels.attend_chunk(queries[first:last], cache, token_size, 16, blocks, start + first, *rest)
+        for first, last in ((0, cut), (cut, count))
+    ]
+    assert torch.equal(torch.cat(parts), found)
+
+
 def test_attention_reads_nothing_behind_a_sequences_end_and_keeps_nans_to_their_row(kernels):
     cache = random(4, 16 * 2 * 16)
     cache.view(-1, 32)[5:16] = float("nan")

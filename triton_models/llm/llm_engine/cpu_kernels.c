@@ -169,11 +169,13 @@ INLINE void unpack(int packing, Tile tile, int64_t inputs, float *to) {
     }
 }
 
-/* `rows` rows times one tile that was unpacked. */
-INLINE void many_rows(int rows, const float *weights, const float *x, int64_t stride, int64_t inputs, Floats sums[][2]) {
+/* `rows` rows times one tile of fp32, whose inputs lie `step` apart. */
+INLINE void many_rows(
+    int rows, const float *weights, int64_t step, const float *x, int64_t stride, int64_t inputs, Floats sums[][2]
+) {
     for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
 #pragma GCC unroll 2
-    for (int64_t input = 0; input < inputs; input++, weights += TILE) {
+    for (int64_t input = 0; input < inputs; input++, weights += step) {
         Floats low = load(weights), high = load(weights + LANES);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
@@ -215,7 +217,7 @@ INLINE void packed_linear(
                 int64_t count = rows - row < ROWS ? rows - row : ROWS;
 #define CASE(n)                                                                   \
     case n:                                                                       \
-        if (unpacked_tile) many_rows(n, unpacked_tile, from, stride, inputs, sums); \
+        if (unpacked_tile) many_rows(n, unpacked_tile, TILE, from, stride, inputs, sums); \
         else few_rows(packing, n, place, from, stride, inputs, sums);              \
         break;
                 switch (count) {
@@ -463,10 +465,10 @@ INLINE void score(
     }
 }
 
-/* Weights from scores, in place; gives the largest score and the sum of the weights. */
-INLINE void soften(float *scores, int64_t count, float *largest, float *sum) {
-    float most = scores[0];
-    for (int64_t token = 1; token < count; token++) most = scores[token] > most ? scores[token] : most;
+/* Weights from scores, in place; gives the largest score, of those `before` too, and the sum of the weights. */
+INLINE void soften(float *scores, int64_t count, float before, float *largest, float *sum) {
+    float most = before;
+    for (int64_t token = 0; token < count; token++) most = scores[token] <= most ? most : scores[token];
     Floats sums = {0};
     int64_t token = 0;
     for (; token + LANES <= count; token += LANES) {
@@ -508,7 +510,7 @@ INLINE void attend_split(
     float scores[QUERIES][SPLIT];
     score(is_bf16, queries, cache, offsets, count, key_size, query, scale, scores);
     for (int q = 0; q < queries; q++)
-        soften(scores[q], count, partial + q * (value_size + 2), partial + q * (value_size + 2) + 1);
+        soften(scores[q], count, -INFINITY, partial + q * (value_size + 2), partial + q * (value_size + 2) + 1);
     float *out = partial + 2;
     int64_t part = 0, stride = value_size + 2;
     for (; part + WIDE * LANES <= value_size; part += WIDE * LANES)
@@ -603,6 +605,166 @@ void tidegate_attention(
     else
         attention(0, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, sequences,
                   heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits, threads);
+}
+
+#define CHUNK_ROWS 64    /* tokens of a prompt that one thread takes at a time */
+#define CHUNK_SPLIT 128  /* tokens of its context whose keys and values are laid out for them */
+
+/* LANES vectors to LANES others: the first lanes, the second ones, and so on. */
+INLINE void transpose(Floats rows[LANES]) {
+#if LANES == 16
+#define FRONT(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define BACK(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#else
+#define FRONT(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define BACK(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#endif
+    /* Each round deals the second half of the rows in between the lanes of the first. */
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+        Floats dealt[LANES];
+        for (int row = 0; row < LANES / 2; row++) {
+            dealt[2 * row] = FRONT(rows[row], rows[row + LANES / 2]);
+            dealt[2 * row + 1] = BACK(rows[row], rows[row + LANES / 2]);
+        }
+        for (int row = 0; row < LANES; row++) rows[row] = dealt[row];
+    }
+}
+
+/* Keys as [key_size][CHUNK_SPLIT], values as [CHUNK_SPLIT][width], from whole LANES of offsets. */
+INLINE void lay_out(
+    int is_bf16, const void *cache, const int64_t *offsets, int64_t count, int64_t shift, int64_t key_size,
+    int64_t value_size, int64_t width, float *keys, float *values
+) {
+    for (int64_t first = 0; first < count; first += LANES) {
+        for (int64_t index = 0; index < key_size; index += LANES) {
+            Floats block[LANES];
+            for (int token = 0; token < LANES; token++)
+                block[token] = cached(is_bf16, cache, offsets[first + token] + index);
+            transpose(block);
+            for (int lane = 0; lane < LANES; lane++) store(keys + (index + lane) * CHUNK_SPLIT + first, block[lane]);
+        }
+    }
+    for (int64_t token = 0; token < count; token++)
+        for (int64_t index = 0; index < value_size; index += LANES)
+            store(values + token * width + index, cached(is_bf16, cache, offsets[token] + shift + index));
+}
+
+/* What `rows` consecutive rows of one head get of the laid out tokens, of which the first row sees `seen`, and each
+ * other row one more than the row before it, `count` at most. `largest`, `sums` and `out` carry on from split to split.
+ */
+INLINE void attend_rows(
+    int rows, const float *keys, const float *values, int64_t width, int64_t seen, int64_t count, const float *query,
+    int64_t query_stride, int64_t key_size, int64_t value_size, float scale, float *largest, float *sums, float *out,
+    int64_t out_stride
+) {
+    float weights[ROWS][CHUNK_SPLIT];
+    for (int64_t first = 0; first < count; first += TILE) {
+        Floats scores[ROWS][2];
+        many_rows(rows, keys + first, CHUNK_SPLIT, query, query_stride, key_size, scores);
+        for (int row = 0; row < rows; row++)
+            for (int half = 0; half < 2; half++)
+                store(weights[row] + first + half * LANES, scores[row][half] * scale);
+    }
+    float shrink[ROWS];
+    for (int row = 0; row < rows; row++) {
+        int64_t visible = seen + row < count ? seen + row : count;
+        shrink[row] = 1;
+        if (visible > 0) {
+            float most, sum, before = largest[row];
+            soften(weights[row], visible, before, &most, &sum);
+            shrink[row] = before == -INFINITY ? 0 : expf(before - most);
+            largest[row] = most;
+            sums[row] = sums[row] * shrink[row] + sum;
+        }
+        for (int64_t token = visible < 0 ? 0 : visible; token < count; token++) weights[row][token] = 0;
+    }
+    for (int64_t first = 0; first < value_size; first += TILE) {
+        Floats added[ROWS][2];
+        many_rows(rows, values + first, width, weights[0], CHUNK_SPLIT, count, added);
+        for (int row = 0; row < rows; row++) {
+            for (int half = 0; half < 2 && first + half * LANES < value_size; half++) {
+                float *to = out + row * out_stride + first + half * LANES;
+                store(to, load(to) * shrink[row] + added[row][half]);
+            }
+        }
+    }
+}
+
+/* Attention of one sequence's consecutive rows [rows, heads, key_size], the first of which is its token `start`. */
+INLINE void attend_chunk(
+    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
+    int64_t token_size, const int64_t *blocks, int64_t start, int64_t rows, int64_t heads, int64_t kv_heads,
+    int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
+) {
+    int64_t group = heads / kv_heads, width = (value_size + TILE - 1) / TILE * TILE, out_stride = heads * value_size;
+    int64_t parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+#pragma omp parallel num_threads(threads)
+    {
+        float *keys = aligned_alloc(64, key_size * CHUNK_SPLIT * sizeof(float));
+        float *values = aligned_alloc(64, width * CHUNK_SPLIT * sizeof(float));
+        float *largest = malloc(group * CHUNK_ROWS * sizeof(float));
+        float *sums = malloc(group * CHUNK_ROWS * sizeof(float));
+        memset(values, 0, width * CHUNK_SPLIT * sizeof(float));
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+                int64_t begin = part * CHUNK_ROWS, end = begin + CHUNK_ROWS < rows ? begin + CHUNK_ROWS : rows;
+                int64_t shift = values_at + kv_head * value_size - kv_head * key_size;
+                for (int64_t index = 0; index < group * CHUNK_ROWS; index++) largest[index] = -INFINITY, sums[index] = 0;
+                for (int64_t row = begin; row < end; row++)
+                    memset(out + row * out_stride + kv_head * group * value_size, 0, group * value_size * sizeof(float));
+                for (int64_t first = 0; first < start + end; first += CHUNK_SPLIT) {
+                    int64_t left = start + end - first, count = left < CHUNK_SPLIT ? left : CHUNK_SPLIT;
+                    int64_t offsets[CHUNK_SPLIT];
+                    find(blocks, block_tokens, token_size, kv_head * key_size, first, count, offsets);
+                    lay_out(is_bf16, cache, offsets, count, shift, key_size, value_size, width, keys, values);
+                    for (int64_t head = 0; head < group; head++) {
+                        for (int64_t row = begin; row < end; row += ROWS) {
+                            int64_t several = end - row < ROWS ? end - row : ROWS;
+                            int64_t of_all = kv_head * group + head, state = head * CHUNK_ROWS + row - begin;
+#define CASE(n)                                                                                                   \
+    case n:                                                                                                       \
+        attend_rows(n, keys, values, width, start + row + 1 - first, count,                                       \
+                    queries + row * query_stride + of_all * key_size, query_stride, key_size, value_size, scale,  \
+                    largest + state, sums + state, out + row * out_stride + of_all * value_size, out_stride);     \
+        break;
+                            switch (several) {
+                                CASE(1) CASE(2) CASE(3) CASE(4)
+#if ROWS == 8
+                                CASE(5) CASE(6) CASE(7) CASE(8)
+#endif
+                            }
+#undef CASE
+                        }
+                    }
+                }
+                for (int64_t head = 0; head < group; head++) {
+                    for (int64_t row = begin; row < end; row++) {
+                        float *to = out + row * out_stride + (kv_head * group + head) * value_size;
+                        float sum = sums[head * CHUNK_ROWS + row - begin];
+                        for (int64_t index = 0; index < value_size; index++) to[index] /= sum;
+                    }
+                }
+            }
+        free(keys);
+        free(values);
+        free(largest);
+        free(sums);
+    }
+}
+
+void tidegate_attend_chunk(
+    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
+    int64_t token_size, const int64_t *blocks, int64_t start, int64_t rows, int64_t heads, int64_t kv_heads,
+    int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
+) {
+    if (is_bf16)
+        attend_chunk(1, queries, query_stride, cache, block_tokens, token_size, blocks, start, rows, heads, kv_heads,
+                     key_size, value_size, values_at, scale, out, threads);
+    else
+        attend_chunk(0, queries, query_stride, cache, block_tokens, token_size, blocks, start, rows, heads, kv_heads,
+                     key_size, value_size, values_at, scale, out, threads);
 }
 
 int64_t tidegate_tile(void) { return TILE; }

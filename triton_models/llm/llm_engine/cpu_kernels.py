@@ -153,6 +153,34 @@ class CpuKernels:
         )  # fmt: skip
         return out
 
+    def attend_chunk(
+        self,
+        queries: torch.Tensor,
+        cache: torch.Tensor,
+        token_size: int,
+        block_token_count: int,
+        blocks: torch.Tensor,
+        start: int,
+        kv_head_count: int,
+        value_size: int,
+        values_at: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attend consecutive rows of one sequence, [row_count, heads, key size], each to the tokens up to its own.
+
+        Args:
+            blocks: [any] int64, the sequence's blocks in order.
+            start: which token of the sequence the first row is; the others are as in `attend`.
+        """
+        count, heads, key_size = queries.shape
+        out = queries.new_empty(count, heads, value_size)
+        self._library.tidegate_attend_chunk(
+            cache.dtype == torch.bfloat16, queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
+            token_size, blocks.data_ptr(), start, count, heads, kv_head_count, key_size, value_size, values_at, scale,
+            out.data_ptr(), self._threads,
+        )  # fmt: skip
+        return out
+
     def _pack_blocks(self, blocks: Blocks) -> Packed:
         """Words of the tile's outputs side by side, and scales of each group likewise; the last tile is filled up."""
         outputs, inputs = blocks.shape
@@ -226,6 +254,7 @@ _SIGNATURES = {
     "silu_mul": "ppnni",
     "rotate_and_write": "pnnnnppppfpipi",
     "attention": "ipnpnnpnpnnnnnnfppni",
+    "attend_chunk": "ipnpnnpnnnnnnnfpi",
     "tile": "",
     "lanes": "",
     "split": "",

@@ -47,6 +47,8 @@ class KvCache:
         sizes = (self._key_size, self._value_size, compute.dtype)
         self.reads_blocks = self._kernels is not None and self._kernels.can_attend(*sizes)
         """Whether single rows attend to blocks where they lie; else all are gathered."""
+        self.reads_chunks = self.reads_blocks and compute.dtype == torch.float32
+        """Whether prompts do, too. In bf16 torch is quicker, where the processor has such products."""
         dtype, device = compute.dtype, compute.device
         shape = (block_count + 1, block_token_count * self._token_size)
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.layer_count)]
@@ -87,20 +89,13 @@ class KvCache:
             layer.index_fill_(0, index, 0)
 
     def _attend_blocks(self, layer: int, queries: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        assert self._kernels is not None and group.lengths is not None
-        return self._kernels.attend(
-            queries,
-            self._layers[layer],
-            self._token_size,
-            self._block_token_count,
-            group.blocks,
-            group.lengths,
-            group.longest,
-            self._heads,
-            self._value_size,
-            0 if self._is_latent else self._heads * self._key_size,
-            self._scale,
-        )
+        assert self._kernels is not None
+        cache = (self._layers[layer], self._token_size, self._block_token_count)
+        values_at = 0 if self._is_latent else self._heads * self._key_size
+        heads = (self._heads, self._value_size, values_at, self._scale)
+        if group.lengths is None:
+            return self._kernels.attend_chunk(queries, *cache, group.blocks, group.longest - group.query_count, *heads)
+        return self._kernels.attend(queries, *cache, group.blocks, group.lengths, group.longest, *heads)
 
     def _gather(self, layer: int, group: AttentionGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as views of one buffer, [sequences, kv heads, context, size] each."""

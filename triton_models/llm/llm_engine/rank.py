@@ -87,6 +87,7 @@ class Rank:
             group_size=local.group_size,
             group_token_bound=_CPU_GROUP_TOKEN_BOUND if compute.device.type == "cpu" else _CUDA_GROUP_TOKEN_BOUND,
             reads_blocks=self.kv_cache.reads_blocks,
+            reads_chunks=self.kv_cache.reads_chunks,
             dtype=compute.dtype,
             device=compute.device,
         )

@@ -47,7 +47,7 @@ class AttentionGroup:
     mask: torch.Tensor | None = None
     """[sequence_count, 1, group_size * query_count, context] compute dtype: 0 where a query sees a key."""
     lengths: torch.Tensor | None = None
-    """[sequence_count] int64: tokens that each sees; where blocks are read where they lie, instead of a mask."""
+    """[sequence_count] int64: tokens that each sees, of decodes that read blocks where they lie; without a mask."""
 
     @property
     def rows(self) -> slice:
@@ -86,6 +86,8 @@ class StepLayout:
     """Keys that one decode group gathers at most, so that on a CPU they stay in its cache."""
     reads_blocks: bool
     """Single rows attend to blocks where they lie: all decodes are one group, without a mask."""
+    reads_chunks: bool
+    """Prompts do, too."""
     dtype: torch.dtype
     device: torch.device
 
@@ -115,7 +117,8 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
     groups = list(_decode_groups(decodes, layout))
     first_row = len(decodes)
     for work in prefills:
-        groups.append(_group([work], first_row, layout))
+        chunk = _unmasked_chunk(work, first_row, layout) if layout.reads_chunks else _group([work], first_row, layout)
+        groups.append(chunk)
         first_row += work.count
     sampling = [index for index, work in enumerate(ordered) if work.samples]
     return StepTensors(
@@ -141,6 +144,16 @@ def _decode_groups(decodes: list[RowWork], layout: StepLayout) -> Iterator[Atten
         if end == len(decodes) or grown > layout.group_token_bound:
             yield _group(decodes[first:end], first, layout)
             first = end
+
+
+def _unmasked_chunk(work: RowWork, first_row: int, layout: StepLayout) -> AttentionGroup:
+    return AttentionGroup(
+        first_row=first_row,
+        sequence_count=1,
+        query_count=work.count,
+        blocks=_moved(np.asarray(work.block_ids), layout),
+        longest=work.start + work.count,
+    )
 
 
 def _unmasked_group(works: list[RowWork], layout: StepLayout) -> AttentionGroup:

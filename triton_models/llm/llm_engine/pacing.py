@@ -1,0 +1,48 @@
+"""How much of prompts a step may compute beside running answers, so that they do not wait long for it.
+
+Owns the estimate of what a step costs. Pure: times come in. A step's seconds are taken as those of its decodes alone
+plus so much for each token of a prompt; both are followed as they change. Invariants: a prompt always goes on, by
+LEAST_TOKENS a step; where nothing decodes, or nothing is known yet, a step has no bound of this kind.
+"""
+
+LEAST_TOKENS = 8
+"""Fewer cost nearly as much, since the weights are read all the same."""
+_WEIGHT_OF_NEW = 0.2
+
+
+class StepPacer:
+    """Bounds the tokens of prompts in a step by the time that they take."""
+
+    def __init__(self, stretch: float) -> None:
+        """`stretch`: how many times as long as its decodes alone a step may take; 0 is without bound."""
+        self._stretch = stretch
+        self._seconds_of_decodes: float | None = None
+        self._seconds_of_prompt_token: float | None = None
+
+    def prompt_token_bound(self, decode_count: int) -> int | None:
+        """How many tokens of prompts a step may have beside so many decodes; None is any number."""
+        if not self._stretch or not decode_count:
+            return None
+        if self._seconds_of_decodes is None or not self._seconds_of_prompt_token:
+            return None
+        spare = (self._stretch - 1) * self._seconds_of_decodes
+        return max(LEAST_TOKENS, int(spare / self._seconds_of_prompt_token))
+
+    def observe(self, decode_count: int, prompt_token_count: int, seconds: float) -> None:
+        """Learn from a step that was computed."""
+        if not prompt_token_count:
+            self._seconds_of_decodes = _moved(self._seconds_of_decodes, seconds)
+            return
+        if not decode_count:
+            beside = 0.0
+        elif self._seconds_of_decodes is not None:
+            beside = min(self._seconds_of_decodes, seconds)
+        else:
+            return
+        # A few tokens cost what LEAST_TOKENS do.
+        each = (seconds - beside) / max(prompt_token_count, LEAST_TOKENS)
+        self._seconds_of_prompt_token = _moved(self._seconds_of_prompt_token, each)
+
+
+def _moved(known: float | None, new: float) -> float:
+    return new if known is None else known + _WEIGHT_OF_NEW * (new - known)

@@ -7,6 +7,7 @@ fraction of a second and little memory; it is read once a process.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +254,7 @@ def _context_token_count(folder: Path, config: dict[str, Any]) -> int:
     if not isinstance(rope, dict) or (rope.get("rope_type") or rope.get("type")) != "yarn":
         return stated
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
-    if not isinstance(factor, (int, float)) or not isinstance(original, int):
+    if not isinstance(factor, (int, float)) or not isinstance(original, int) or not math.isfinite(factor):
         return stated  # The engine refuses such a file and names the field.
     return max(stated, int(factor * original))
 

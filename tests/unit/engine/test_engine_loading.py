@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 import llm_engine
 from llm_engine import EngineConfig, ModelLoadError
+from llm_engine.architecture import from_gguf
 from llm_engine.gguf_reader import GgufFile
+from llm_engine.memory import enough_memory_for
 from llm_engine.weights import load_checkpoint
 
 HIDDEN = 32
@@ -135,7 +137,7 @@ def test_a_gguf_that_is_not_supported_is_refused_by_name(make_gguf, changes, wor
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
         ({"hidden_size": None}, ["hidden_size", "missing"]),
         ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
-        ({"num_hidden_layers": 0}, ["layer_count", "0"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
         ({"num_hidden_layers": 3}, ["model.layers.2", "missing"]),
         ({"num_hidden_layers": 1}, ["model.layers.1", "not supported"]),
         ({"vocab_size": 97}, ["model.embed_tokens.weight", "[96, 32]", "[97, 32]"]),
@@ -188,6 +190,23 @@ QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim
 def test_a_folder_of_another_family_is_refused_by_name(make_folder, fields, words):
     message = refusal_of_part(make_folder(fields))
     assert [word for word in words if word not in message] == []
+
+
+def test_a_gguf_that_tells_no_vocabulary_is_refused():
+    fields = {
+        "general.architecture": "llama", "llama.attention.head_count": 4, "llama.embedding_length": 32,
+        "llama.block_count": 2, "llama.feed_forward_length": 48, "llama.context_length": 64,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }  # fmt: skip
+    with pytest.raises(ModelLoadError, match=r"llama\.vocab_size is missing"):
+        from_gguf(Path("tiny.gguf"), fields)
+
+
+def test_a_gguf_is_stretched_by_its_factor_unless_its_type_says_none(make_gguf):
+    factor = {"llama.rope.scaling.factor": 4.0}
+    for kind, expected in ((None, 4.0), ("linear", 4.0), ("none", None)):
+        scaling = load(make_gguf({**factor, "llama.rope.scaling.type": kind})).architecture.rope_scaling
+        assert (scaling and scaling.factor) == expected
 
 
 def test_layers_that_guess_ahead_are_left_unread(make_folder, tiny_tensors):
@@ -278,6 +297,17 @@ def test_settings_are_refused_all_at_once():
 def test_a_kv_bound_without_room_for_a_block_names_the_bytes(make_engine):
     with pytest.raises(ModelLoadError, match="kv_cache_bytes is 1000, expected at least 2048"):
         make_engine(kv_cache_bytes=1000)
+
+
+def test_more_memory_than_there_is_is_refused_with_both_numbers(make_engine):
+    with pytest.raises(ModelLoadError, match=rf"kv_cache_bytes is {1 << 44} .* there are \d+ bytes of memory"):
+        make_engine(kv_cache_bytes=1 << 44)
+
+
+def test_what_torch_says_of_memory_is_a_load_error():
+    said = r"the weights cannot be held in memory: .*allocate"
+    with pytest.raises(ModelLoadError, match=said), enough_memory_for("the weights"):
+        torch.empty(1 << 60)
 
 
 def test_a_context_beyond_the_model_is_refused(make_engine):

@@ -116,6 +116,10 @@ def test_refuses_a_broken_folder(folder: Path, tmp_path: Path, file: str, conten
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}}, 16384),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2048}}, 8192),
         ({"rope_scaling": {"rope_type": "yarn"}}, 8192),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": float("inf"), "original_max_position_embeddings": 4096}},
+            8192,
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 8192),
         ({"rope_scaling": None}, 8192),
     ],

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelLoadError
+from .field_reader import MISSING, Fields
+from .known_fields import MIXTURE_SILENT, READ, REQUIRED_VALUES, ROPE, ROPE_OF_KIND, SILENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,9 @@ class Architecture:
         return key_size**-0.5 * (1.0 if self.rope_scaling is None else self.rope_scaling.softmax_factor)
 
 
+# Beyond any model: what a damaged file says would be counted up to, or laid out, before a shape is missed.
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_TOKENS = 4096, 65_536, 1 << 31
+
 # Fields of "llama.*" that are read, or that say nothing about the mathematics.
 _GGUF_FIELDS = frozenset(
     [
@@ -171,25 +176,6 @@ _GGUF_FIELDS = frozenset(
     ]
 )
 
-# Fields of config.json that change the mathematics, with the values under which they do not; an absent one
-# counts as the first of them.
-_REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_interleaved": (False,),
-    "partial_rotary_factor": (1.0,),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "attention_multiplier": (None,),
-    "embedding_multiplier": (None, 1.0),
-    "residual_multiplier": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-    "num_local_experts": (None, 0),
-    "is_encoder_decoder": (False,),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Family:
@@ -202,11 +188,13 @@ class _Family:
     """Of a config without one; None: the hidden size divided among the heads."""
     unused: tuple[str, ...] = ()
     """Required values that say nothing here."""
-    latent: "Callable[[_Fields], Latent] | None" = None
-    experts: "Callable[[_Fields, int], Experts | None] | None" = None
+    fields: frozenset[str] = frozenset()
+    """Those that only this family has."""
+    latent: Callable[[Fields], Latent] | None = None
+    experts: Callable[[Fields, int], Experts | None] | None = None
 
 
-def _qwen_experts(fields: "_Fields", layer_count: int) -> Experts | None:
+def _qwen_experts(fields: Fields, layer_count: int) -> Experts | None:
     """Qwen3-MoE's fields."""
     step, dense = fields.integer("decoder_sparse_step", default=1), fields.integers("mlp_only_layers", default=[])
     if step < 1:
@@ -215,14 +203,14 @@ def _qwen_experts(fields: "_Fields", layer_count: int) -> Experts | None:
     layers = frozenset(layer for layer in range(layer_count) if (layer + 1) % step == 0) - frozenset(dense)
     return Experts(
         layers=layers,
-        count=fields.integer("num_experts", default=_MISSING if named is None else named),
+        count=fields.integer("num_experts", default=MISSING if named is None else named, most=_MOST_EXPERTS),
         per_row=fields.integer("num_experts_per_tok"),
         intermediate_size=fields.integer("moe_intermediate_size"),
         renormalizes=fields.boolean("norm_topk_prob", default=False),
     )
 
 
-def _deepseek_experts(fields: "_Fields", layer_count: int, **choice: Any) -> Experts | None:
+def _deepseek_experts(fields: Fields, layer_count: int, **choice: Any) -> Experts | None:
     """The fields that DeepSeek-V2 and -V3 share."""
     fields.expect("moe_layer_freq", (1,), default=1)
     first = fields.integer("first_k_dense_replace")
@@ -231,16 +219,16 @@ def _deepseek_experts(fields: "_Fields", layer_count: int, **choice: Any) -> Exp
     size = fields.integer("moe_intermediate_size")
     return Experts(
         layers=frozenset(range(first, layer_count)),
-        count=fields.integer("n_routed_experts"),
+        count=fields.integer("n_routed_experts", most=_MOST_EXPERTS),
         per_row=fields.integer("num_experts_per_tok"),
         intermediate_size=size,
-        shared_intermediate_size=size * fields.integer("n_shared_experts"),
+        shared_intermediate_size=size * fields.integer("n_shared_experts", default=0),
         scale=fields.number("routed_scaling_factor", default=1.0),
         **choice,
     )
 
 
-def _deepseek_v2_experts(fields: "_Fields", layer_count: int) -> Experts | None:
+def _deepseek_v2_experts(fields: Fields, layer_count: int) -> Experts | None:
     fields.expect("scoring_func", ("softmax",), default="softmax")
     fields.expect("norm_topk_prob", (False,), default=False)
     fields.expect("topk_method", ("greedy", "group_limited_greedy"), default="greedy")
@@ -250,7 +238,7 @@ def _deepseek_v2_experts(fields: "_Fields", layer_count: int) -> Experts | None:
     return _deepseek_experts(fields, layer_count, group_count=groups, groups_per_row=per_row)
 
 
-def _deepseek_v3_experts(fields: "_Fields", layer_count: int) -> Experts | None:
+def _deepseek_v3_experts(fields: Fields, layer_count: int) -> Experts | None:
     fields.expect("scoring_func", ("sigmoid",), default="sigmoid")
     fields.expect("topk_method", ("noaux_tc",), default="noaux_tc")
     return _deepseek_experts(
@@ -265,7 +253,7 @@ def _deepseek_v3_experts(fields: "_Fields", layer_count: int) -> Experts | None:
     )
 
 
-def _deepseek_latent(fields: "_Fields") -> Latent:
+def _deepseek_latent(fields: Fields) -> Latent:
     return Latent(
         query_rank=fields.integer("q_lora_rank", default=None),
         kv_rank=fields.integer("kv_lora_rank"),
@@ -273,6 +261,37 @@ def _deepseek_latent(fields: "_Fields") -> Latent:
         rope_size=fields.integer("qk_rope_head_dim"),
         value_size=fields.integer("v_head_dim"),
     )
+
+
+_QWEN_EXPERT_FIELDS = MIXTURE_SILENT | {
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+}
+_DEEPSEEK_FIELDS = MIXTURE_SILENT | {
+    "first_k_dense_replace",
+    "kv_lora_rank",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "q_lora_rank",
+    "qk_head_dim",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "rope_interleave",
+    "routed_scaling_factor",
+    "scoring_func",
+    "topk_group",
+    "topk_method",
+    "v_head_dim",
+}
 
 
 # A Qwen config always names a window; `use_sliding_window` says whether there is one.
@@ -284,11 +303,18 @@ _FAMILIES = {
         class_name="Qwen3MoeForCausalLM",
         has_head_norms=True,
         unused=("sliding_window", "num_local_experts"),
+        fields=_QWEN_EXPERT_FIELDS,
         experts=_qwen_experts,
     ),
-    "deepseek_v2": _Family(class_name="DeepseekV2ForCausalLM", latent=_deepseek_latent, experts=_deepseek_v2_experts),
+    "deepseek_v2": _Family(
+        class_name="DeepseekV2ForCausalLM",
+        fields=_DEEPSEEK_FIELDS,
+        latent=_deepseek_latent,
+        experts=_deepseek_v2_experts,
+    ),
     "deepseek_v3": _Family(
         class_name="DeepseekV3ForCausalLM",
+        fields=_DEEPSEEK_FIELDS,
         latent=_deepseek_latent,
         experts=_deepseek_v3_experts,
     ),
@@ -297,7 +323,7 @@ _FAMILIES = {
 
 def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
     """Read the metadata of a GGUF file."""
-    fields = _Fields(path, metadata)
+    fields = Fields(path, metadata)
     fields.expect("general.architecture", ("llama",))
     for key in metadata:
         if key.startswith("llama.") and key.removeprefix("llama.") not in _GGUF_FIELDS:
@@ -307,25 +333,25 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
     head_dim = fields.integer("llama.attention.key_length", default=hidden // max(heads, 1))
     fields.expect("llama.rope.dimension_count", (head_dim,), default=head_dim)
     fields.expect("llama.attention.value_length", (head_dim,), default=head_dim)
-    scaling = fields.text("llama.rope.scaling.type", default="none")
+    # Without a type, llama.cpp divides by the factor all the same.
+    scaling = fields.text("llama.rope.scaling.type", default="linear")
     if scaling not in ("none", "linear"):
         raise ModelLoadError(f"{path}: field llama.rope.scaling.type: {scaling!r} is not supported")
-    factor = fields.number("llama.rope.scaling.factor", default=1.0)
-    # Without a type, llama.cpp divides by the factor all the same.
-    linear = None if factor in (0.0, 1.0) else RopeScaling(kind="linear", factor=factor)
+    factor = fields.positive("llama.rope.scaling.factor", default=1.0, or_zero=True)
+    linear = None if scaling == "none" or factor in (0.0, 1.0) else RopeScaling(kind="linear", factor=factor)
     ends = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     return _checked(
         path,
         family="llama",
         has_interleaved_rope=True,
         name=fields.text("general.name", default=path.stem),
-        layer_count=fields.integer("llama.block_count"),
+        layer_count=fields.integer("llama.block_count", least=1, most=_MOST_LAYERS),
         hidden_size=hidden,
         intermediate_size=fields.integer("llama.feed_forward_length"),
         head_count=heads,
         kv_head_count=fields.integer("llama.attention.head_count_kv", default=heads),
         head_dim=head_dim,
-        vocabulary_size=fields.integer("llama.vocab_size", default=metadata.get("tokenizer.ggml.tokens")),
+        vocabulary_size=fields.integer("llama.vocab_size", default=metadata.get("tokenizer.ggml.tokens", MISSING)),
         context_token_count=fields.integer("llama.context_length"),
         rope_base=fields.number("llama.rope.freq_base", default=10000.0),
         rope_scaling=linear,
@@ -337,26 +363,35 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
 
 def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapping[str, object]) -> Architecture:
     """Read config.json and generation_config.json; `path` is the former's, for messages."""
-    fields = _Fields(path, config)
+    fields = Fields(path, config)
     fields.expect("model_type", tuple(_FAMILIES))
     name = fields.text("model_type")
     family = _FAMILIES[name]
     fields.expect("architectures", ([family.class_name],), default=[family.class_name])
-    for key, values in _REQUIRED_VALUES.items():
+    fields.refuse_others(READ | REQUIRED_VALUES.keys() | SILENT | family.fields)
+    for key, values in REQUIRED_VALUES.items():
         if key not in family.unused:
             fields.expect(key, values, default=values[0])
-    layers = fields.integer("num_hidden_layers")
+    # `weights.py` reads these two.
+    fields.boolean("tie_word_embeddings", default=False)
+    fields.integer("num_nextn_predict_layers", default=0, most=_MOST_LAYERS)
+    layers = fields.integer("num_hidden_layers", least=1, most=_MOST_LAYERS)
     fields.expect("layer_types", (["full_attention"] * layers,), default=["full_attention"] * layers)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     latent = None if family.latent is None else family.latent(fields)
+    if latent is not None:
+        for key, size in (("head_dim", latent.rope_size), ("qk_head_dim", latent.key_size)):
+            fields.expect(key, (size,), default=size)
     context = fields.integer("max_position_embeddings", default=2048)
-    rope = _Fields(path, {**config, **_rope_parameters(config)})
+    rope = _rope_fields(path, config)
     scaling = _rope_scaling(path, rope, is_deepseek=latent is not None)
     if scaling is not None and scaling.kind == "yarn":
         # Qwen's files keep the length before stretching under this name, DeepSeek's the one after it.
         context = max(context, int(scaling.factor * scaling.original_context_token_count))
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = config.get("eos_token_id")
     return _checked(
         path,
         family=name,
@@ -386,45 +421,62 @@ def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapp
     )
 
 
-def _rope_parameters(config: Mapping[str, object]) -> Mapping[str, object]:
+def _rope_fields(path: Path, config: Mapping[str, object]) -> Fields:
     """Older files say rope_scaling, newer ones rope_parameters, which also holds rope_theta."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return found if isinstance(found, Mapping) else {"rope_type": found}
+    older, newer = (_mapping(config.get(key)) for key in ("rope_scaling", "rope_parameters"))
+    if older and newer and {**newer, **older} != newer:
+        raise ModelLoadError(f"{path}: fields rope_scaling and rope_parameters say different things")
+    beside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    fields = Fields(path, {**beside, **older, **newer})
+    kind = fields.text("rope_type", default="default")
+    fields.refuse_others(ROPE | ROPE_OF_KIND.get(kind, frozenset(fields.names)))
+    return fields
 
 
-def _rope_scaling(path: Path, fields: "_Fields", *, is_deepseek: bool) -> RopeScaling | None:
+def _mapping(found: object) -> dict[str, object]:
+    fields = dict(found) if isinstance(found, Mapping) else {} if not found else {"rope_type": found}
+    kind = fields.pop("type", None)
+    return fields if kind is None else {"rope_type": kind, **fields}
+
+
+def _rope_scaling(path: Path, fields: Fields, *, is_deepseek: bool) -> RopeScaling | None:
     fields.expect("partial_rotary_factor", (1.0,), default=1.0)
-    kind = fields.text("rope_type", default=fields.text("type", default="default"))
+    kind = fields.text("rope_type", default="default")
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling(kind=kind, factor=fields.number("factor"))
+        return RopeScaling(kind=kind, factor=fields.positive("factor"))
     if kind == "llama3":
+        low, high = fields.positive("low_freq_factor"), fields.positive("high_freq_factor")
+        if low >= high:
+            raise ModelLoadError(f"{path}: low_freq_factor is {low}, expected less than high_freq_factor ({high})")
         return RopeScaling(
             kind=kind,
-            factor=fields.number("factor"),
-            low_frequency_factor=fields.number("low_freq_factor"),
-            high_frequency_factor=fields.number("high_freq_factor"),
-            original_context_token_count=fields.integer("original_max_position_embeddings"),
+            factor=fields.positive("factor"),
+            low_frequency_factor=low,
+            high_frequency_factor=high,
+            original_context_token_count=fields.integer("original_max_position_embeddings", least=1, most=_MOST_TOKENS),
         )
     if kind == "yarn":
         return _yarn(fields, is_deepseek=is_deepseek)
     raise ModelLoadError(f"{path}: rope scaling {kind!r} is not supported (linear, llama3 and yarn are)")
 
 
-def _yarn(fields: "_Fields", *, is_deepseek: bool) -> RopeScaling:
+def _yarn(fields: Fields, *, is_deepseek: bool) -> RopeScaling:
     """YaRN (Peng et al., 2023), with the fields that transformers and DeepSeek's own code give it."""
-    factor = fields.number("factor")
-    both = fields.number("mscale", default=0.0), fields.number("mscale_all_dim", default=0.0)
+    factor = fields.positive("factor")
+    both = [fields.positive(key, default=0.0, or_zero=True) for key in ("mscale", "mscale_all_dim")]
     usual = _yarn_magnitude(factor, both[0]) / _yarn_magnitude(factor, both[1]) if all(both) else None
+    if fields.positive("rope_theta", default=10000.0) <= 1.0:
+        raise fields.fault("rope_theta", fields.number("rope_theta"))
     return RopeScaling(
         kind="yarn",
         factor=factor,
-        original_context_token_count=fields.integer("original_max_position_embeddings"),
-        fast_turns=fields.number("beta_fast", default=32.0),
-        slow_turns=fields.number("beta_slow", default=1.0),
+        original_context_token_count=fields.integer("original_max_position_embeddings", least=1, most=_MOST_TOKENS),
+        fast_turns=fields.positive("beta_fast", default=32.0),
+        slow_turns=fields.positive("beta_slow", default=1.0),
         rounds_dimensions=fields.boolean("truncate", default=True),
-        attention_factor=fields.number("attention_factor", default=usual or _yarn_magnitude(factor, 1.0)),
+        attention_factor=fields.positive("attention_factor", default=usual or _yarn_magnitude(factor, 1.0)),
         softmax_factor=_yarn_magnitude(factor, both[1]) ** 2 if is_deepseek else 1.0,
     )
 
@@ -482,51 +534,3 @@ _POSITIVE = (
     "layer_count", "hidden_size", "intermediate_size", "head_count", "kv_head_count", "head_dim",
     "vocabulary_size", "context_token_count", "rope_base", "norm_epsilon",
 )  # fmt: skip
-_MISSING = object()
-
-
-class _Fields:
-    """Reads typed fields of a file, naming file and field where one is missing or odd."""
-
-    def __init__(self, path: Path, values: Mapping[str, object]) -> None:
-        self._path = path
-        self._values = values
-
-    def integer(self, key: str, *, default: Any = _MISSING) -> Any:
-        return self._typed(key, int, default)
-
-    def number(self, key: str, *, default: Any = _MISSING) -> Any:
-        value = self._typed(key, (int, float), default)
-        return value if value is None else float(value)
-
-    def text(self, key: str, *, default: Any = _MISSING) -> Any:
-        return self._typed(key, str, default)
-
-    def fault(self, key: str, value: object) -> ModelLoadError:
-        """For a value that cannot be."""
-        return ModelLoadError(f"{self._path}: field {key} is {value!r}: not supported")
-
-    def integers(self, key: str, *, default: Any = _MISSING) -> Any:
-        values = self._typed(key, list, default)
-        if not all(type(value) is int for value in values):
-            raise ModelLoadError(f"{self._path}: field {key} is {values!r}: not the expected type")
-        return values
-
-    def boolean(self, key: str, *, default: Any = _MISSING) -> Any:
-        return self._typed(key, bool, default)
-
-    def expect(self, key: str, values: tuple[object, ...], *, default: Any = _MISSING) -> None:
-        """Refuse a value that is not one of `values`."""
-        value = self._typed(key, object, default)
-        if value not in values:
-            raise self.fault(key, value)
-
-    def _typed(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-        value = self._values.get(key)
-        if value is None:
-            value = default
-        if value is _MISSING:
-            raise ModelLoadError(f"{self._path}: field {key} is missing")
-        if value is not default and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise ModelLoadError(f"{self._path}: field {key} is {value!r}: not the expected type")
-        return value

@@ -15,6 +15,7 @@ from .division import division
 from .errors import ModelLoadError
 from .kv_cache import KvCache, block_byte_count
 from .matmul import Compute, compute_dtype
+from .memory import enough_memory_for, machine_bytes
 from .model import Model
 from .ranks import Alone, Group
 from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors
@@ -33,13 +34,14 @@ class LoadedRank:
         self.config, self.rank = config, rank
         self.device = _device(config, rank)
         cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-        self.checkpoint: Checkpoint = load_checkpoint(
-            Path(config.model_path),
-            dtype=config.dtype,
-            cache_dir=cache_dir,
-            rank=rank,
-            size=config.tensor_parallel_size,
-        )
+        with enough_memory_for(f"{config.model_path}: the weights"):
+            self.checkpoint: Checkpoint = load_checkpoint(
+                Path(config.model_path),
+                dtype=config.dtype,
+                cache_dir=cache_dir,
+                rank=rank,
+                size=config.tensor_parallel_size,
+            )
         self.dtype = compute_dtype(config.dtype, self.device)
         is_cpu = self.device.type == "cpu"
         self.compute = Compute(
@@ -57,8 +59,9 @@ class LoadedRank:
         return [len(division(path, self.checkpoint.architecture, rank, size).vocabulary) for rank in range(size)]
 
     def ready(self, ranks: Alone | Group) -> "Rank":
-        """The rank with its others."""
-        return Rank(self, ranks)
+        """The rank with its others; ModelLoadError where the device has not the memory."""
+        with enough_memory_for(f"the weights, and kv_cache_bytes of {self.config.kv_cache_bytes},"):
+            return Rank(self, ranks)
 
 
 class Rank:
@@ -128,6 +131,11 @@ def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtyp
     """How many KV blocks the bound holds on the rank that needs most for one, the padding block included."""
     architecture, size = checkpoint.architecture, config.tensor_parallel_size
     divisions = [division(Path(config.model_path), architecture, rank, size) for rank in range(size)]
+    has = machine_bytes()
+    if config.device == "cpu" and config.kv_cache_bytes * size > has:
+        raise ModelLoadError(
+            f"kv_cache_bytes is {config.kv_cache_bytes} for each of {size} ranks, but there are {has} bytes of memory"
+        )
     one = max(block_byte_count(here.local(architecture), config.block_token_count, dtype) for here in divisions)
     count = config.kv_cache_bytes // one - 1
     if count < 1:

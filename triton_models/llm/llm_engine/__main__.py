@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (EngineError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if options.json:
         print(json.dumps(result))
     else:
@@ -94,7 +96,9 @@ def _generate(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
         for output in engine.step():
             result["token_ids"] += output.token_ids
             result["logprobs"] += output.logprobs or []
-            result["finish_reason"] = output.finish_reason or output.error_message
+            result["finish_reason"] = output.finish_reason
+            if output.finish_reason == "error":
+                raise EngineError(output.error_message)
     return result
 
 
@@ -105,6 +109,8 @@ def _bench(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
     the clock. Decode is measured over the steps in which every sequence runs and none has a prompt left; where
     more sequences are asked for than run at once, there may be none, and the figure is null.
     """
+    if options.sequences < 1:
+        raise ValueError(f"--sequences is {options.sequences}, expected at least 1")
     prompts = _prompts(engine, options)
     sampling = SamplingParams(temperature=options.temperature, seed=0)
     _run(engine, [prompts[0]], 4, sampling)

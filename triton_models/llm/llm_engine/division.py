@@ -56,10 +56,13 @@ class Division:
 def division(path: Path, architecture: Architecture, rank: int, size: int) -> Division:
     """A rank's ranges; ModelLoadError where the model cannot be divided among so many."""
     a = architecture
-    fewest = {"query heads": a.head_count}
+    fewest = {
+        "query heads": a.head_count,
+        "tokens of the vocabulary": a.vocabulary_size,
+        "columns of the feed-forward part": a.intermediate_size,
+    }
     if a.latent is None and size > a.kv_head_count:
         # The ranks that share a KV head divide its query heads.
-        fewest["query heads"] = a.kv_head_count * a.group_size
         most_at_one = -(-size // a.kv_head_count)
         if most_at_one > a.group_size:
             raise _too_many(path, size, f"{a.kv_head_count} KV heads with {a.group_size} query heads each")

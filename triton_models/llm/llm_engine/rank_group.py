@@ -53,7 +53,7 @@ class RankGroup:
                     self._others.append(_Other(config, rank, meeting))
                 self.loaded = LoadedRank(config, 0)
                 for other in self._others:
-                    other.wait_until_loaded()
+                    other.wait_for_answer()
                 group = Group(
                     distributed.FileStore(meeting, size),
                     0,
@@ -62,6 +62,8 @@ class RankGroup:
                     timeout=COLLECTIVE_TIMEOUT,
                 )
             self._rank = self.loaded.ready(group)
+            for other in self._others:
+                other.wait_for_answer()
         except BaseException:
             self.close()
             raise
@@ -93,7 +95,9 @@ class RankGroup:
     def close(self) -> None:
         """Ends the other ranks."""
         for other in self._others:
-            other.close()
+            other.disconnect()
+        for other in self._others:
+            other.end()
 
     def _tell(self, *words: object) -> None:
         for other in self._others:
@@ -118,13 +122,13 @@ class _Other:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *_package_paths()])},
             )
 
-    def wait_until_loaded(self) -> None:
-        """Raises ModelLoadError with the rank's own words where it could not load."""
+    def wait_for_answer(self) -> None:
+        """Waits until the rank has loaded, or is ready; ModelLoadError with its own words where it could not."""
         if not self._connection.poll(START_TIMEOUT.total_seconds()):
             raise ModelLoadError(f"rank {self._rank} has not loaded within {START_TIMEOUT}")
         try:
             fault = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             status = self._process.wait(STOP_SECONDS)
             raise ModelLoadError(f"rank {self._rank} ended while it loaded, with status {status}") from None
         if fault:
@@ -147,10 +151,13 @@ class _Other:
 
         threading.Thread(target=wait, name=f"rank-{self._rank}-watch", daemon=True).start()
 
-    def close(self) -> None:
-        """Ends the process: it leaves when its connection ends, or is killed."""
+    def disconnect(self) -> None:
+        """Lets the process leave, which it does when its connection ends."""
         self._is_closing = True
         self._connection.close()
+
+    def end(self) -> None:
+        """Waits until it has left, or kills it: one that still loads does not look at its connection."""
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -1,10 +1,12 @@
 """`python -m llm_engine.rank_process`: a rank beside the first, which starts it and gives it steps.
 
-It answers once, when it has loaded: with an empty text, or with what is wrong. It ends when its connection does.
+It answers when it has loaded, and when it is ready: with an empty text, or with what is wrong. It ends when its
+connection does.
 """
 
 import dataclasses
 import json
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -23,13 +25,15 @@ def main() -> int:
     connection = Connection(int(sys.argv[1]))
     settings = json.loads(sys.argv[2])
     config, rank = EngineConfig(**settings["config"]), settings["rank"]
+    # An interrupt from the keyboard reaches all ranks; the others leave when the first has left.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         loaded = LoadedRank(config, rank)
-    except (ModelLoadError, RuntimeError) as error:
+    except (ModelLoadError, OSError) as error:
         connection.send(str(error))
         return 1
-    connection.send("")
     try:
+        connection.send("")
         group = Group(
             distributed.FileStore(settings["meeting"], config.tensor_parallel_size),
             rank,
@@ -37,7 +41,12 @@ def main() -> int:
             device=loaded.device,
             timeout=COLLECTIVE_TIMEOUT,
         )
-        _serve(connection, loaded.ready(group))
+        ready = loaded.ready(group)
+        connection.send("")
+        _serve(connection, ready)
+    except ModelLoadError as error:
+        connection.send(str(error))
+        return 1
     except EngineBroken as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -169,6 +169,7 @@ class PromptSource:
             and request.truncation != inference_pb2.TRUNCATION_POLICY_DROP_OLDEST
             and not request.resume.token_ids
             and request.sampling.top_k <= self._model.vocabulary_size
+            and max(request.sampling.logit_bias, default=0) < self._model.vocabulary_size
         )
 
     def _from_arena(self, request: inference_pb2.GenerateRequest, header: str) -> HeldPrompt | None:

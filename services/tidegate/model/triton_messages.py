@@ -93,6 +93,10 @@ def generate_message(model_name: str, request: EngineRequest, sequence_id: str, 
     for name, data_type, form in _SAMPLING_TENSORS:
         if name in given:
             _add(message, name, data_type, form, getattr(request.sampling, name))
+    if request.sampling.logit_bias:
+        bias = sorted(request.sampling.logit_bias.items())
+        _add_array(message, "logit_bias_token_ids", np.asarray([token_id for token_id, _ in bias], "<i4"))
+        _add_array(message, "logit_bias_values", np.asarray([value for _, value in bias], "<f4"), "FP32")
     if request.logprobs is not None:
         _add(message, "logprobs", "INT32", "<i", request.logprobs)
     if request.stop_token_ids:
@@ -205,6 +209,7 @@ _SAMPLING_TENSORS: Final = (
     ("temperature", "FP32", "<f"),
     ("top_k", "INT32", "<i"),
     ("top_p", "FP32", "<f"),
+    ("min_p", "FP32", "<f"),
     ("seed", "INT64", "<q"),
     ("repetition_penalty", "FP32", "<f"),
     ("frequency_penalty", "FP32", "<f"),
@@ -222,8 +227,8 @@ def _add_tokens(message: Message, tokens: NDArray[np.int32] | ArenaSlice) -> Non
         _add_array(message, "token_ids", np.ascontiguousarray(tokens, "<i4"))
 
 
-def _add_array(message: Message, name: str, array: NDArray[Any]) -> None:
-    message.inputs.add(name=name, datatype="INT32", shape=[array.size])
+def _add_array(message: Message, name: str, array: NDArray[Any], data_type: str = "INT32") -> None:
+    message.inputs.add(name=name, datatype=data_type, shape=[array.size])
     message.raw_input_contents.append(array.tobytes())
 
 

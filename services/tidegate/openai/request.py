@@ -27,6 +27,8 @@ DEFAULT_COMPLETION_TOKEN_COUNT: Final = 16
 ANSWER_COUNT_LIMIT: Final = 128
 """OpenAI's limit of n; more is not even a count."""
 
+TOKEN_ID_CHARACTER_LIMIT: Final = 10
+
 METADATA_ENTRY_LIMIT: Final = 16
 METADATA_KEY_CHARACTER_LIMIT: Final = 64
 METADATA_VALUE_CHARACTER_LIMIT: Final = 512
@@ -235,6 +237,7 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParameters) -
         ("frequency_penalty", -2, 2, False),
         ("presence_penalty", -2, 2, False),
         ("top_p", 0, 1, True),
+        ("min_p", 0, 1, False),
         ("repetition_penalty", 0, 2, True),
     ):
         number = fields.number(name, low, high, open_below=open_below)
@@ -247,6 +250,28 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParameters) -
     if top_k is not None:
         # vLLM's older word for "no limit" is -1.
         sampling.top_k = max(top_k, 0)
+    _read_logit_bias(fields, sampling)
+
+
+def _read_logit_bias(fields: Fields, sampling: inference_pb2.SamplingParameters) -> None:
+    """By token ids, which are JSON's keys and therefore texts."""
+    value = fields.take("logit_bias")
+    if value is None:
+        return
+    names = json_fields.checked_object(value, "logit_bias")
+    if len(names) > rules.LOGIT_BIAS_COUNT_LIMIT:
+        fault = f"must have at most {rules.LOGIT_BIAS_COUNT_LIMIT} tokens, has {len(names)}"
+        json_fields.refuse_value("logit_bias", fault)
+    entries = Fields(names, "logit_bias")
+    for name in names:
+        if len(name) > TOKEN_ID_CHARACTER_LIMIT or not name.isascii() or not name.isdigit():
+            json_fields.refuse_value(f"logit_bias.{json_fields.shown_name(name)}", "must be of a token id, at least 0")
+        token_id = int(name)
+        if token_id > rules.TOKEN_ID_LIMIT or token_id in sampling.logit_bias:
+            json_fields.refuse_value(f"logit_bias.{name}", "must be of a token id, and that token's only one")
+        bias = entries.number(name, -rules.LOGIT_BIAS_LIMIT, rules.LOGIT_BIAS_LIMIT)
+        if bias is not None:
+            sampling.logit_bias[token_id] = bias
 
 
 def _stop(fields: Fields) -> list[str]:

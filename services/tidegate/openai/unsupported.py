@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 _SHARED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "logit_bias": ({},),
-    "min_p": (0, 0.0),
     "min_tokens": (0,),
     "length_penalty": (1, 1.0),
     "use_beam_search": (False,),

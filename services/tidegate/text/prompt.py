@@ -83,6 +83,10 @@ def _prepare(request: inference_pb2.GenerateRequest, model: TextModel, tenant: s
         raise TidegateError(Reason.MODEL_NOT_FOUND, fault, field="model")
     if request.sampling.top_k > model.vocabulary_size:
         _refuse("sampling.top_k", f"must be at most the vocabulary's size {model.vocabulary_size}")
+    highest = max(request.sampling.logit_bias, default=0)
+    if highest >= model.vocabulary_size:
+        fault = f"{highest} is not in the vocabulary of {model.vocabulary_size} tokens"
+        _refuse(f"sampling.logit_bias.{highest}", fault)
     _check_vocabulary(request.resume.token_ids, model, "resume.token_ids")
     token_ids, truncated_token_count = _fit(request, model)
     if not token_ids:

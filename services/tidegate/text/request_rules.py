@@ -20,6 +20,8 @@ USER_CHARACTER_LIMIT: Final = 512
 REQUEST_ID_CHARACTER_LIMIT: Final = 128
 MODEL_CHARACTER_LIMIT: Final = 256
 LOGPROBS_LIMIT: Final = 20
+LOGIT_BIAS_COUNT_LIMIT: Final = 1024
+LOGIT_BIAS_LIMIT: Final = 100
 MAX_TOKENS_LIMIT: Final = 2**31 - 1
 TOKEN_ID_LIMIT: Final = 2**31 - 1
 
@@ -88,9 +90,19 @@ def _check_sampling(sampling: inference_pb2.SamplingParameters) -> None:
     _check_range(sampling, "frequency_penalty", -2, 2)
     _check_range(sampling, "presence_penalty", -2, 2)
     _check_range(sampling, "top_p", 0, 1, open_below=True)
+    _check_range(sampling, "min_p", 0, 1)
     _check_range(sampling, "repetition_penalty", 0, 2, open_below=True)
     if sampling.top_k < 0:
         _refuse("sampling.top_k", f"must be at least 0, is {sampling.top_k}")
+    if len(sampling.logit_bias) > LOGIT_BIAS_COUNT_LIMIT:
+        count = len(sampling.logit_bias)
+        _refuse("sampling.logit_bias", f"must have at most {LOGIT_BIAS_COUNT_LIMIT} tokens, has {count}")
+    for token_id, bias in sampling.logit_bias.items():
+        if token_id < 0:
+            _refuse(f"sampling.logit_bias.{token_id}", "must be of a token id, at least 0")
+        if not abs(bias) <= LOGIT_BIAS_LIMIT:
+            bound = f"[-{LOGIT_BIAS_LIMIT}, {LOGIT_BIAS_LIMIT}]"
+            _refuse(f"sampling.logit_bias.{token_id}", f"must be in {bound}, is {bias:g}")
 
 
 def _check_range(

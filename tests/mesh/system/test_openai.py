@@ -152,6 +152,20 @@ def test_logprobs_are_of_the_tokens_that_were_said(client: openai.OpenAI) -> Non
     )
 
 
+def test_logit_bias_forces_and_forbids_tokens_and_min_p_1_is_greedy(client: openai.OpenAI, tokenizer: Any) -> None:
+    plain = client.chat.completions.create(**GREEDY)
+    (sea,) = tokenizer.encode(" sea", allow_special=False)
+    forced = client.chat.completions.create(**GREEDY | {"max_tokens": 3}, logit_bias={str(sea): 100})
+    assert forced.choices[0].message.content == " sea sea sea"
+    said = tokenizer.encode(plain.choices[0].message.content, allow_special=False)
+    other = client.chat.completions.create(**GREEDY, logit_bias={str(token): -100 for token in said})
+    assert not set(said) & set(tokenizer.encode(other.choices[0].message.content, allow_special=False))
+    hot: dict[str, Any] = GREEDY | {"temperature": 1.5, "extra_body": {"min_p": 1}}
+    assert client.chat.completions.create(**hot).choices[0].message == plain.choices[0].message
+    # What a bias changed must not be told to whoever asks without it.
+    assert client.chat.completions.create(**GREEDY).choices[0].message == plain.choices[0].message
+
+
 @pytest.mark.parametrize(("asked", "served"), [("auto", "default"), ("flex", "flex"), ("priority", "priority")])
 def test_the_service_tier_is_that_which_served(client: openai.OpenAI, asked: str, served: str) -> None:
     fields: dict[str, Any] = GREEDY | {"max_tokens": 1, "service_tier": asked}
@@ -163,6 +177,9 @@ def test_the_service_tier_is_that_which_served(client: openai.OpenAI, asked: str
     [
         (openai.BadRequestError, {"temperature": 9}, "invalid_value", "temperature"),
         (openai.BadRequestError, {"n": 3}, "unsupported_parameter", "n"),
+        (openai.BadRequestError, {"logit_bias": {"49152": 1}}, "invalid_value", "logit_bias.49152"),
+        (openai.BadRequestError, {"logit_bias": {"1": 101}}, "invalid_value", "logit_bias.1"),
+        (openai.BadRequestError, {"extra_body": {"min_p": 2}}, "invalid_value", "min_p"),
         (openai.BadRequestError, {"extra_body": {"colour": "red"}}, "unknown_parameter", "colour"),
         (
             openai.BadRequestError,

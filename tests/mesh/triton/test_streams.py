@@ -44,6 +44,15 @@ async def test_log_probabilities_do_not_change_the_tokens(client):
     assert [row[0] for row in alternatives] == plain
 
 
+async def test_a_bias_forces_and_forbids_tokens_and_min_p_1_is_greedy(client):
+    plain = await tokens_of(client, request())
+    forced = SamplingParameters(temperature=0.0, logit_bias={504: 100, 7: -3})
+    assert await tokens_of(client, request(sampling=forced)) == [504] * 8
+    forbidden = SamplingParameters(temperature=0.0, logit_bias=dict.fromkeys(plain, -100))
+    assert not set(await tokens_of(client, request(sampling=forbidden))) & set(plain)
+    assert await tokens_of(client, request(sampling=SamplingParameters(min_p=1.0, temperature=2.0))) == plain
+
+
 async def test_a_resumed_sequence_goes_on_as_it_would_have(client):
     whole = await tokens_of(client, request())
     tokens = np.concatenate([PROMPT, np.array(whole[:3], np.int32)])
@@ -117,6 +126,9 @@ async def test_what_the_engine_cannot_hold_is_refused(client):
         ({"max_tokens": 0}, "INVALID_VALUE", "max_tokens is 0"),
         ({"sampling": SamplingParameters(temperature=float("nan"))}, "INVALID_VALUE", "temperature is nan"),
         ({"sampling": SamplingParameters(top_p=0.0)}, "INVALID_VALUE", "top_p is 0"),
+        ({"sampling": SamplingParameters(min_p=2.0)}, "INVALID_VALUE", "min_p is 2.0"),
+        ({"sampling": SamplingParameters(logit_bias={10**6: 1})}, "INVALID_VALUE", "logit_bias is 1000000"),
+        ({"sampling": SamplingParameters(logit_bias={5: 500})}, "INVALID_VALUE", "logit_bias of token 5 is 500.0"),
         ({"logprobs": 1000}, "INVALID_VALUE", "logprobs is 1000"),
         ({"logprobs": -7}, "INVALID_VALUE", "logprobs is -7"),
     ],

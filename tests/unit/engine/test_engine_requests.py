@@ -228,6 +228,11 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(make_engine):
         ({"sampling": SamplingParams(frequency_penalty=2.5)}, "frequency_penalty"),
         ({"sampling": SamplingParams(presence_penalty=-2.5)}, "presence_penalty"),
         ({"sampling": SamplingParams(logprobs=21)}, "logprobs"),
+        ({"sampling": SamplingParams(min_p=1.1)}, "min_p is 1.1, expected a number from 0.0 to 1.0"),
+        ({"sampling": SamplingParams(logit_bias={96: 1.0})}, "logit_bias is 96, expected an integer from 0 to 95"),
+        ({"sampling": SamplingParams(logit_bias={5: -101.0})}, "logit_bias of token 5 is -101.0"),
+        ({"sampling": SamplingParams(logit_bias={5: float("nan")})}, "logit_bias of token 5 is nan"),
+        ({"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 0.0))}, "logit_bias has 1025 tokens"),
     ],
 )
 def test_a_field_out_of_bounds_is_refused_by_name(make_engine, fields, word):

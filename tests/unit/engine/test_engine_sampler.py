@@ -27,6 +27,9 @@ MIXED = [
     row(5, output=(7,), repetition_penalty=1.4, logprobs=0),
     row(6, temperature=2.0, top_k=400, top_p=0.99),
     row(7),
+    row(8, temperature=0.9, min_p=0.1),
+    row(9, temperature=0.0, logit_bias={3: 8.0, 4: -2.0}, logprobs=1),
+    row(10, logit_bias={5: 6.0}, top_k=20, min_p=0.05, output=(5,), presence_penalty=1.0),
 ]
 
 
@@ -121,6 +124,80 @@ def test_truncated_tokens_are_never_drawn():
     allowed = set(logits[0].topk(3).indices.tolist())
     drawn = sample(logits.expand(500, -1), [row(seed, top_k=3, temperature=3.0) for seed in range(500)])
     assert {token.token_id for token in drawn} == allowed
+
+
+def drawn_by_definition(logits: np.ndarray, row: SamplingRow) -> int:
+    """The whole of sampling, as its order is told, for one row."""
+    params, logits = row.params, logits.astype(np.float64)
+    for token, bias in params.logit_bias.items():
+        logits[token] += bias
+    for token in set(row.token_ids):
+        logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+    for token in row.token_ids[row.prompt_token_count :]:
+        logits[token] -= params.frequency_penalty
+    for token in set(row.token_ids[row.prompt_token_count :]):
+        logits[token] -= params.presence_penalty
+    if params.temperature == 0.0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()) / params.temperature
+    weights = np.zeros_like(scaled)
+    kept = list(kept_by_definition(scaled, params.top_k, params.top_p))
+    weights[kept] = np.exp(scaled[kept])
+    weights[weights < params.min_p * weights.max()] = 0.0
+    number = uniforms([row.seed], [row.output_position])[0]
+    return int(np.searchsorted(weights.cumsum(), number * weights.sum(), side="right"))
+
+
+def test_every_row_draws_what_the_definition_draws():
+    chance = np.random.default_rng(3)
+    rows = []
+    for seed in range(300):
+        output = chance.integers(0, 60, 5).tolist()
+        params = {
+            "temperature": float(chance.choice([0.0, 0.6, 1.0, 1.8])),
+            "top_k": int(chance.choice([0, 3, 40])),
+            "top_p": float(chance.choice([0.5, 0.95, 1.0])),
+            "min_p": float(chance.choice([0.0, 0.0, 0.02, 0.2, 0.9])),
+            "repetition_penalty": float(chance.choice([1.0, 1.3])),
+            "presence_penalty": float(chance.choice([0.0, 0.7])),
+            "logit_bias": {int(token): float(chance.uniform(-6, 6)) for token in chance.integers(0, 60, seed % 4)},
+        }
+        rows.append(row(seed, output=tuple(output), **params))
+    logits = logits_of(len(rows), seed=11, spread=2.0, vocabulary=60)
+    expected = [drawn_by_definition(logits[index].numpy(), each) for index, each in enumerate(rows)]
+    assert [token.token_id for token in sample(logits, rows)] == expected
+
+
+def test_min_p_leaves_what_is_likely_enough_beside_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for min_p, expected in ((0.0, {0, 1, 2, 3}), (0.05, {0, 1, 2, 3}), (0.2, {0, 1, 2}), (0.5, {0, 1}), (1.0, {0})):
+        drawn = sample(logits.expand(400, 4), [row(seed, min_p=min_p) for seed in range(400)])
+        assert {token.token_id for token in drawn} == expected, min_p
+
+
+def test_min_p_1_is_greedy():
+    logits = logits_of(20, seed=5)
+    drawn = sample(logits, [row(seed, min_p=1.0, temperature=5.0) for seed in range(20)])
+    assert [token.token_id for token in drawn] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_forbids_and_forces_and_the_logprobs_stay_the_models_own(temperature):
+    logits = logits_of(1, seed=6)
+    best = int(logits.argmax())
+    plain = logits[0].log_softmax(-1)
+    forced = sample(logits, [row(temperature=temperature, logit_bias={77: 100.0}, logprobs=1)])[0]
+    assert (forced.token_id, forced.top_token_ids) == (77, [best])
+    assert forced.logprob == pytest.approx(float(plain[77]))
+    forbidden = {sample(logits, [row(seed, temperature=temperature, logit_bias={best: -100.0})])[0].token_id
+                 for seed in range(50)}  # fmt: skip
+    assert best not in forbidden
+
+
+def test_a_bias_counts_before_penalties():
+    # (1 + 2.9) / 2 is below 2, and 1 / 2 + 2.9 would be above it.
+    biased = row(prompt=(0,), temperature=0.0, repetition_penalty=2.0, logit_bias={0: 2.9})
+    assert sample(torch.tensor([[1.0, 2.0]]), [biased])[0].token_id == 1
 
 
 def test_penalties_act_on_the_tokens_they_are_defined_for():

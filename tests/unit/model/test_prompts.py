@@ -117,6 +117,13 @@ async def test_a_handle_that_is_not_used_is_released_at_once(byte_model, arena, 
     assert arena.usage(time.monotonic()).lease_count == 0
 
 
+async def test_a_bias_beyond_the_vocabulary_is_refused_with_a_handle_too(byte_model, arena):
+    beyond = {"logit_bias": {byte_model.vocabulary_size: 1.0}}
+    with pytest.raises(TidegateError) as caught:
+        await hold(source(byte_model, arena.region), encode_tensor_header(write(arena, [1])), sampling=beyond)
+    assert caught.value.field == f"sampling.logit_bias.{byte_model.vocabulary_size}"
+
+
 async def test_a_handle_whose_request_is_refused_is_released_too(byte_model, arena):
     with pytest.raises(TidegateError):
         await hold(source(byte_model, arena.region), encode_tensor_header(write(arena, [1])), model="other")

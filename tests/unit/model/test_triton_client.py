@@ -481,6 +481,18 @@ async def test_only_given_sampling_parameters_are_sent(fake, client):
     reading.cancel()
 
 
+async def test_a_bias_is_sent_as_two_arrays_of_one_order(fake, client):
+    reading = starts(client, sampling=SamplingParameters(min_p=0.25, logit_bias={9: -100, 4: 1.5}))
+    (message,) = await fake.wait_for("generate")
+    tensors = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in message.inputs}
+    raws = dict(zip(tensors, message.raw_input_contents, strict=True))
+    assert (tensors["logit_bias_token_ids"], tensors["logit_bias_values"]) == (("INT32", [2]), ("FP32", [2]))
+    assert np.frombuffer(raws["logit_bias_token_ids"], "<i4").tolist() == [4, 9]
+    assert np.frombuffer(raws["logit_bias_values"], "<f4").tolist() == [1.5, -100.0]
+    assert struct.unpack("<f", raws["min_p"]) == (0.25,)
+    reading.cancel()
+
+
 async def test_closing_the_client_ends_its_sequences(fake):
     async with connected(fake) as client:
         assert await client.wait_ready(5)

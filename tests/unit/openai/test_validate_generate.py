@@ -30,6 +30,7 @@ USER = pb.ChatMessage(role="user", content="Hi")
         request(),
         sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=2, frequency_penalty=-2, presence_penalty=2),
         sampling(seed=-1),
+        sampling(min_p=1, logit_bias={0: -100, 7: 100}),  # type: ignore[arg-type]
         request(max_tokens=1, stop=["x"] * 16, logprobs=0, user="u" * 512, request_id="r" * 128),
         request(logprobs=20, service_class=pb.SERVICE_CLASS_BATCH, truncation=pb.TRUNCATION_POLICY_REFUSE),
         chat(*[USER] * 4096),
@@ -59,6 +60,12 @@ def test_what_the_proto_allows_is_accepted(good: pb.GenerateRequest) -> None:
         (sampling(top_p=0), "sampling.top_p"),
         (sampling(top_p=math.nan), "sampling.top_p"),
         (sampling(top_k=-1), "sampling.top_k"),
+        (sampling(min_p=1.5), "sampling.min_p"),
+        (sampling(min_p=math.nan), "sampling.min_p"),
+        (sampling(logit_bias={-1: 1}), "sampling.logit_bias.-1"),  # type: ignore[arg-type]
+        (sampling(logit_bias={3: 101}), "sampling.logit_bias.3"),  # type: ignore[arg-type]
+        (sampling(logit_bias={3: math.nan}), "sampling.logit_bias.3"),  # type: ignore[arg-type]
+        (sampling(logit_bias=dict.fromkeys(range(1025), 1)), "sampling.logit_bias"),  # type: ignore[arg-type]
         (sampling(repetition_penalty=0), "sampling.repetition_penalty"),
         (sampling(repetition_penalty=2.5), "sampling.repetition_penalty"),
         (sampling(frequency_penalty=-2.5), "sampling.frequency_penalty"),

@@ -87,13 +87,26 @@ def test_everything_that_changes_the_answer_changes_the_key() -> None:
         {"sampling": {"temperature": 0.5, "seed": 2}},
         {"sampling": {"temperature": 0.5, "seed": 1, "top_k": 2}},
         {"sampling": {"temperature": 0.5, "seed": 1, "top_p": 0.5}},
+        {"sampling": {"temperature": 0.5, "seed": 1, "min_p": 0.5}},
+        {"sampling": {"temperature": 0.5, "seed": 1, "logit_bias": {3: 1.0}}},
+        {"sampling": {"logit_bias": {3: 1.0}}},
+        {"sampling": {"logit_bias": {3: 2.0}}},
+        {"sampling": {"logit_bias": {4: 1.0}}},
+        {"sampling": {"logit_bias": {3: 1.0, 4: 1.0}}},
     ]
     assert len({key(**change) for change in changes}) == len(changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"seed": 7}, {"top_p": 0.5}, {"top_k": 3}, {"repetition_penalty": 1.0}, {"frequency_penalty": 0.0}],
+    [
+        {"seed": 7},
+        {"top_p": 0.5},
+        {"top_k": 3},
+        {"min_p": 0.5},
+        {"repetition_penalty": 1.0},
+        {"frequency_penalty": 0.0},
+    ],
 )
 def test_what_a_greedy_answer_does_not_depend_on_is_not_in_its_key(sampling: dict[str, float]) -> None:
     assert key(sampling=sampling) == key()

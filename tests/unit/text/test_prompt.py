@@ -88,6 +88,12 @@ def test_the_longest_prompt_leaves_one_token(model: TextModel) -> None:
         (tokens(1, 49152), Reason.INVALID_VALUE, "tokens.token_ids[1]", "prompt[1]"),
         (tokens(-1), Reason.INVALID_VALUE, "tokens.token_ids[0]", "prompt[0]"),
         (tokens(1, sampling=pb.SamplingParameters(top_k=49153)), Reason.INVALID_VALUE, "sampling.top_k", "top_k"),
+        (
+            tokens(1, sampling=pb.SamplingParameters(logit_bias={5: 1, 49152: 1})),
+            Reason.INVALID_VALUE,
+            "sampling.logit_bias.49152",
+            "logit_bias.49152",
+        ),
         (tokens(1, sampling=pb.SamplingParameters(top_p=0)), Reason.INVALID_VALUE, "sampling.top_p", "top_p"),
         (pb.GenerateRequest(), Reason.MISSING_REQUIRED_PARAMETER, "prompt", "prompt"),
         (pb.GenerateRequest(text="\x04"), Reason.INVALID_VALUE, "text", "prompt"),

@@ -28,6 +28,9 @@ def test_every_array_reaches_the_request():
         "repetition_penalty": np.array([1.5], np.float32),
         "frequency_penalty": np.array([-0.5], np.float32),
         "presence_penalty": np.array([0.75], np.float32),
+        "min_p": np.array([0.125], np.float32),
+        "logit_bias_token_ids": np.array([7, 3], np.int32),
+        "logit_bias_values": np.array([-100.0, 0.5], np.float32),
         "logprobs": np.array([0], np.int32),
         "stop_token_ids": np.array([5, 6], np.int32),
         "ignore_eos": np.array([True]),
@@ -39,7 +42,7 @@ def test_every_array_reaches_the_request():
     assert (request.stop_token_ids, request.ignore_eos) == ((5, 6), True)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 7, 0.25, -3)
     assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.5, -0.5, 0.75)
-    assert sampling.logprobs == 0
+    assert (sampling.logprobs, sampling.min_p, sampling.logit_bias) == (0, 0.125, {7: -100.0, 3: 0.5})
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,11 @@ def test_every_array_reaches_the_request():
         (TOKENS | {"max_tokens": np.array([1, 2], np.int32)}, "max_tokens has shape [2]"),
         (TOKENS | {"seed": np.array([], np.int64)}, "seed has shape [0]"),
         (TOKENS | {"logprobs": np.array([-2], np.int32)}, "logprobs is -2"),
+        (TOKENS | {"logit_bias_token_ids": np.array([1], np.int32)}, "1 tokens, and logit_bias_values 0"),
+        (
+            TOKENS | {"logit_bias_token_ids": np.ones(2, np.int32), "logit_bias_values": np.ones(2, np.float32)},
+            "logit_bias_token_ids names a token twice",
+        ),
     ],
 )
 def test_an_array_of_the_wrong_shape_is_refused_by_name(arrays, words):

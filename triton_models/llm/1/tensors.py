@@ -19,6 +19,8 @@ DEFAULT_MAX_TOKENS = 16
 
 Arrays = Mapping[str, np.ndarray]
 
+_LOGIT_BIAS = ("logit_bias_token_ids", "logit_bias_values")
+
 
 def sequence_request(request_id: str, arrays: Arrays) -> SequenceRequest:
     """The request that the arrays name; RequestRefused where an array has not the shape that it must have."""
@@ -126,16 +128,29 @@ def texts(values: Sequence[str]) -> np.ndarray:
 
 def _sampling(arrays: Arrays) -> SamplingParams:
     given: dict[str, object] = {}
-    for name in ("temperature", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
         if name in arrays:
             given[name] = float(_one(arrays, name, 0.0))
     for name in ("top_k", "seed"):
         if name in arrays:
             given[name] = int(_one(arrays, name, 0))
+    if "logit_bias_token_ids" in arrays or "logit_bias_values" in arrays:
+        given["logit_bias"] = _logit_bias(arrays)
     logprobs = int(_one(arrays, "logprobs", -1))
     if logprobs < -1:
         raise RequestRefused(INVALID_VALUE, f"logprobs is {logprobs}, expected -1 (none) or more")
     return SamplingParams(**given, logprobs=None if logprobs == -1 else logprobs)  # type: ignore[arg-type]
+
+
+def _logit_bias(arrays: Arrays) -> dict[int, float]:
+    ids, values = (_flat(name, arrays).tolist() if name in arrays else [] for name in _LOGIT_BIAS)
+    if len(ids) != len(values):
+        counts = f"{len(ids)} tokens, and logit_bias_values {len(values)}"
+        raise RequestRefused(INVALID_VALUE, f"logit_bias_token_ids has {counts}: expected as many of both")
+    bias = dict(zip(ids, values, strict=True))
+    if len(bias) != len(ids):
+        raise RequestRefused(INVALID_VALUE, "logit_bias_token_ids names a token twice")
+    return bias
 
 
 def _one(arrays: Arrays, name: str, default: object) -> object:

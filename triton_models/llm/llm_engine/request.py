@@ -3,7 +3,7 @@
 Owns the public messages. It leaves their validation to `engine.py`, which knows the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -17,6 +17,8 @@ class SamplingParams:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the most likely tokens whose probabilities reach this sum; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep the tokens that are at least so many times as likely as the likeliest; 0 keeps all. 0 to 1."""
     seed: int | None = None
     """The same seed gives the same tokens, whatever else runs; None lets the engine draw one."""
     repetition_penalty: float = 1.0
@@ -25,6 +27,8 @@ class SamplingParams:
     """Taken from a token's logit for each time that it stands in the output. -2 to 2."""
     presence_penalty: float = 0.0
     """Taken once from the logit of each token that stands in the output. -2 to 2."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to these tokens' logits, before the penalties; a greedy choice sees it too. 1,024 at most, -100 to 100."""
     logprobs: int | None = None
     """None: no log-probabilities; 0 to 20: the chosen token's, and so many of the likeliest."""
 
@@ -57,7 +61,7 @@ class SequenceOutput:
     token_ids: list[int]
     """The new tokens, without the one that stopped the output."""
     logprobs: list[float] | None = None
-    """Of each new token, under the model's own distribution, before penalties and temperature."""
+    """Of each new token, under the model's own distribution, before bias, penalties and temperature."""
     top_token_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
     finish_reason: str = ""

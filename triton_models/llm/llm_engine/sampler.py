@@ -1,11 +1,13 @@
 """From logits to the next token of each sequence.
 
-Owns penalties, temperature, truncation, the draw and the log-probabilities. Invariants: a row's
+Owns bias, penalties, temperature, truncation, the draw and the log-probabilities. Invariants: a row's
 result depends on its own logits, parameters, tokens, seed and output position, never on the other
-rows; a row whose logits are not finite is reported and harms no other. Order: penalties, temperature,
-top_k, top_p over what top_k left, draw. Ties at a truncation's edge are kept together.
+rows; a row whose logits are not finite is reported and harms no other. Order: logit_bias, penalties,
+temperature, top_k, top_p over what top_k left, min_p, draw. Ties at a truncation's edge are kept together. A greedy row
+sees bias and penalties alone. The log-probabilities are the model's own, before all of these.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +43,11 @@ class SamplingRow:
         return self.params.temperature < GREEDY_TEMPERATURE
 
     @property
+    def biased(self) -> bool:
+        """Whether the request moves some logits itself."""
+        return bool(self.params.logit_bias)
+
+    @property
     def penalised(self) -> bool:
         """Whether any penalty changes the logits."""
         p = self.params
@@ -48,7 +55,7 @@ class SamplingRow:
 
     @property
     def truncated(self) -> bool:
-        """Whether unlikely tokens are cut off."""
+        """Whether tokens beyond the likeliest are cut off."""
         return self.params.top_k > 0 or self.params.top_p < 1.0
 
 
@@ -70,7 +77,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
     finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float64))
     if not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
-    tokens = _chosen(_penalised(logits, rows), rows)
+    tokens = _chosen(_penalised(_biased(logits, rows), rows), rows)
     logprobs = _logprobs(logits, tokens, rows)
     return [
         SampledToken(token, ok, *logprobs.get(index, ()))
@@ -88,8 +95,20 @@ def _chosen(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     return tokens
 
 
+def _biased(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Add what requests add themselves; the memory is the input's if none does."""
+    biased = _where(rows, lambda row: row.biased)
+    if not biased:
+        return logits
+    logits = logits.clone()
+    for index in biased:
+        bias = rows[index].params.logit_bias
+        logits[index, _index([*bias], logits)] += logits.new_tensor([*bias.values()])
+    return logits
+
+
 def _penalised(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Apply the penalties; rows without any share the memory of the input if none has one."""
+    """Apply the penalties; the memory is the input's if no row has one."""
     penalised = _where(rows, lambda row: row.penalised)
     if not penalised:
         return logits
@@ -119,6 +138,12 @@ def _drawn(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     if truncated:
         kept = _truncated(_rows_of(scaled, truncated), [rows[index] for index in truncated])
         scaled = scaled.index_copy(0, _index(truncated, logits), kept)
+    floored = _where(rows, lambda row: row.params.min_p > 0.0)
+    if floored:
+        # The likeliest stands at 0, whatever was cut off.
+        floors = logits.new_tensor([math.log(rows[index].params.min_p) for index in floored])[:, None]
+        some = _rows_of(scaled, floored)
+        scaled = scaled.index_copy(0, _index(floored, logits), some.masked_fill(some < floors, float("-inf")))
     sums = scaled.exp_().cumsum(dim=-1, dtype=torch.float64)
     numbers = uniforms([row.seed for row in rows], [row.output_position for row in rows])
     targets = torch.from_numpy(numbers).to(logits.device)[:, None] * sums[:, -1:]

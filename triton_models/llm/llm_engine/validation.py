@@ -14,6 +14,7 @@ from .request import ModelInfo, SamplingParams, SequenceRequest
 
 TOP_LOGPROBS_BOUND = 20
 TEMPERATURE_BOUND = 100.0
+LOGIT_BIAS_BOUND = 1024
 _SEEDS = range(-(1 << 63), 1 << 64)
 
 
@@ -73,11 +74,17 @@ def _sampling_problems(sampling: SamplingParams, model: ModelInfo) -> Iterator[s
     yield from _number("top_p", sampling.top_p, 0.0, 1.0)
     if sampling.top_p == 0.0:
         yield "top_p is 0, expected more than 0"
+    yield from _number("min_p", sampling.min_p, 0.0, 1.0)
     if sampling.seed is not None:
         yield from _integer("seed", sampling.seed, _SEEDS.start, _SEEDS.stop - 1)
     yield from _number("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0)
     yield from _number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
     yield from _number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
+    if len(sampling.logit_bias) > LOGIT_BIAS_BOUND:
+        yield f"logit_bias has {len(sampling.logit_bias)} tokens, expected at most {LOGIT_BIAS_BOUND}"
+    for token, bias in sampling.logit_bias.items():
+        yield from _integer("a token of logit_bias", token, 0, model.vocabulary_size - 1)
+        yield from _number(f"logit_bias of token {token}", bias, -100.0, 100.0)
     if sampling.logprobs is not None:
         yield from _integer("logprobs", sampling.logprobs, 0, min(TOP_LOGPROBS_BOUND, model.vocabulary_size))
 

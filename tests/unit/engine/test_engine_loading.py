@@ -184,7 +184,6 @@ QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim
         ({**DEEPSEEK, "scoring_func": "softmax"}, ["scoring_func", "softmax"]),
         ({**DEEPSEEK, "topk_method": "greedy"}, ["topk_method", "greedy"]),
         ({**DEEPSEEK, "moe_layer_freq": 2}, ["moe_layer_freq", "2"]),
-        ({**DEEPSEEK, "quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8"]),
     ],
 )
 def test_a_folder_of_another_family_is_refused_by_name(make_folder, fields, words):

@@ -100,6 +100,7 @@ PUBLISHED = {
         "rope_scaling": {**DEEPSEEK_ROPE, "mscale": 0.707, "mscale_all_dim": 0.707}, "routed_scaling_factor": 1.0,
         "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy", "vocab_size": 102400,
     },
+    "DeepSeek-V3": {**DEEPSEEK_V3, "quantization_config": FP8},
     "DeepSeek-V3, its weights as bf16": DEEPSEEK_V3,
 }  # fmt: skip
 
@@ -122,10 +123,6 @@ def test_a_published_config_is_understood(name):
     assert architecture.family == config["model_type"]
     assert architecture.layer_count == config["num_hidden_layers"]
     assert architecture.context_token_count == config["max_position_embeddings"]
-
-
-def test_deepseek_v3_as_published_is_refused_for_its_fp8_weights():
-    assert "quantization_config" in refusal({**DEEPSEEK_V3, "quantization_config": FP8})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

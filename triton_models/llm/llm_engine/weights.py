@@ -23,6 +23,7 @@ from .architecture import Architecture
 from .blocks import Blocks, joined, rounded, unnamed
 from .division import Division, division
 from .errors import ModelLoadError
+from .fp8 import SCALE_ENDING, Fp8, read_fp8
 from .gguf_reader import GgufFile
 from .layouts import Fused, Part, RopeRows, fused_tensors
 
@@ -246,11 +247,12 @@ def _opened_folder(folder: Path) -> tuple[_Source, Architecture]:
         folder,
         tied=bool(config.get("tie_word_embeddings", False)),
         unused_layers=range(layers, layers + guessing),
+        fp8=read_fp8(folder / "config.json", config.get("quantization_config")),
     )
     return source, architecture
 
 
-def _folder_source(folder: Path, *, tied: bool, unused_layers: range) -> _Source:
+def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 | None) -> _Source:
     # A tied model may carry a copy of its embedding under the head's name; it is left unread.
     head = "lm_head.weight"
     files, shapes = {}, {}
@@ -262,13 +264,33 @@ def _folder_source(folder: Path, *, tied: bool, unused_layers: range) -> _Source
         raise ModelLoadError(f"{folder}: tensor {head} is missing, and tie_word_embeddings is not set")
     beyond = tuple(f"model.layers.{layer}." for layer in unused_layers)
     stale = {name for name in shapes if name.endswith(".rotary_emb.inv_freq") or name.startswith(beyond)}
-    return _Source(
-        folder,
-        shapes,
-        lambda name, slices: files[name].get_slice(name)[slices].float(),
-        tied=tied,
-        ignorable=frozenset(stale | ({head} if tied else set())),
-    )
+    scales = {} if fp8 is None else _scale_names(folder, shapes, fp8)
+
+    def read(name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        stored = files[name].get_slice(name)[slices]
+        if fp8 is None or name not in scales:
+            return stored.float()
+        of_all = files[scales[name]].get_tensor(scales[name])
+        return fp8.scaled(stored, of_all, shapes[name], slices)
+
+    ignorable = stale | set(scales.values()) | ({head} if tied else set())
+    return _Source(folder, shapes, read, tied=tied, ignorable=frozenset(ignorable))
+
+
+def _scale_names(folder: Path, shapes: dict[str, tuple[int, ...]], fp8: Fp8) -> dict[str, str]:
+    """The names of scales by those of the weights that they belong to, with their shapes checked."""
+    found = {name.removesuffix(SCALE_ENDING): name for name in shapes if name.endswith(SCALE_ENDING)}
+    for weight, name in found.items():
+        shape = shapes.get(weight, ())
+        if len(shape) != len(fp8.block):
+            raise ModelLoadError(f"{folder}: tensor {name} has no matrix {weight} that it could belong to")
+        expected = fp8.scale_shape(shape)
+        if shapes[name] != expected:
+            raise ModelLoadError(
+                f"{folder}: tensor {name} has shape {list(shapes[name])}, expected {list(expected)}:"
+                f" one for each {' x '.join(map(str, fp8.block))} of {weight}"
+            )
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from llm_engine import EngineLoad, ModelInfo, ModelLoadError, RequestRefused, Se
 from llm_engine.architecture import Architecture
 from llm_engine.batcher import Batcher, StepPlan
 from llm_engine.block_pool import BlockPool
-from llm_engine.errors import DUPLICATE_ID, QUEUE_FULL
+from llm_engine.errors import DUPLICATE_ID, INVALID_VALUE, QUEUE_FULL
 from llm_engine.sequence import Sequence
 from llm_engine.validation import validated_token_ids
 
@@ -108,6 +108,8 @@ class SimulatedEngine:
     def add(self, request: SequenceRequest) -> None:
         """Take a request, or raise RequestRefused and leave everything as it was."""
         token_ids = validated_token_ids(request, self.model_info)
+        if request.sampling.json_schema:
+            raise RequestRefused(INVALID_VALUE, "json_schema cannot be used: a simulated engine writes no JSON")
         if self._batcher.holds(request.request_id):
             raise RequestRefused(DUPLICATE_ID, f"request_id {request.request_id!r} is in the engine already")
         if not self._batcher.can_add(request.priority):

@@ -28,6 +28,7 @@ from tidegate.model.many import ManyAnswers
 from tidegate.model.openai_surface import OPERATIONS
 from tidegate.openai.request import OpenAIRequest, parse_chat_completions, parse_completions
 from tidegate.openai.response import models_json
+from tidegate.text.prompt import in_openai_names
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 log = structlog.get_logger()
@@ -144,6 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async with (
                 aclosing(events),
                 aclosing(openai_surface.bodies(request, events, record.request_id, self._unix_seconds)) as bodies,
+                in_openai_names(),
             ):
                 first = True
                 async for part in bodies:

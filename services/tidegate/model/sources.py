@@ -48,6 +48,7 @@ _WORTH_ANOTHER_TRY = frozenset({Reason.REPLICA_UNAVAILABLE, Reason.SERVER_IS_OVE
 _ENGINE_REASONS = {
     "QUEUE_FULL": Reason.SERVER_IS_OVERLOADED,
     "NON_FINITE_LOGITS": Reason.NUMERICAL_ERROR,
+    "SCHEMA_TOO_COMPLEX": Reason.INVALID_VALUE,
 }
 """The engine's own words for what the table names otherwise."""
 
@@ -189,7 +190,7 @@ class TokenSource:
                     if output.finish_reason:
                         return
         except EngineRefused as error:
-            raise _refusal(error.reason, str(error)) from error
+            raise _refusal(error.reason, error.message) from error
         finally:
             slot.release()
 
@@ -253,7 +254,9 @@ class TokenSource:
 
 
 def _refusal(word: str, message: str) -> TidegateError:
-    return TidegateError(_reason(word), message, retry_after_seconds=1.0)
+    # What can be followed of a schema only the engine knows; all else was checked before.
+    field = "sampling.json_schema" if message.startswith("json_schema") else ""
+    return TidegateError(_reason(word), message, field=field, retry_after_seconds=1.0)
 
 
 def _failure(output: EngineOutput) -> TidegateError:

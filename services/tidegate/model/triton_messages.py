@@ -97,6 +97,8 @@ def generate_message(model_name: str, request: EngineRequest, sequence_id: str, 
         bias = sorted(request.sampling.logit_bias.items())
         _add_array(message, "logit_bias_token_ids", np.asarray([token_id for token_id, _ in bias], "<i4"))
         _add_array(message, "logit_bias_values", np.asarray([value for _, value in bias], "<f4"), "FP32")
+    if request.sampling.json_schema:
+        _add_text(message, "json_schema", request.sampling.json_schema)
     if request.logprobs is not None:
         _add(message, "logprobs", "INT32", "<i", request.logprobs)
     if request.stop_token_ids:

@@ -35,7 +35,6 @@ CHAT: Final[Mapping[str, tuple[Any, ...]]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),

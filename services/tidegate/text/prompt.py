@@ -7,7 +7,8 @@ the same prompt in both.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -64,15 +65,32 @@ def prepare_prompt(
     except TidegateError as error:
         if not openai_names:
             raise
-        field = openai_field(error.field)
-        message = error.message.replace(f"'{error.field}'", f"'{field}'") if error.field else error.message
-        raise TidegateError(error.reason, message, field=field) from error
+        _raise_in_openai_names(error)
+
+
+@asynccontextmanager
+async def in_openai_names() -> AsyncIterator[None]:
+    """Errors within name fields as the OpenAI surface does."""
+    try:
+        yield
+    except TidegateError as error:
+        _raise_in_openai_names(error)
+
+
+def _raise_in_openai_names(error: TidegateError) -> NoReturn:
+    field = openai_field(error.field)
+    if field == error.field:
+        raise error
+    message = error.message.replace(f"'{error.field}'", f"'{field}'")
+    raise TidegateError(error.reason, message, field=field, retry_after_seconds=error.retry_after_seconds) from error
 
 
 def openai_field(field: str) -> str:
     """The OpenAI name of a field of GenerateRequest."""
     if field == "text" or field.startswith("tokens.token_ids"):
         return "prompt" + field.removeprefix("text").removeprefix("tokens.token_ids")
+    if field == "sampling.json_schema":
+        return "response_format"
     return re.sub(r"^(chat|sampling)\.", "", field)
 
 

@@ -5,6 +5,7 @@ The first fault found is the one that is told, with the field's path as the prot
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final, NoReturn
 
 from tidegate.common.errors import Reason, TidegateError
@@ -20,6 +21,7 @@ USER_CHARACTER_LIMIT: Final = 512
 REQUEST_ID_CHARACTER_LIMIT: Final = 128
 MODEL_CHARACTER_LIMIT: Final = 256
 LOGPROBS_LIMIT: Final = 20
+JSON_SCHEMA_BYTE_LIMIT: Final = 16_384
 LOGIT_BIAS_COUNT_LIMIT: Final = 1024
 LOGIT_BIAS_LIMIT: Final = 100
 MAX_TOKENS_LIMIT: Final = 2**31 - 1
@@ -35,6 +37,7 @@ def validate_generate(request: inference_pb2.GenerateRequest) -> None:
     _check_names(request)
     _check_prompt(request)
     _check_sampling(request.sampling)
+    _check_json_schema(request)
     if request.HasField("max_tokens") and request.max_tokens < 1:
         _refuse("max_tokens", f"must be at least 1, is {request.max_tokens}")
     if request.HasField("logprobs") and not 0 <= request.logprobs <= LOGPROBS_LIMIT:
@@ -103,6 +106,24 @@ def _check_sampling(sampling: inference_pb2.SamplingParameters) -> None:
         if not abs(bias) <= LOGIT_BIAS_LIMIT:
             bound = f"[-{LOGIT_BIAS_LIMIT}, {LOGIT_BIAS_LIMIT}]"
             _refuse(f"sampling.logit_bias.{token_id}", f"must be in {bound}, is {bias:g}")
+
+
+def _check_json_schema(request: inference_pb2.GenerateRequest) -> None:
+    """Its length, and that it is an object; what of it can be followed, the engine says."""
+    schema = request.sampling.json_schema
+    if not schema:
+        return
+    if len(schema.encode()) > JSON_SCHEMA_BYTE_LIMIT:
+        fault = f"must have at most {JSON_SCHEMA_BYTE_LIMIT} bytes, has {len(schema.encode())}"
+        _refuse("sampling.json_schema", fault)
+    try:
+        is_object = isinstance(json.loads(schema), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        _refuse("sampling.json_schema", "must be a JSON object")
+    if request.ignore_eos:
+        _refuse("ignore_eos", "must be false where the answer is JSON, which ends by itself")
 
 
 def _check_range(

@@ -56,6 +56,21 @@ def test_greedy_decoding_gives_the_tokens_and_logprobs_of_transformers(engine, r
     assert (top - expected.topk(5).values).abs().max() < 1e-3
 
 
+def test_json_of_a_schema_is_what_transformers_would_have_said_where_there_is_a_choice(engine, reference):
+    people = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+              "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
+    sampling = SamplingParams(temperature=0.0, json_schema=json.dumps(people))
+    prompt = [1, 504, 3575, 282, 4649, 314]
+    said = run(engine, request("a", prompt, max_tokens=60, sampling=sampling, ignore_eos=False))["a"]["token_ids"]
+    assert set(json.loads(engine._grammars._tokenizer.decode_str(said))) == {"name", "age"}
+    matcher = engine._grammars.matcher(sampling.json_schema, frozenset(engine.model_info.eos_token_ids), [])
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 :].float()
+    for token, row in zip(said, logits, strict=False):
+        assert token == int(row.masked_fill(torch.from_numpy(~matcher.allowed()), float("-inf")).argmax())
+        matcher.follow(token)
+
+
 def test_a_batch_gives_each_sequence_what_it_gets_alone(engine):
     requests = [request(str(count), random_prompt(count)) for count in (1, 3, 16, 17, 90, 150, 400)]
     requests.append(request("drawn", random_prompt(25), sampling=SamplingParams(seed=5, logprobs=5)))

@@ -166,6 +166,21 @@ def test_logit_bias_forces_and_forbids_tokens_and_min_p_1_is_greedy(client: open
     assert client.chat.completions.create(**GREEDY).choices[0].message == plain.choices[0].message
 
 
+def test_a_response_format_makes_the_answer_json_of_its_schema(client: openai.OpenAI) -> None:
+    parts = {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer"}}
+    city = {"type": "object", "properties": parts, "required": ["city", "people"], "additionalProperties": False}
+    asked: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": city, "strict": True}}
+    for temperature in (0, 1):
+        fields = GREEDY | {"temperature": temperature, "max_tokens": 60, "seed": 3}
+        whole = client.chat.completions.create(**fields, response_format=asked).choices[0]
+        assert whole.finish_reason == "stop"
+        assert set(json.loads(whole.message.content)) == {"city", "people"}
+        stream = client.chat.completions.create(**fields, response_format=asked, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.message.content
+    any_object = client.chat.completions.create(**GREEDY, response_format={"type": "json_object"})
+    assert any_object.choices[0].message.content.startswith("{")
+
+
 @pytest.mark.parametrize(("asked", "served"), [("auto", "default"), ("flex", "flex"), ("priority", "priority")])
 def test_the_service_tier_is_that_which_served(client: openai.OpenAI, asked: str, served: str) -> None:
     fields: dict[str, Any] = GREEDY | {"max_tokens": 1, "service_tier": asked}
@@ -180,6 +195,12 @@ def test_the_service_tier_is_that_which_served(client: openai.OpenAI, asked: str
         (openai.BadRequestError, {"logit_bias": {"49152": 1}}, "invalid_value", "logit_bias.49152"),
         (openai.BadRequestError, {"logit_bias": {"1": 101}}, "invalid_value", "logit_bias.1"),
         (openai.BadRequestError, {"extra_body": {"min_p": 2}}, "invalid_value", "min_p"),
+        (
+            openai.BadRequestError,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "thing"}}}},
+            "invalid_value",
+            "response_format",
+        ),
         (openai.BadRequestError, {"extra_body": {"colour": "red"}}, "unknown_parameter", "colour"),
         (
             openai.BadRequestError,

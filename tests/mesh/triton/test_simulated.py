@@ -111,6 +111,12 @@ async def test_a_cancelled_sequence_frees_its_place_and_its_blocks(simulated, un
             await asyncio.sleep(0.01)
 
 
+async def test_a_schema_is_refused(simulated):
+    schema = SamplingParameters(json_schema="{}")
+    with pytest.raises(EngineRefused, match="json_schema cannot be used"):
+        await tokens_of(simulated, request("schema", [9], sampling=schema))
+
+
 async def test_a_bad_value_is_refused_with_its_name(simulated):
     with pytest.raises(EngineRefused) as caught:
         await tokens_of(simulated, request("bad", [10**6]))

@@ -126,6 +126,7 @@ async def test_what_the_engine_cannot_hold_is_refused(client):
         ({"max_tokens": 0}, "INVALID_VALUE", "max_tokens is 0"),
         ({"sampling": SamplingParameters(temperature=float("nan"))}, "INVALID_VALUE", "temperature is nan"),
         ({"sampling": SamplingParameters(top_p=0.0)}, "INVALID_VALUE", "top_p is 0"),
+        ({"sampling": SamplingParameters(json_schema="{}")}, "INVALID_VALUE", "ignore_eos is True"),
         ({"sampling": SamplingParameters(min_p=2.0)}, "INVALID_VALUE", "min_p is 2.0"),
         ({"sampling": SamplingParameters(logit_bias={10**6: 1})}, "INVALID_VALUE", "logit_bias is 1000000"),
         ({"sampling": SamplingParameters(logit_bias={5: 500})}, "INVALID_VALUE", "logit_bias of token 5 is 500.0"),

@@ -118,10 +118,15 @@ def _gguf_tensors() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def make_gguf(tmp_path):
-    """Write a GGUF file of the same model; `fields` and `tensors` override, None takes out."""
+    """Write a GGUF file of the same model; `fields` and `tensors` override, None takes out; `words` have kinds."""
     from gguf import GGUFWriter
 
-    def make(fields: dict | None = None, tensors: dict | None = None, arch: str = "llama") -> Path:
+    def make(
+        fields: dict | None = None,
+        tensors: dict | None = None,
+        arch: str = "llama",
+        words: list[tuple[str, int]] | None = None,
+    ) -> Path:
         path = tmp_path / "tiny.gguf"
         writer = GGUFWriter(path, arch)
         integers = {
@@ -143,7 +148,10 @@ def make_gguf(tmp_path):
                 writer.add_float32(key, value)
             elif value is not None:
                 writer.add_uint32(key, value)
-        writer.add_array("tokenizer.ggml.tokens", [f"t{index}" for index in range(VOCABULARY)])
+        if words is not None:
+            writer.add_array("tokenizer.ggml.token_type", [kind for _, kind in words])
+        texts = [text for text, _ in words] if words else [f"t{index}" for index in range(VOCABULARY)]
+        writer.add_array("tokenizer.ggml.tokens", texts)
         for name, array in ({**_gguf_tensors(), **(tensors or {})}).items():
             if array is not None:
                 writer.add_tensor(name, array)

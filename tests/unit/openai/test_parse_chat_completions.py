@@ -27,6 +27,13 @@ def refusal(body: bytes | dict[str, Any]) -> TidegateError:
     return caught.value
 
 
+SCHEMA = {"type": "object", "properties": {"caf\u00e9": {"type": "string"}}}
+
+
+def json_of(named: dict[str, Any] | None) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
+
+
 def test_a_bare_request_takes_the_defaults() -> None:
     request = parse()
     assert request.kind == "chat"
@@ -89,6 +96,22 @@ def test_every_parameter_arrives() -> None:
     )
     assert request.generate == expected
     assert (request.stream, request.include_usage, request.service_tier) == (True, True, "priority")
+
+
+@pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        ({"type": "text"}, ""),
+        ({"type": "json_object"}, '{"type":"object"}'),
+        ({"type": "json_schema", "json_schema": {"name": "n"}}, '{"type":"object"}'),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "description": "d", "strict": True, "schema": SCHEMA}},
+            '{"type":"object","properties":{"caf\\u00e9":{"type":"string"}}}',
+        ),
+    ],
+)
+def test_a_response_format_becomes_a_schema(response_format: dict[str, Any], schema: str) -> None:
+    assert parse(response_format=response_format).generate.sampling.json_schema == schema
 
 
 def test_messages_of_every_kind_arrive() -> None:
@@ -201,7 +224,20 @@ def test_what_asks_for_nothing_is_accepted(neutral: dict[str, Any]) -> None:
         ({"metadata": {str(i): "" for i in range(17)}}, Reason.INVALID_VALUE, "metadata"),
         ({"tools": [{"type": "function"}]}, Reason.UNSUPPORTED_PARAMETER, "tools"),
         ({"tool_choice": "required"}, Reason.UNSUPPORTED_PARAMETER, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, Reason.UNSUPPORTED_PARAMETER, "response_format"),
+        ({"response_format": "json"}, Reason.INVALID_TYPE, "response_format"),
+        ({"response_format": {}}, Reason.MISSING_REQUIRED_PARAMETER, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, Reason.INVALID_VALUE, "response_format.type"),
+        ({"response_format": {"type": "json_object", "x": 1}}, Reason.UNKNOWN_PARAMETER, "response_format.x"),
+        (json_of(None), Reason.MISSING_REQUIRED_PARAMETER, "response_format.json_schema"),
+        (json_of({"schema": {}}), Reason.MISSING_REQUIRED_PARAMETER, "response_format.json_schema.name"),
+        (json_of({"name": "n", "schema": []}), Reason.INVALID_TYPE, "response_format.json_schema.schema"),
+        (json_of({"name": "n", "strict": 1}), Reason.INVALID_TYPE, "response_format.json_schema.strict"),
+        (json_of({"name": "n", "x": 1}), Reason.UNKNOWN_PARAMETER, "response_format.json_schema.x"),
+        (
+            json_of({"name": "n", "schema": {"title": "x" * 16384}}),
+            Reason.INVALID_VALUE,
+            "response_format.json_schema.schema",
+        ),
         ({"logit_bias": [1]}, Reason.INVALID_TYPE, "logit_bias"),
         ({"logit_bias": {"1": 100.5}}, Reason.INVALID_VALUE, "logit_bias.1"),
         ({"logit_bias": {"1": "2"}}, Reason.INVALID_TYPE, "logit_bias.1"),

@@ -16,7 +16,8 @@ FIELDS = [
     "model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "ignore_eos", "seed",
     "frequency_penalty", "presence_penalty", "stop", "max_tokens", "max_completion_tokens", "stream",
     "stream_options", "logprobs", "top_logprobs", "n", "best_of", "echo", "user", "service_tier", "metadata", "store",
-    "tools", "tool_choice", "response_format", "logit_bias", "suffix", "modalities", "prompt_cache_key", "role",
+    "tools", "tool_choice", "response_format",
+    "json_schema", "schema", "logit_bias", "suffix", "modalities", "prompt_cache_key", "role",
     "content", "name", "type", "text", "include_usage", "x", "7", "07",
 ]
 # fmt: on

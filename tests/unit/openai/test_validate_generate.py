@@ -30,6 +30,7 @@ USER = pb.ChatMessage(role="user", content="Hi")
         request(),
         sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=2, frequency_penalty=-2, presence_penalty=2),
         sampling(seed=-1),
+        sampling(json_schema='{"type":"object"}'),  # type: ignore[arg-type]
         sampling(min_p=1, logit_bias={0: -100, 7: 100}),  # type: ignore[arg-type]
         request(max_tokens=1, stop=["x"] * 16, logprobs=0, user="u" * 512, request_id="r" * 128),
         request(logprobs=20, service_class=pb.SERVICE_CLASS_BATCH, truncation=pb.TRUNCATION_POLICY_REFUSE),
@@ -60,6 +61,11 @@ def test_what_the_proto_allows_is_accepted(good: pb.GenerateRequest) -> None:
         (sampling(top_p=0), "sampling.top_p"),
         (sampling(top_p=math.nan), "sampling.top_p"),
         (sampling(top_k=-1), "sampling.top_k"),
+        (sampling(json_schema="{"), "sampling.json_schema"),  # type: ignore[arg-type]
+        (sampling(json_schema="[]"), "sampling.json_schema"),  # type: ignore[arg-type]
+        (sampling(json_schema="[" * 9000), "sampling.json_schema"),  # type: ignore[arg-type]
+        (sampling(json_schema='{"title":"' + "x" * 16384 + '"}'), "sampling.json_schema"),  # type: ignore[arg-type]
+        (request(ignore_eos=True, sampling=pb.SamplingParameters(json_schema="{}")), "ignore_eos"),
         (sampling(min_p=1.5), "sampling.min_p"),
         (sampling(min_p=math.nan), "sampling.min_p"),
         (sampling(logit_bias={-1: 1}), "sampling.logit_bias.-1"),  # type: ignore[arg-type]

@@ -89,6 +89,8 @@ def test_everything_that_changes_the_answer_changes_the_key() -> None:
         {"sampling": {"temperature": 0.5, "seed": 1, "top_p": 0.5}},
         {"sampling": {"temperature": 0.5, "seed": 1, "min_p": 0.5}},
         {"sampling": {"temperature": 0.5, "seed": 1, "logit_bias": {3: 1.0}}},
+        {"sampling": {"json_schema": "{}"}},
+        {"sampling": {"temperature": 0.5, "seed": 1, "json_schema": "{}"}},
         {"sampling": {"logit_bias": {3: 1.0}}},
         {"sampling": {"logit_bias": {3: 2.0}}},
         {"sampling": {"logit_bias": {4: 1.0}}},

@@ -9,12 +9,22 @@ sequence that fails takes no other with it. Who runs next is left to `batcher.py
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .batcher import Batcher, StepPlan
 from .block_pool import BlockPool
 from .config import EngineConfig
-from .errors import DUPLICATE_ID, NON_FINITE_LOGITS, QUEUE_FULL, RequestRefused
+from .errors import (
+    DUPLICATE_ID,
+    INVALID_VALUE,
+    NON_FINITE_LOGITS,
+    QUEUE_FULL,
+    SCHEMA_TOO_COMPLEX,
+    ModelLoadError,
+    RequestRefused,
+)
+from .json_grammar import JsonGrammars, JsonMatcher, checked_schema
 from .layouts import parameter_count
 from .rank import LoadedRank, Rank
 from .ranks import Alone
@@ -43,6 +53,8 @@ class Engine:
             max_waiting=config.max_waiting,
             step_token_budget=config.step_token_budget,
         )
+        self._grammars: JsonGrammars | ModelLoadError = _grammars(config, self.model_info)
+        self._matchers: dict[str, JsonMatcher] = {}
         self._arrival_count = 0
         self._step_count = 0
         self._prompt_token_total = 0
@@ -72,7 +84,8 @@ class Engine:
         if logits is None:
             return []
         sequences = [plan.work[place].sequence for place in step.sampled]
-        sampled = sample(logits, [_sampling_row(sequence) for sequence in sequences])
+        matchers = [self._matchers.get(sequence.request_id) for sequence in sequences]
+        sampled = sample(logits, [_sampling_row(*pair) for pair in zip(sequences, matchers, strict=True)])
         self._batcher.commit(plan)
         self._count(plan)
         outputs = [self._advance(*pair) for pair in zip(sequences, sampled, strict=True)]
@@ -93,6 +106,8 @@ class Engine:
                 QUEUE_FULL,
                 f"{self.config.max_sequences} places to run and {self.config.max_waiting} to wait are taken",
             )
+        if request.sampling.json_schema:
+            self._matchers[request.request_id] = self._matcher(request, token_ids)
         seed = request.sampling.seed
         self._batcher.add(
             Sequence(
@@ -108,7 +123,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request and free its blocks at once; False where there is none of this name."""
-        return self._batcher.remove(request_id) is not None
+        return self._remove(request_id)
 
     def watch(self, on_broken: Callable[[str], None]) -> None:
         """Be told, from another thread, as soon as the engine cannot compute any more, also while it has no work."""
@@ -146,14 +161,19 @@ class Engine:
     def _advance(self, sequence: Sequence, sampled: SampledToken) -> SequenceOutput:
         """Append a sequence's new token, and end the sequence where it ends."""
         if not sampled.finite:
-            return self._fail(sequence)
+            self._rank.clear(sequence.block_ids)
+            return self._fail(sequence, NON_FINITE_LOGITS, "the model's logits are not finite")
+        matcher = self._matchers.get(sequence.request_id)
         stopped = sampled.token_id in sequence.stop_token_ids
+        is_whole = not stopped and matcher is not None and matcher.follow(sampled.token_id)
+        if matcher is not None and matcher.fault:
+            return self._fail(sequence, SCHEMA_TOO_COMPLEX, f"json_schema: {matcher.fault}")
         if not stopped:
             sequence.token_ids.append(sampled.token_id)
             self._generated_token_total += 1
-        finish_reason = "stop" if stopped else "length" if self._is_full(sequence) else ""
+        finish_reason = "stop" if stopped or is_whole else "length" if self._is_full(sequence) else ""
         if finish_reason:
-            self._batcher.remove(sequence.request_id)
+            self._remove(sequence.request_id)
         wants = sequence.request.sampling.logprobs is not None
         return SequenceOutput(
             request_id=sequence.request_id,
@@ -166,19 +186,29 @@ class Engine:
             output_token_count=sequence.output_token_count,
         )
 
-    def _fail(self, sequence: Sequence) -> SequenceOutput:
-        """End a sequence whose logits are not finite, and clean its blocks for the next owner."""
-        self._rank.clear(sequence.block_ids)
-        self._batcher.remove(sequence.request_id)
+    def _fail(self, sequence: Sequence, reason: str, fault: str) -> SequenceOutput:
+        """End a sequence that cannot go on; blocks that hold what is not finite were cleaned for the next owner."""
+        self._remove(sequence.request_id)
         return SequenceOutput(
             request_id=sequence.request_id,
             token_ids=[],
             finish_reason="error",
-            error_reason=NON_FINITE_LOGITS,
-            error_message=f"the model's logits are not finite at output token {sequence.output_token_count}",
+            error_reason=reason,
+            error_message=f"{fault} at output token {sequence.output_token_count}",
             prompt_token_count=sequence.prompt_token_count,
             output_token_count=sequence.output_token_count,
         )
+
+    def _matcher(self, request: SequenceRequest, token_ids: list[int]) -> JsonMatcher:
+        if isinstance(self._grammars, ModelLoadError):
+            raise RequestRefused(INVALID_VALUE, f"json_schema cannot be used with this model: {self._grammars}")
+        output = token_ids[len(token_ids) - request.prior_output_count :]
+        schema = checked_schema(request.sampling.json_schema)
+        return self._grammars.matcher(schema, _stop_token_ids(request, self.model_info), output)
+
+    def _remove(self, request_id: str) -> bool:
+        self._matchers.pop(request_id, None)
+        return self._batcher.remove(request_id) is not None
 
     def _is_full(self, sequence: Sequence) -> bool:
         return (
@@ -225,12 +255,21 @@ def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:
     )
 
 
-def _sampling_row(sequence: Sequence) -> SamplingRow:
+def _grammars(config: EngineConfig, model: ModelInfo) -> JsonGrammars | ModelLoadError:
+    """What schemas need; a model whose files do not tell its vocabulary goes without."""
+    try:
+        return JsonGrammars(Path(config.model_path), model)
+    except ModelLoadError as error:
+        return error
+
+
+def _sampling_row(sequence: Sequence, matcher: JsonMatcher | None) -> SamplingRow:
     return SamplingRow(
         params=sequence.request.sampling,
         seed=sequence.seed,
         token_ids=sequence.token_ids,
         prompt_token_count=sequence.prompt_token_count,
+        allowed=None if matcher is None else matcher.allowed(),
     )
 
 

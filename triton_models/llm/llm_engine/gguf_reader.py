@@ -49,7 +49,7 @@ class TensorEntry:
 class GgufFile:
     """An open GGUF file; `metadata` holds scalars and strings, arrays only by their length.
 
-    `strings` reads an array of texts when it is asked for.
+    `strings` and `integers` read an array when it is asked for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,6 +62,7 @@ class GgufFile:
         self._position = 0
         self.metadata: dict[str, object] = {}
         self._string_arrays: dict[str, int] = {}
+        self._scalar_arrays: dict[str, tuple[str, int]] = {}
         self.tensors: dict[str, TensorEntry] = {}
         self._read_header()
 
@@ -91,6 +92,14 @@ class GgufFile:
             raise self._bad(f"there is no field {name} that is an array of texts")
         self._position = self._string_arrays[name]
         return [self._string() for _ in range(self._scalar("<Q"))]
+
+    def integers(self, name: str) -> list[int]:
+        """The numbers of an array field; ModelLoadError where there is none of this name."""
+        if name not in self._scalar_arrays:
+            raise self._bad(f"there is no field {name} that is an array of numbers")
+        form, self._position = self._scalar_arrays[name]
+        count = self._scalar("<Q")
+        return np.frombuffer(self._take(count * struct.calcsize(form)), form.replace("?", "b")).astype(int).tolist()
 
     def _read_header(self) -> None:
         if self._take(4) != _MAGIC:
@@ -143,6 +152,7 @@ class GgufFile:
         element_kind, start = self._scalar("<I"), self._position
         count = self._scalar("<Q")
         if element_kind in _SCALAR_FORMATS:
+            self._scalar_arrays[name] = (_SCALAR_FORMATS[element_kind], start)
             self._take(count * struct.calcsize(_SCALAR_FORMATS[element_kind]))
         elif element_kind == _STRING:
             self._string_arrays[name] = start

@@ -29,6 +29,8 @@ class SamplingParams:
     """Taken once from the logit of each token that stands in the output. -2 to 2."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to these tokens' logits, before the penalties; a greedy choice sees it too. 1,024 at most, -100 to 100."""
+    json_schema: str = ""
+    """The output is JSON that this JSON Schema, an object of 16,384 bytes at most, describes; empty: any text."""
     logprobs: int | None = None
     """None: no log-probabilities; 0 to 20: the chosen token's, and so many of the likeliest."""
 

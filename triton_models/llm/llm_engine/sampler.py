@@ -1,10 +1,11 @@
 """From logits to the next token of each sequence.
 
-Owns bias, penalties, temperature, truncation, the draw and the log-probabilities. Invariants: a row's
+Owns what is allowed, bias, penalties, temperature, truncation, the draw and the log-probabilities. Invariants: a row's
 result depends on its own logits, parameters, tokens, seed and output position, never on the other
-rows; a row whose logits are not finite is reported and harms no other. Order: logit_bias, penalties,
-temperature, top_k, top_p over what top_k left, min_p, draw. Ties at a truncation's edge are kept together. A greedy row
-sees bias and penalties alone. The log-probabilities are the model's own, before all of these.
+rows; a row whose logits are not finite is reported and harms no other. Order: what is allowed, logit_bias,
+penalties, temperature, top_k, top_p over what top_k left, min_p, draw. Ties at a truncation's edge
+are kept together. A greedy row sees no more than the first three. The log-probabilities are the
+model's own, before all of these.
 """
 
 import math
@@ -31,6 +32,8 @@ class SamplingRow:
     seed: int
     token_ids: list[int]
     prompt_token_count: int
+    allowed: np.ndarray | None = None
+    """[vocabulary_size] bool: what may come next, one token at least; None: all."""
 
     @property
     def output_position(self) -> int:
@@ -77,7 +80,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
     finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float64))
     if not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
-    tokens = _chosen(_penalised(_biased(logits, rows), rows), rows)
+    tokens = _chosen(_penalised(_biased(_allowed(logits, rows), rows), rows), rows)
     logprobs = _logprobs(logits, tokens, rows)
     return [
         SampledToken(token, ok, *logprobs.get(index, ()))
@@ -93,6 +96,18 @@ def _chosen(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         chosen = [rows[index] for index in drawn]
         tokens[_index(drawn, logits)] = _drawn(_rows_of(logits, drawn), chosen)
     return tokens
+
+
+def _allowed(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """-inf for what may not come next; the memory is the input's if everything may."""
+    bound = _where(rows, lambda row: row.allowed is not None)
+    if not bound:
+        return logits
+    logits = logits.clone()
+    for index in bound:
+        forbidden = torch.from_numpy(~rows[index].allowed).to(logits.device)  # type: ignore[operator]
+        logits[index].masked_fill_(forbidden, float("-inf"))
+    return logits
 
 
 def _biased(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -66,6 +66,8 @@ def _problems(request: SequenceRequest, token_ids: list[int], model: ModelInfo) 
     for token in request.stop_token_ids:
         yield from _integer("stop_token_ids", token, 0, model.vocabulary_size - 1)
     yield from _sampling_problems(request.sampling, model)
+    if request.sampling.json_schema and request.ignore_eos:
+        yield "ignore_eos is True, but JSON of a json_schema ends by itself"
 
 
 def _sampling_problems(sampling: SamplingParams, model: ModelInfo) -> Iterator[str]:

@@ -1,0 +1,181 @@
+"""Output that a JSON Schema describes, over a tiny model that writes letters at random."""
+
+import json
+
+import pytest
+
+from llm_engine import RequestRefused, SamplingParams, SequenceRequest
+from llm_engine.errors import SCHEMA_TOO_COMPLEX
+from llm_engine.json_grammar import SCHEMA_BYTE_BOUND, JsonMatcher
+
+# Token 0 is said by nobody, 1 begins and 2 ends a text; the others are the letters that GPT-2's vocabulary has.
+LETTERS = ["<|pad|>", "<|begin|>", "<|end|>", "\u0120", *(chr(code) for code in range(34, 126))]
+BYTES = [b"", b"", b"", b" ", *(bytes([code]) for code in range(34, 126))]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "kind": {"enum": ["a", "b"]},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def lettered(make_gguf, make_engine):
+    """An engine whose tokens are letters."""
+    words = [(text, 3 if place < 3 else 1) for place, text in enumerate(LETTERS)]
+    path = make_gguf({"tokenizer.ggml.model": "gpt2"}, words=words)
+    return lambda **settings: make_engine(path, **settings)
+
+
+def request(name: str, seed: int, *, schema: object = SCHEMA, **fields) -> SequenceRequest:
+    sampling = {"temperature": 1.0, "seed": seed, "json_schema": json.dumps(schema), **fields.pop("sampling", {})}
+    defaults = {"token_ids": [5, 6, 7], "max_tokens": 90}
+    return SequenceRequest(request_id=name, sampling=SamplingParams(**sampling), **{**defaults, **fields})
+
+
+def finish(engine, *requests) -> dict[str, tuple[list[int], str]]:
+    """Each request's tokens, and why it ended."""
+    said: dict[str, tuple[list[int], str]] = {each.request_id: ([], "") for each in requests}
+    for each in requests:
+        engine.add(each)
+    while engine.has_work:
+        for output in engine.step():
+            tokens, _ = said[output.request_id]
+            assert not output.error_message, output.error_message
+            said[output.request_id] = ([*tokens, *output.token_ids], output.finish_reason)
+    assert not engine._matchers
+    return said
+
+
+def text_of(tokens: list[int]) -> str:
+    return b"".join(BYTES[token] for token in tokens).decode()
+
+
+def test_whatever_is_drawn_follows_the_schema(lettered):
+    wild = {"frequency_penalty": 1.0, "logit_bias": {20: 100.0}, "min_p": 0.01}
+    requests = [request(str(seed), seed, sampling=wild if seed % 2 else {}) for seed in range(8)]
+    requests += [request("greedy", 0, sampling={"temperature": 0.0})]
+    for tokens, reason in finish(lettered(max_sequences=16), *requests).values():
+        assert reason == "stop"
+        found = json.loads(text_of(tokens))
+        assert {"name", "age"} <= set(found) <= {"name", "age", "kind"}
+        assert len(found["name"]) <= 8 and 0 <= found["age"] <= 120 and found.get("kind", "a") in ("a", "b")
+
+
+def test_others_in_the_batch_say_what_they_say_alone(lettered):
+    plain = [request(f"plain {seed}", seed, sampling={"json_schema": ""}, max_tokens=30) for seed in range(3)]
+    alone = {name: said for each in plain for name, said in finish(lettered(), each).items()}
+    together = finish(lettered(), *plain, *(request(str(seed), seed) for seed in range(3)))
+    assert {name: together[name] for name in alone} == alone
+
+
+def test_a_request_that_is_paused_or_resumed_says_the_same(lettered):
+    requests = [request(str(seed), seed) for seed in range(4)]
+    alone = {name: said for each in requests for name, said in finish(lettered(), each).items()}
+    engine = lettered(kv_cache_bytes=22 * 4 * 2 * 2 * 2 * 8 * 4)
+    assert finish(engine, *requests) == alone and engine.load.preemption_count
+    tokens, reason = alone["2"]
+    for count in (1, len(tokens) // 2, len(tokens) - 1):
+        resumed = request("2", 2, token_ids=[5, 6, 7, *tokens[:count]], prior_output_count=count)
+        assert finish(lettered(), resumed)["2"] == (tokens[count:], reason)
+
+
+def test_json_that_is_whole_already_ends_at_once(lettered):
+    tokens, _ = finish(lettered(), request("a", 1))["a"]
+    whole = request("a", 1, token_ids=[5, 6, 7, *tokens], prior_output_count=len(tokens))
+    assert finish(lettered(), whole)["a"] == ([], "stop")
+
+
+def test_any_object_may_be_asked_for_and_max_tokens_cuts_it(lettered):
+    whole, _ = finish(lettered(), request("a", 3, schema={"type": "object"}))["a"]
+    assert json.loads(text_of(whole)) == {}
+    cut, reason = finish(lettered(), request("a", 3, max_tokens=4))["a"]
+    assert (text_of(cut), reason) == ('{"na', "length")
+
+
+def test_a_folders_vocabulary_is_its_tokenizer_json(make_folder, make_engine):
+    folder = make_folder()
+    specials = [{"id": place, "content": text, "special": True} for place, text in enumerate(LETTERS[:3])]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0", "added_tokens": [{**token, **plain} for token in specials], "normalizer": None,
+        "pre_tokenizer": levels, "post_processor": None, "decoder": levels,
+        "model": {"type": "BPE", "vocab": {text: place for place, text in enumerate(LETTERS)}, "merges": []},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    tokens, reason = finish(make_engine(folder), request("a", 1))["a"]
+    assert reason == "stop" and set(json.loads(text_of(tokens))) >= {"name", "age"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ("{", "json_schema is not JSON"),
+        ("[]", "json_schema is not an object"),
+        ('{"type": "thing"}', "json_schema is not supported: Invalid type: thing"),
+        ('{"not": {}}', 'json_schema is not supported: Unimplemented keys: ["not"]'),
+        ('{"type": "string", "pattern": "("}', "json_schema is not supported: regex parse error"),
+        (json.dumps({"title": "x" * SCHEMA_BYTE_BOUND}), f"expected at most {SCHEMA_BYTE_BOUND}"),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused(lettered, schema, words):
+    engine = lettered()
+    with pytest.raises(RequestRefused) as caught:
+        engine.add(request("a", 1, sampling={"json_schema": schema}))
+    assert caught.value.reason == "INVALID_VALUE" and words in caught.value.message
+    assert not engine.has_work and not engine._matchers
+
+
+def test_what_does_not_go_with_a_schema_is_refused(lettered, make_engine):
+    with pytest.raises(RequestRefused, match="ignore_eos is True"):
+        lettered().add(request("a", 1, ignore_eos=True))
+    with pytest.raises(RequestRefused, match="does not describe the output"):
+        lettered().add(request("a", 1, prior_output_count=1))
+    with pytest.raises(RequestRefused, match=r"json_schema cannot be used with this model: .*tokenizer\.json"):
+        make_engine().add(request("a", 1))
+
+
+def test_cancelling_forgets_the_schema(lettered):
+    engine = lettered()
+    engine.add(request("a", 1))
+    engine.step()
+    assert engine.cancel("a") and not engine._matchers
+
+
+class TooComplex:
+    """llguidance where a schema takes more than it allows itself."""
+
+    def compute_bitmask(self) -> bytes:
+        return bytes(12)
+
+    def consume_token(self, token_id: int) -> bool:
+        return False
+
+    def is_error(self) -> bool:
+        return True
+
+    def is_stopped(self) -> bool:
+        return True
+
+    def get_error(self) -> str:
+        return "too many items\n<state>much\nmore</state>"
+
+
+def test_a_schema_that_turns_out_too_complex_ends_its_own_sequence_alone(lettered):
+    engine = lettered()
+    for each in (request("a", 1), request("b", 2)):
+        engine.add(each)
+    bound = engine._matchers["a"]
+    engine._matchers["a"] = JsonMatcher(TooComplex(), bound._size, bound._eos, bound._ends)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    (failed,) = [output for output in outputs if output.error_reason]
+    assert (failed.request_id, failed.error_reason) == ("a", SCHEMA_TOO_COMPLEX)
+    assert failed.error_message == "json_schema: too many items at output token 0"
+    assert outputs[-1].finish_reason == "stop"

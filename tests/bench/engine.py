@@ -1,0 +1,341 @@
+"""Measures the engine alone and against its peers, each figure beside its bound: `make bench SCENARIO=engine`.
+
+All run on the CPU of one machine in one run, in turn: the same model (SmolLM2-135M-Instruct, Q4_1), the same prompts
+as token ids, the same threads, greedy, each once warmed up. Our engine is measured in every type that it has, and the
+quickest counts; the default's figure stands beside it. Exit status 1 if a row does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from engine_peers import BATCHING_PEERS, LLAMA_CPP, PEER_MODELS, Peer, peer_bench
+from engine_runs import CACHE_FOLDER, ENGINE_FOLDER, Case, RunFailed, own_bench, own_inside
+from engine_triton import running_triton, tokens_per_second
+from table import Table
+
+from tidegate.cli.config import default_model_path
+from tidegate.text.model_files import load_text_model
+
+# The engine's settings are read where they stand; that part of it imports no torch.
+sys.path.insert(0, str(ENGINE_FOLDER))
+from llm_engine.config import DTYPES, EngineConfig
+
+PROMPT_TOKENS: Final = 64
+ANSWER_TOKENS: Final = 128
+STREAMS: Final = 32
+PREFILL_TOKENS: Final = 1024
+TEXT_FILE: Final = Path(__file__).resolve().parent / "engine_text.txt"
+EXACT_DTYPE: Final = "fp32"
+PLAIN_DTYPE: Final = "bf16"
+"""What the share of the machine and the memory are told of."""
+
+DECODE_ONE: Final = Case("decode, one sequence", 1, PROMPT_TOKENS, ANSWER_TOKENS, "decode_tokens_per_second")
+DECODE_MANY: Final = Case(
+    f"decode, {STREAMS} sequences", STREAMS, PROMPT_TOKENS, ANSWER_TOKENS, "decode_tokens_per_second"
+)
+PREFILL: Final = Case(
+    f"prefill, {PREFILL_TOKENS} tokens", 1, PREFILL_TOKENS, 2, "prompt_tokens_per_second",
+    {"step-token-budget": PREFILL_TOKENS},
+)  # fmt: skip
+
+
+class Bench:
+    """What is measured once and read by several rows."""
+
+    def __init__(self, arguments: argparse.Namespace, table: Table, folder: Path) -> None:
+        self.table = table
+        self.folder = folder
+        self.rounds: int = arguments.rounds
+        self.threads: int = arguments.threads
+        self.model: str = arguments.model
+        self.dtypes: Sequence[str] = arguments.dtype or all_dtypes()
+        self.default_dtype = default_dtype()
+        self._peers: Path | None = arguments.peers
+        self._own: dict[str, dict[str, float]] = {}
+
+    def own(self, case: Case) -> dict[str, float]:
+        """Our figure by type."""
+        if case.name not in self._own:
+            self.figures(case, ())
+        return self._own[case.name]
+
+    def best_dtype(self, case: Case) -> str:
+        """The type with the highest figure."""
+        own = self.own(case)
+        return max(own, key=lambda dtype: own[dtype])
+
+    def figures(self, case: Case, peers: Sequence[Peer]) -> dict[str, tuple[float, str]]:
+        """The peers' figures by name, with what they say of themselves; ours are kept beside. All take turns."""
+        prompts = case.prompts_file(self.folder)
+        own: dict[str, list[float]] = {dtype: [] for dtype in self.dtypes}
+        found: dict[str, list[dict[str, Any]]] = {}
+        installed = {peer: python for peer in peers if (python := peer.python(self._peers)) is not None}
+        for peer in peers:
+            if peer not in installed:
+                self.table.note(peer.not_installed(self._peers))
+        for _ in range(self.rounds):
+            for dtype in self.dtypes:
+                result = own_bench(case, prompts, model=self.model, dtype=dtype, threads=self.threads)
+                own[dtype].append(float(result[case.figure]))
+            for peer, python in list(installed.items()):
+                try:
+                    result = peer_bench(
+                        peer, python, case, prompts, model=self.model, folder=PEER_MODELS, threads=self.threads
+                    )
+                except RunFailed as failure:
+                    self.table.note(f"{peer.name}: does not run: {failure}")
+                    del installed[peer]
+                else:
+                    found.setdefault(peer.name, []).append(result)
+        self._own[case.name] = {dtype: statistics.median(values) for dtype, values in own.items()}
+        return {name: _of_peer(name, results, case) for name, results in found.items()}
+
+    def words(self, case: Case) -> str:
+        """Our figures in words, the one that counts first."""
+        own, best = self.own(case), self.best_dtype(case)
+        others = [f"{dtype} {own[dtype]:.0f}" for dtype in own if dtype != best]
+        marked = [f"default {word}" if word.split()[0] == self.default_dtype else word for word in others]
+        return f"{own[best]:.0f} tokens/s in {best}" + (f" ({', '.join(marked)})" if marked else "")
+
+
+def decode_one(bench: Bench) -> None:
+    """One sequence against llama.cpp."""
+    _against(bench, DECODE_ONE, (LLAMA_CPP,), bound=1.0, aim=1.3)
+
+
+def decode_many(bench: Bench) -> None:
+    """Many sequences against llama.cpp's server, and against the best of those that batch."""
+    peers = bench.figures(DECODE_MANY, (LLAMA_CPP, *BATCHING_PEERS))
+    server = {name: found for name, found in peers.items() if name == LLAMA_CPP.name}
+    others = {name: found for name, found in peers.items() if name != LLAMA_CPP.name}
+    _compare(bench, DECODE_MANY, f"llama.cpp's server, {STREAMS} slots", server, bound=3.0, aim=4.0)
+    _compare(bench, DECODE_MANY, "the best of those that batch", others, bound=1.0, aim=1.3)
+
+
+def prefill(bench: Bench) -> None:
+    """A long prompt against llama.cpp."""
+    _against(bench, PREFILL, (LLAMA_CPP,), bound=4.0, aim=6.0)
+
+
+def share(bench: Bench) -> None:
+    """What of the machine's own rate a prefill reaches."""
+    found = own_inside("share", model=bench.model, dtype=PLAIN_DTYPE, threads=bench.threads, rounds=bench.rounds)
+    rate, reached = found["matrix_operations_per_second"], found["prefill_operations_per_second"]
+    bench.table.at_least(
+        "share of the machine's matrix rate in prefill",
+        100 * found["share"],
+        60,
+        "%",
+        f"{reached / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s in {found['compute_dtype']}, products of 1,024 x 4,096 x"
+        f" 4,096; {PREFILL_TOKENS} tokens",
+        aim=80,
+    )
+
+
+def through_triton(bench: Bench) -> None:
+    """Triton's streams against the engine alone, in turn."""
+    asyncio.run(_through_triton(bench, bench.best_dtype(DECODE_MANY)))
+
+
+async def _through_triton(bench: Bench, dtype: str) -> None:
+    prompts = DECODE_MANY.prompts_file(bench.folder)
+    pairs = []
+    async with running_triton(bench.folder, _settings(bench, dtype)) as (address, _):
+        for _ in range(bench.rounds):
+            alone = await asyncio.to_thread(
+                own_bench, DECODE_MANY, prompts, model=bench.model, dtype=dtype, threads=bench.threads
+            )
+            print("  through Triton", file=sys.stderr, flush=True)
+            pairs.append((await tokens_per_second(address, DECODE_MANY), float(alone["tokens_per_second"])))
+    words = ", ".join(f"{through:.0f}/{alone:.0f}" for through, alone in pairs)
+    bench.table.at_least(
+        f"tokens/s through Triton against the engine alone, {STREAMS} streams",
+        100 * statistics.median(through / alone for through, alone in pairs),
+        90,
+        "%",
+        f"{dtype}, {ANSWER_TOKENS} tokens each, prefill included, in turn; tokens/s {words}",
+        aim=97,
+    )
+
+
+def start(bench: Bench) -> None:
+    """From nothing to ready, with weights cached."""
+    asyncio.run(_start(bench))
+
+
+async def _start(bench: Bench) -> None:
+    seconds = []
+    # The first start only fills the cache.
+    for _ in range(bench.rounds + 1):
+        print("  starting Triton", file=sys.stderr, flush=True)
+        async with running_triton(bench.folder, _settings(bench, bench.default_dtype)) as (_, ready_after):
+            seconds.append(ready_after)
+    bench.table.at_most(
+        "start of Triton to ready, weights cached",
+        statistics.median(seconds[1:]),
+        10,
+        "s",
+        f"{bench.default_dtype}; {', '.join(f'{each:.1f}' for each in seconds[1:])} s",
+        aim=5,
+    )
+
+
+def memory(bench: Bench) -> None:
+    """What is resident beside the KV blocks."""
+    found = own_inside("memory", model=bench.model, dtype=PLAIN_DTYPE, threads=bench.threads)
+    resident, kv = found["resident_bytes"], found["kv_bytes"]
+    bench.table.at_most(
+        "resident memory beside the KV blocks",
+        (resident - kv) / 2**30,
+        1.5,
+        "GiB",
+        f"{PLAIN_DTYPE}; at most {resident / 2**30:.2f} GiB, of which {kv / 2**30:.2f} GiB are the KV blocks of 32 x"
+        f" 2,048 tokens, {found['kv_used']:.0%} of them used",
+    )
+
+
+def gap(bench: Bench) -> None:
+    """What a long prompt costs those that run."""
+    dtype = bench.best_dtype(DECODE_MANY)
+    found = own_inside("gap", model=bench.model, dtype=dtype, threads=bench.threads, rounds=bench.rounds)
+    ms = {name: 1000 * found[name] for name in ("calm_p50", "calm_p99", "disturbed_p50", "disturbed_p99")}
+    bench.table.at_most(
+        "P99 gap between tokens while a prompt of 4,000 tokens arrives, against without",
+        found["ratio"],
+        2,
+        "x",
+        f"{dtype}, 31 streams, {found['step_token_budget']} tokens a step; {ms['disturbed_p99']:.0f} ms against"
+        f" {ms['calm_p99']:.0f} ms, p50 {ms['disturbed_p50']:.0f} ms against {ms['calm_p50']:.0f} ms",
+    )
+
+
+def quality(bench: Bench) -> None:
+    """What each type costs, on a text that the model has not seen."""
+    text = load_text_model(bench.model, "engine")
+    token_ids = text.tokenizer.encode(TEXT_FILE.read_text(encoding="utf-8"), allow_special=False)
+    file = bench.folder / "text.json"
+    file.write_text(json.dumps(token_ids))
+    dtypes = [EXACT_DTYPE, *(dtype for dtype in bench.dtypes if dtype != EXACT_DTYPE)]
+    found = {
+        dtype: own_inside("agreement", model=bench.model, dtype=dtype, threads=bench.threads, text=file)
+        for dtype in dtypes
+    }
+    exact = found[EXACT_DTYPE]
+    for dtype in dtypes[1:]:
+        other = found[dtype]
+        same = sum(one == two for one, two in zip(other["likeliest"], exact["likeliest"], strict=True))
+        how = f"{len(exact['likeliest'])} tokens of {TEXT_FILE.name}"
+        bench.table.at_most(
+            f"perplexity in {dtype} against {EXACT_DTYPE}",
+            other["perplexity"] / exact["perplexity"],
+            1.05,
+            "x",
+            f"{other['perplexity']:.3f} against {exact['perplexity']:.3f}, {how}",
+        )
+        bench.table.at_least(
+            f"likeliest token the same in {dtype} as in {EXACT_DTYPE}",
+            100 * same / len(exact["likeliest"]),
+            90,
+            "%",
+            f"{same} of {how}",
+        )
+
+
+PARTS: Final[dict[str, Callable[[Bench], None]]] = {
+    "decode-one": decode_one,
+    "decode-many": decode_many,
+    "prefill": prefill,
+    "share": share,
+    "triton": through_triton,
+    "start": start,
+    "memory": memory,
+    "gap": gap,
+    "quality": quality,
+}
+
+
+def all_dtypes() -> list[str]:
+    """Every type that the engine has, the default among them."""
+    return list(dict.fromkeys((*DTYPES, default_dtype())))
+
+
+def default_dtype() -> str:
+    """The type that the engine runs in when it is not told."""
+    return next(str(field.default) for field in dataclasses.fields(EngineConfig) if field.name == "dtype")
+
+
+def _against(bench: Bench, case: Case, peers: Sequence[Peer], *, bound: float, aim: float) -> None:
+    found = bench.figures(case, peers)
+    _compare(bench, case, " and ".join(peer.name for peer in peers), found, bound=bound, aim=aim)
+
+
+def _compare(
+    bench: Bench, case: Case, name: str, peers: dict[str, tuple[float, str]], *, bound: float, aim: float
+) -> None:
+    """Our best figure against the peers' best; where there is no peer, ours is only noted."""
+    if not peers:
+        bench.table.note(f"{case.name}, against {name}: no peer ran; ours {bench.words(case)}")
+        return
+    best = max(figure for figure, _ in peers.values())
+    ordered = sorted(peers.values(), key=lambda found: -found[0])
+    own = bench.own(case)
+    bench.table.at_least(
+        f"{case.name}, against {name}",
+        own[bench.best_dtype(case)] / best,
+        bound,
+        "x",
+        f"{bench.words(case)}; {'; '.join(words for _, words in ordered)}",
+        aim=aim,
+    )
+
+
+def _of_peer(name: str, results: list[dict[str, Any]], case: Case) -> tuple[float, str]:
+    figure = statistics.median(float(result[case.figure]) for result in results)
+    first = results[0]
+    return figure, f"{name} {first['version']} {figure:.0f} ({first['detail']})"
+
+
+def _settings(bench: Bench, dtype: str) -> dict[str, object]:
+    return {"model_path": bench.model, "dtype": dtype, "thread_count": bench.threads, "max_sequences": STREAMS}
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Runs the parts, in their order."""
+    CACHE_FOLDER.mkdir(parents=True, exist_ok=True)
+    table = Table(f"The engine on the CPU, {arguments.threads} threads, {Path(arguments.model).name}")
+    with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as folder:
+        bench = Bench(arguments, table, Path(folder))
+        for part, run in PARTS.items():
+            if part in (arguments.only or PARTS):
+                print(part, file=sys.stderr, flush=True)
+                run(bench)
+    return table.finish(arguments.json)
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--peers", type=Path, help="folder with an environment a peer: llama.cpp, openvino, vllm, transformers"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often all take turns; the median counts")
+    parser.add_argument("--threads", type=int, default=2, help="of every engine")
+    parser.add_argument("--dtype", action="append", choices=all_dtypes(), help="ours, this alone; may be repeated")
+    parser.add_argument("--model", default=default_model_path(), help="a GGUF file")
+    parser.add_argument("--only", action="append", choices=list(PARTS), help="measure this part alone; may be repeated")
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+    sys.exit(measure(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

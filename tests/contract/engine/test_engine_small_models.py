@@ -58,17 +58,20 @@ def test_decoding_together_gives_the_log_probabilities_of_transformers(
 
 @pytest.mark.parametrize("count", [2, 48, 130])
 def test_scores_of_a_text_are_those_of_transformers(tmp_path, make_engine, reference_logits, count):
-    from llm_engine.scoring import log_probabilities
+    from llm_engine.scoring import scores
 
     model = small_model(**SHAPES["qwen3"])
     model.save_pretrained(tmp_path)
     tokens = torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
     engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48)
-    expected = reference_logits(model, tokens)[:-1].log_softmax(dim=-1)
-    expected = expected.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
-    found = torch.tensor(log_probabilities(engine, tokens))
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() < 1e-3
+    known = reference_logits(model, tokens)[:-1].log_softmax(dim=-1)
+    expected = known.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
+    found = scores(engine, tokens)
+    log_probabilities = torch.tensor([score.log_probability for score in found])
+    assert log_probabilities.shape == expected.shape
+    assert (log_probabilities - expected).abs().max() < 1e-3
+    likeliest = torch.tensor([score.likeliest_token_id for score in found])
+    assert (known.max(dim=1).values - known.gather(1, likeliest.unsqueeze(1)).squeeze(1)).max() < 1e-3
     assert not engine.has_work
 
 

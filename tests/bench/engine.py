@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from engine_peers import BATCHING_PEERS, LLAMA_CPP, PEER_MODELS, Peer, peer_bench
+from engine_peers import BATCHING_PEERS, LLAMA_CPP, NATIVE_LLAMA_CPP, PEER_MODELS, Peer, peer_bench
 from engine_runs import CACHE_FOLDER, ENGINE_FOLDER, Case, RunFailed, own_bench, own_inside
-from engine_triton import running_triton, tokens_per_second
+from engine_triton import TritonDidNotStart, running_triton, tokens_per_second
 from table import Table
 
 from tidegate.cli.config import default_model_path
@@ -30,6 +30,7 @@ from tidegate.text.model_files import load_text_model
 sys.path.insert(0, str(ENGINE_FOLDER))
 from llm_engine.config import DTYPES, EngineConfig
 
+PEER_NAMES: Final = [peer.name for peer in (LLAMA_CPP, NATIVE_LLAMA_CPP, *BATCHING_PEERS)]
 PROMPT_TOKENS: Final = 64
 ANSWER_TOKENS: Final = 128
 STREAMS: Final = 32
@@ -47,6 +48,10 @@ PREFILL: Final = Case(
     f"prefill, {PREFILL_TOKENS} tokens", 1, PREFILL_TOKENS, 2, "prompt_tokens_per_second",
     {"step-token-budget": PREFILL_TOKENS},
 )  # fmt: skip
+
+
+Figures = dict[str, tuple[float, str]]
+"""Of peers, by name: the figure, and all about it in words."""
 
 
 class Bench:
@@ -74,7 +79,7 @@ class Bench:
         own = self.own(case)
         return max(own, key=lambda dtype: own[dtype])
 
-    def figures(self, case: Case, peers: Sequence[Peer]) -> dict[str, tuple[float, str]]:
+    def figures(self, case: Case, peers: Sequence[Peer]) -> Figures:
         """The peers' figures by name, with what they say of themselves; ours are kept beside. All take turns."""
         prompts = case.prompts_file(self.folder)
         own: dict[str, list[float]] = {dtype: [] for dtype in self.dtypes}
@@ -110,21 +115,22 @@ class Bench:
 
 def decode_one(bench: Bench) -> None:
     """One sequence against llama.cpp."""
-    _against(bench, DECODE_ONE, (LLAMA_CPP,), bound=1.0, aim=1.3)
+    peers = bench.figures(DECODE_ONE, (LLAMA_CPP, NATIVE_LLAMA_CPP))
+    _against_llama_cpp(bench, DECODE_ONE, "llama.cpp", peers, bound=1.0, aim=1.3)
 
 
 def decode_many(bench: Bench) -> None:
     """Many sequences against llama.cpp's server, and against the best of those that batch."""
-    peers = bench.figures(DECODE_MANY, (LLAMA_CPP, *BATCHING_PEERS))
-    server = {name: found for name, found in peers.items() if name == LLAMA_CPP.name}
-    others = {name: found for name, found in peers.items() if name != LLAMA_CPP.name}
-    _compare(bench, DECODE_MANY, f"llama.cpp's server, {STREAMS} slots", server, bound=3.0, aim=4.0)
+    peers = bench.figures(DECODE_MANY, (LLAMA_CPP, NATIVE_LLAMA_CPP, *BATCHING_PEERS))
+    others = _of(peers, *BATCHING_PEERS)
+    _against_llama_cpp(bench, DECODE_MANY, f"llama.cpp's server, {STREAMS} slots", peers, bound=3.0, aim=4.0)
     _compare(bench, DECODE_MANY, "the best of those that batch", others, bound=1.0, aim=1.3)
 
 
 def prefill(bench: Bench) -> None:
     """A long prompt against llama.cpp."""
-    _against(bench, PREFILL, (LLAMA_CPP,), bound=4.0, aim=6.0)
+    peers = bench.figures(PREFILL, (LLAMA_CPP, NATIVE_LLAMA_CPP))
+    _against_llama_cpp(bench, PREFILL, "llama.cpp", peers, bound=4.0, aim=6.0)
 
 
 def share(bench: Bench) -> None:
@@ -274,14 +280,19 @@ def default_dtype() -> str:
     return next(str(field.default) for field in dataclasses.fields(EngineConfig) if field.name == "dtype")
 
 
-def _against(bench: Bench, case: Case, peers: Sequence[Peer], *, bound: float, aim: float) -> None:
-    found = bench.figures(case, peers)
-    _compare(bench, case, " and ".join(peer.name for peer in peers), found, bound=bound, aim=aim)
+def _against_llama_cpp(bench: Bench, case: Case, name: str, peers: Figures, *, bound: float, aim: float) -> None:
+    """A row against the package's build, and one without a bound against the machine's own build."""
+    _compare(bench, case, name, _of(peers, LLAMA_CPP), bound=bound, aim=aim)
+    native = _of(peers, NATIVE_LLAMA_CPP)
+    if native:
+        _compare(bench, case, "llama.cpp built for this machine (no bound)", native, bound=0.0)
 
 
-def _compare(
-    bench: Bench, case: Case, name: str, peers: dict[str, tuple[float, str]], *, bound: float, aim: float
-) -> None:
+def _of(figures: Figures, *peers: Peer) -> Figures:
+    return {peer.name: figures[peer.name] for peer in peers if peer.name in figures}
+
+
+def _compare(bench: Bench, case: Case, name: str, peers: Figures, *, bound: float, aim: float | None = None) -> None:
     """Our best figure against the peers' best; where there is no peer, ours is only noted."""
     if not peers:
         bench.table.note(f"{case.name}, against {name}: no peer ran; ours {bench.words(case)}")
@@ -313,21 +324,24 @@ def measure(arguments: argparse.Namespace) -> int:
     """Runs the parts, in their order."""
     CACHE_FOLDER.mkdir(parents=True, exist_ok=True)
     table = Table(f"The engine on the CPU, {arguments.threads} threads, {Path(arguments.model).name}")
+    failed = False
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as folder:
         bench = Bench(arguments, table, Path(folder))
         for part, run in PARTS.items():
             if part in (arguments.only or PARTS):
                 print(part, file=sys.stderr, flush=True)
-                run(bench)
-    return table.finish(arguments.json)
+                try:
+                    run(bench)
+                except (RunFailed, TritonDidNotStart) as failure:
+                    failed = True
+                    table.note(f"{part}: FAILED: {failure}")
+    return table.finish(arguments.json) or int(failed)
 
 
 def main() -> None:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--peers", type=Path, help="folder with an environment a peer: llama.cpp, openvino, vllm, transformers"
-    )
+    parser.add_argument("--peers", type=Path, help=f"folder with an environment a peer: {', '.join(PEER_NAMES)}")
     parser.add_argument("--rounds", type=int, default=3, help="how often all take turns; the median counts")
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
     parser.add_argument("--dtype", action="append", choices=all_dtypes(), help="ours, this alone; may be repeated")

@@ -43,6 +43,11 @@ class Peer:
 
 
 LLAMA_CPP: Final = Peer("llama.cpp", "llama_cpp_server.py", "xllamacpp", reads_gguf=True)
+NATIVE_LLAMA_CPP: Final = Peer(
+    "llama.cpp-native", "llama_cpp_native.py", "--no-binary llama-cpp-python llama-cpp-python", reads_gguf=True
+)
+"""The same built for the machine, which the package of its server is not: here to compare with, without a bound."""
+
 BATCHING_PEERS: Final = (
     Peer("openvino", "openvino_batching.py", "openvino-genai", reads_gguf=True),
     Peer("vllm", "vllm_steps.py", "--no-deps -r tests/bench/drivers/vllm.txt", reads_gguf=False),

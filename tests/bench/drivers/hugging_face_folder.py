@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main() -> None:
     )
     loaded.save_pretrained(part)
     part.rename(folder)
+    print(json.dumps({"folder": str(folder)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def run(command: list[str], name: str) -> dict[str, Any]:
         raise RunFailed(str(error)[:ERROR_CHARACTERS]) from error
     print(f" ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
     lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
+    if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise RunFailed(words[-1][-ERROR_CHARACTERS:])
+    if not lines:
+        raise RunFailed("it wrote no result")
     result: dict[str, Any] = json.loads(lines[-1])
     return result

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import logging
 import statistics
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
 from engine_peers import BATCHING_PEERS, LLAMA_CPP, NATIVE_LLAMA_CPP, PEER_MODELS, Peer, peer_bench
 from engine_runs import CACHE_FOLDER, ENGINE_FOLDER, Case, RunFailed, own_bench, own_inside
 from engine_triton import TritonDidNotStart, running_triton, tokens_per_second
@@ -323,6 +325,8 @@ def _settings(bench: Bench, dtype: str) -> dict[str, object]:
 def measure(arguments: argparse.Namespace) -> int:
     """Runs the parts, in their order."""
     CACHE_FOLDER.mkdir(parents=True, exist_ok=True)
+    # The client tells when its Triton comes and goes, which here is meant.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     table = Table(f"The engine on the CPU, {arguments.threads} threads, {Path(arguments.model).name}")
     failed = False
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as folder:

@@ -25,6 +25,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
 
+from tidegate.common.memory import mimalloc_library, with_mimalloc
 from tidegate.v1 import preprocess_pb2, preprocess_pb2_grpc, replica_pb2, replica_pb2_grpc, scheduler_pb2
 from tidegate.v1 import scheduler_pb2_grpc as scheduler_grpc
 
@@ -157,9 +158,8 @@ async def main(count: int, parallel: int) -> None:
             # The replica never tells that a prompt has begun, so starts must not be paced: nothing is to wait here.
             "TIDEGATE_SCHEDULER_START_SHARE": "1",
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tidegate.scheduler", env={**os.environ, **environment}
-        )
+        environment = with_mimalloc({**os.environ, **environment}, mimalloc_library())
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tidegate.scheduler", env=environment)
         try:
             await measure(port, process.pid, count, parallel)
         finally:

@@ -26,6 +26,7 @@ from tidegate.cli.triton_runtime import (
     stub_process_ids,
     triton_command,
 )
+from tidegate.common.memory import mimalloc_library, with_mimalloc
 
 CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache", "batch", "waiting")
 
@@ -187,7 +188,8 @@ def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str
         "MESH_ADDRESS": mesh.addresses["mesh"],
         "LOG_LEVEL": settings.log_level,
     }
-    environment = _inherited()
+    # Thousands may wait in a scheduler, and then none; what they took is to go with them.
+    environment = with_mimalloc(_inherited(), mimalloc_library()) if module == "scheduler" else _inherited()
     environment |= {f"TIDEGATE_{module.upper()}_{key}": value for key, value in {**common, **values}.items()}
     argv = [sys.executable, "-m", f"tidegate.{module}"]
     return Program(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import sys
 from collections.abc import Callable, Coroutine
@@ -54,13 +52,6 @@ def run(
     except (OSError, *start_errors) as error:
         print(f"tidegate.{section}: {error}", file=sys.stderr)
         return FAILED
-
-
-def release_memory() -> None:
-    """Gives back to the system what a peak has left behind; takes some milliseconds, so for a quiet moment."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # Only glibc has it.
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _quieten_collector() -> None:

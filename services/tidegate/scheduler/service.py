@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import uuid
@@ -14,10 +15,10 @@ import structlog
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
 from grpc_health.v1 import health_pb2
 
+from tidegate.common import memory
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
 from tidegate.common.limits_file import write_limits
-from tidegate.common.service_process import release_memory
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.scheduler.admission import Admission
 from tidegate.scheduler.anomalies import Anomalies
@@ -59,11 +60,13 @@ log = structlog.get_logger()
 EXT_PROC_NAME: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 SCHEDULER_NAME: Final = "tidegate.v1.Scheduler"
 FIRST_TOKEN_PERCENTILE: Final = 0.95
+"""Of the times to first token that tell how a class fares."""
 
 PEAK_REQUESTS: Final = 1_000
 """After so many at once, what they took is given back to the system when nothing is left."""
 
-"""Of the times to first token that tell how a class fares."""
+RELEASE_SECONDS: Final = 15.0
+"""So long after the last of them: when nothing is held any more, thousands of streams are still to be ended."""
 
 PICKER_HEALTH_NAMES: Final = ("liveness", "readiness")
 """The health services that the Gateway API's picker protocol asks for."""
@@ -148,6 +151,7 @@ class SchedulerService:
         )
         self.limits = TenantLimits(clock())
         self._held_peak = 0
+        self._release_at = math.inf
         self.pipeline = Pipeline(
             settings,
             admission=self._admission,
@@ -237,7 +241,7 @@ class SchedulerService:
                 self.queue.refuse_all(lambda: self._admission.no_replica(self.pipeline.conditions()))
             self.queue.match()
             self._look_at_brownout(now)
-            self._look_at_memory()
+            await self._look_at_memory(now)
 
     def _look_at_brownout(self, now: float) -> None:
         brownout, before = self.expectations.brownout, self.expectations.brownout.step
@@ -246,12 +250,15 @@ class SchedulerService:
         if brownout.look(signs, now, is_idle=self.dispatcher.is_idle):
             log.warning("brownout", step=brownout.step, before=before)
 
-    def _look_at_memory(self) -> None:
+    async def _look_at_memory(self, now: float) -> None:
         held_count = self.outcomes.held_request_count
         self._held_peak = max(self._held_peak, held_count)
         if held_count == 0 and self._held_peak >= PEAK_REQUESTS:
             self._held_peak = 0
-            release_memory()
+            self._release_at = now + RELEASE_SECONDS
+        if now >= self._release_at:
+            self._release_at = math.inf
+            await memory.release()
 
     async def _shed(self, file: Path) -> None:
         """Tells Envoy what to refuse before it asks here; nothing, at the start and at the end."""

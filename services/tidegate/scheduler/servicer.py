@@ -30,6 +30,12 @@ log = structlog.get_logger()
 UNWATCHED_SECONDS: Final = 0.05
 """A decision that comes sooner needs nobody to watch the stream's end, and Envoy no word that it takes longer."""
 
+LEFT_SECONDS: Final = 5.0
+LEFT_LOOKS: Final = 2
+"""gRPC notices a stream that was reset soon after its reader does. Of thousands at once it does later, but then the
+event loop is late, too; so it is waited for in two steps. Of a stream that has merely ended it notices nothing, and
+Envoy resets such a stream by itself after a second."""
+
 Context = grpc.aio.ServicerContext[ext_proc.ProcessingRequest, ext_proc.ProcessingResponse]
 
 
@@ -62,10 +68,19 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
             return
         self._outcomes.receive()
         exchange = _Exchange(context, in_headers=first.request_headers.end_of_stream)
-        await self._account(request, exchange)
+        try:
+            await self._account(request, exchange)
+        except _ClientLeft:
+            # A status that gRPC cannot send stays in memory for ever. So it is to notice first, and to cancel this.
+            for _ in range(LEFT_LOOKS):
+                await asyncio.sleep(LEFT_SECONDS)
 
     async def _account(self, request: Request, exchange: _Exchange) -> None:
-        """Answers, and sees to it that the request ends in exactly one outcome."""
+        """Answers, and sees to it that the request ends in exactly one outcome.
+
+        Raises:
+            _ClientLeft: there is nobody to answer.
+        """
         outcome, refusal = Outcome.ABANDONED, None
         try:
             try:
@@ -75,7 +90,7 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
                 outcome, refusal = Outcome.REFUSED, error
                 await exchange.write(envoy_messages.refuse(error, request))
         except _ClientLeft:
-            return
+            raise
         except Exception:
             # A fault of ours costs this request its placement, not its answer: Envoy balances it by itself.
             log.exception("decision_failed", request_id=request.request_id)
@@ -160,9 +175,9 @@ class _Exchange:
         try:
             yield
         except asyncio.CancelledError:
-            if not self._has_ended:
+            if not self._has_ended or task.uncancel():
+                # gRPC ends this task, perhaps at the same time.
                 raise
-            task.uncancel()
             raise _ClientLeft from None
         finally:
             self._is_watched = False

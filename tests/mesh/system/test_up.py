@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,12 @@ def test_status_shows_every_process_and_replica(mesh):
     )
     assert view["errors"] == []
     assert answer.returncode == 0
+
+
+def test_the_scheduler_alone_has_mimalloc(mesh):
+    names = [each["name"] for each in mesh.state()["processes"]]
+    maps = {name: Path(f"/proc/{mesh.record(name)['pid']}/maps").read_text() for name in names}
+    assert [name for name in names if "libmimalloc" in maps[name]] == ["scheduler"]
 
 
 def test_doctor_finds_nothing_wrong_with_a_mesh_that_runs(mesh):

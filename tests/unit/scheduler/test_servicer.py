@@ -8,7 +8,9 @@ import struct
 import time
 import uuid
 
+import grpc
 import pytest
+from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from google.api import httpbody_pb2
 from google.rpc import error_details_pb2, status_pb2
@@ -16,6 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 from tidegate.common import headers
 from tidegate.common.arena import decode_tensor_header
 from tidegate.common.errors import Reason, TidegateError
+from tidegate.scheduler.servicer import LEFT_LOOKS, LEFT_SECONDS, UNWATCHED_SECONDS, ExternalProcessor
 from tidegate.v1 import errors_pb2, inference_pb2, preprocess_pb2, scheduler_pb2, tensor_pb2
 
 GRPC = {":path": "/tidegate.v1.Inference/Generate", "content-type": "application/grpc"}
@@ -157,6 +160,71 @@ async def test_a_stream_that_envoy_merely_ends_while_it_waits_frees_its_place(wo
     await exchange.call.done_writing()
     await world.replica.demand(0)
     await world.until(lambda snapshot: snapshot.totals.abandoned == 1)
+
+
+class HeldStream:
+    """A stream as gRPC shows it to its reader: headers, body, and the end once the client has left."""
+
+    def __init__(self):
+        fields = {":method": "POST", ":path": "/v1/chat/completions"}
+        values = [base_pb2.HeaderValue(key=key, raw_value=value.encode()) for key, value in fields.items()]
+        received = ext_proc.HttpHeaders(headers=base_pb2.HeaderMap(headers=values))
+        body = ext_proc.HttpBody(body=b"{}", end_of_stream=True)
+        self._messages = [
+            ext_proc.ProcessingRequest(request_headers=received),
+            ext_proc.ProcessingRequest(request_body=body),
+        ]
+        self.has_left = asyncio.Event()
+
+    async def read(self):
+        if self._messages:
+            return self._messages.pop(0)
+        await self.has_left.wait()
+        return grpc.aio.EOF
+
+    async def write(self, message):
+        pass
+
+
+@pytest.fixture
+async def held(world):
+    """A stream whose request waits, and the task that serves it: with the end of the task gRPC sends a status."""
+    service, stream = world.service, HeldStream()
+    processor = ExternalProcessor(service.pipeline, service.outcomes, time.monotonic)
+    task = asyncio.create_task(processor.Process(None, stream))
+    await world.replica.demand(1)
+    await asyncio.sleep(2 * UNWATCHED_SECONDS)
+    yield stream, task
+    task.cancel()
+
+
+async def test_no_status_is_sent_before_grpc_has_seen_a_reset(world, held):
+    stream, task = held
+    stream.has_left.set()
+    await world.replica.demand(0)
+    await asyncio.wait({task}, timeout=0.1)
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait({task}, timeout=0.1)
+    assert task.cancelled()
+    assert (await world.snapshot()).totals.abandoned == 1
+
+
+async def test_no_status_is_sent_when_grpc_sees_a_reset_together_with_its_reader(world, held):
+    stream, task = held
+    stream.has_left.set()
+    await asyncio.sleep(0)  # Now the reader has asked for the task's end.
+    task.cancel()
+    await asyncio.wait({task}, timeout=0.1)
+    assert task.cancelled()
+    assert (await world.snapshot()).totals.abandoned == 1
+
+
+async def test_a_stream_that_has_merely_ended_gets_its_status_at_last(world, held):
+    stream, task = held
+    stream.has_left.set()
+    await asyncio.wait({task}, timeout=LEFT_LOOKS * LEFT_SECONDS + 5)
+    assert (task.done(), task.cancelled(), task.exception()) == (True, False, None)
 
 
 async def test_a_refusal_of_preprocess_reaches_an_http_client_as_an_openai_error(world):

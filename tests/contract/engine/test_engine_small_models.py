@@ -1,5 +1,7 @@
 """Small random models of every supported shape, against transformers."""
 
+import random
+
 import pytest
 import torch
 from small_models import SHAPES, small_model
@@ -96,3 +98,77 @@ def test_narrow_weights_come_near_those_of_fp32(
     # A rounded row may choose another expert, which is no small difference.
     bound *= 2 if shape == "deepseek_v3" else 1
     assert 0 < difference.abs().mean() < bound * expected.abs().mean()
+
+
+@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["by kernels", "by torch"])
+@pytest.mark.parametrize("shape", ["grouped", "deepseek_v3, whole vectors"])
+def test_answers_are_the_same_with_and_without_the_reuse_of_prefixes(tmp_path, make_engine, shape, cpu_kernels):
+    from llm_engine import SamplingParams, SequenceRequest
+
+    model = small_model(**SHAPES[shape], seed=2)
+    model.save_pretrained(tmp_path)
+    source = random.Random(1)
+    beginnings = [[source.randrange(300) for _ in range(source.randint(20, 80))] for _ in range(4)]
+    requests = [
+        SequenceRequest(
+            request_id=str(index),
+            token_ids=[*source.choice(beginnings)[: source.randint(10, 80)], source.randrange(300)],
+            max_tokens=source.randint(1, 12),
+            sampling=SamplingParams(temperature=0.0, logprobs=1),
+            ignore_eos=True,
+            cache_salt=source.choice(["", "other"]),
+            priority=source.randint(0, 2),
+        )
+        for index in range(120)
+    ]
+    answers, loads = [], []
+    for reuses in (True, False):
+        # So few blocks that some lose theirs.
+        engine = make_engine(
+            tmp_path, kv_cache_bytes=1 << 20, max_sequences=8, step_token_budget=32, prefix_reuse=reuses,
+            cpu_kernels=cpu_kernels, block_token_count=4,
+        )  # fmt: skip
+        found = {}
+        waiting = list(requests)
+        while waiting or engine.has_work:
+            while waiting and engine.load.running + engine.load.waiting < 12:
+                engine.add(waiting.pop(0))
+            for output in engine.step():
+                tokens, logprobs = found.setdefault(output.request_id, ([], []))
+                tokens += output.token_ids
+                logprobs += output.logprobs
+        answers.append(found)
+        loads.append(engine.load)
+    with_reuse, without = loads
+    assert with_reuse.reused_token_total > 1000
+    assert without.reused_token_total == 0
+    assert with_reuse.prompt_token_total < 0.7 * without.prompt_token_total
+    assert with_reuse.free_block_count == with_reuse.total_block_count
+    for name, (tokens, logprobs) in answers[0].items():
+        assert tokens == answers[1][name][0], name
+        assert torch.tensor(logprobs).allclose(torch.tensor(answers[1][name][1]), atol=1e-4)
+
+
+def test_a_second_turn_computes_what_is_new(tmp_path, make_engine):
+    from llm_engine import SamplingParams, SequenceRequest
+
+    small_model().save_pretrained(tmp_path)
+    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24)
+    prompt = list(range(100))
+
+    def turn(name: str) -> int:
+        sampling = SamplingParams(temperature=0.0)
+        engine.add(
+            SequenceRequest(request_id=name, token_ids=prompt, max_tokens=30, sampling=sampling, ignore_eos=True)
+        )
+        reused = set()
+        while engine.has_work:
+            for output in engine.step():
+                prompt.extend(output.token_ids)
+                reused.add(output.reused_token_count)
+        return reused.pop()
+
+    assert turn("first") == 0
+    prompt += [1, 2, 3]
+    # 129 of the first turn's 130 tokens were computed: eight whole blocks of 16.
+    assert turn("second") == 128

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -379,3 +380,170 @@ def test_planning_needs_neither_torch_nor_numpy_random_nor_a_clock():
     ).stdout.split()
     assert "llm_engine.batcher" in loaded
     assert not {"torch", "grpc", "triton_python_backend_utils", "tidegate"} & set(loaded)
+
+
+class Contents:
+    """What lies in the blocks, as the model would have written it: checks that each sequence finds its own text."""
+
+    def __init__(self, subject: Batcher) -> None:
+        self._subject = subject
+        self._cells: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+
+    def check_and_write(self, plan: StepPlan) -> None:
+        for work in plan.work:
+            for place in range(work.start):
+                assert self._cells[self._cell(work.sequence, place)] == _text(work.sequence, place)
+            for place in range(work.start, work.start + work.count):
+                cell = self._cell(work.sequence, place)
+                assert not self._subject.pool.is_shared(cell[0]), "nobody writes to a shared block"
+                self._cells[cell] = _text(work.sequence, place)
+
+    def _cell(self, sequence: Sequence, place: int) -> tuple[int, int]:
+        return sequence.block_ids[place // 4], place % 4
+
+
+def _text(sequence: Sequence, place: int) -> tuple[str, tuple[int, ...]]:
+    """What a key and value depend on: all tokens up to it; and whose they are."""
+    return sequence.request.cache_salt, tuple(sequence.token_ids[: place + 1])
+
+
+def text(
+    name: str, tokens: list[int], *, arrival: int = 0, salt: str = "", priority: int = 0, most: int = 4
+) -> Sequence:
+    request = SequenceRequest(request_id=name, token_ids=tokens, max_tokens=most, cache_salt=salt, priority=priority)
+    return Sequence(request, arrival, list(tokens), len(tokens), seed=0, stop_token_ids=frozenset())
+
+
+def reusing(blocks: int = 16, *, running: int = 4, budget: int = 16) -> Batcher:
+    return Batcher(
+        BlockPool(blocks, 4), max_sequences=running, max_waiting=8, step_token_budget=budget, reuses_prefixes=True
+    )
+
+
+def run_alone(subject: Batcher, sequence: Sequence) -> list[tuple[int, int]]:
+    """From where to where each step computes it."""
+    subject.add(sequence)
+    spans = []
+    while subject.running or subject.waiting:
+        plan = subject.plan()
+        spans += [(work.start, work.start + work.count) for work in plan.work]
+        carry_out(subject, plan)
+    return spans
+
+
+def test_a_prompt_begins_where_another_one_left_its_blocks():
+    subject = reusing()
+    assert run_alone(subject, text("a", list(range(10)), most=1)) == [(0, 10)]
+    assert subject.pool.taken_count == 0
+    assert subject.pool.known_count == 2
+    again = text("b", [*range(9), 99, 98], most=1)
+    assert run_alone(subject, again) == [(8, 11)]
+    assert again.reused_token_count == 8
+    assert subject.reused_token_total == 8
+
+
+def test_a_prompt_that_is_known_whole_computes_its_last_block():
+    subject = reusing()
+    run_alone(subject, text("a", list(range(8)), most=1))
+    assert run_alone(subject, text("b", list(range(8)), most=1)) == [(4, 8)]
+
+
+def test_an_answer_is_a_prefix_of_the_next_turn():
+    subject = reusing()
+    first = text("a", list(range(7)), most=6)
+    run_alone(subject, first)
+    assert run_alone(subject, text("b", [*first.token_ids, 50, 51], most=1)) == [(12, 15)]
+
+
+def test_nobody_else_finds_the_blocks_of_a_salt():
+    subject = reusing()
+    run_alone(subject, text("a", list(range(8)), salt="one", most=1))
+    for salt in ("", "two", "on"):
+        assert run_alone(subject, text(f"b{salt}", list(range(8)), salt=salt, most=1)) == [(0, 8)]
+    assert run_alone(subject, text("c", list(range(8)), salt="one", most=1)) == [(4, 8)]
+
+
+def test_running_sequences_share_and_the_last_one_leaves_the_blocks_known():
+    subject = reusing()
+    subject.add(text("a", list(range(9)), most=8))
+    carry_out(subject, subject.plan())
+    subject.add(text("b", list(range(9)), arrival=1, most=8))
+    carry_out(subject, subject.plan())
+    a, b = subject.running
+    assert a.block_ids[:2] == b.block_ids[:2]
+    assert a.block_ids[2] != b.block_ids[2]
+    assert subject.pool.taken_count == 4
+    subject.remove("a")
+    assert subject.pool.taken_count == 3
+    subject.remove("b")
+    assert subject.pool.taken_count == 0
+    assert subject.pool.known_count == 2
+
+
+def test_a_preempted_sequence_finds_its_blocks_again():
+    subject = reusing(blocks=3, running=1)
+    late = text("late", list(range(9)), priority=1, most=3)
+    subject.add(late)
+    carry_out(subject, subject.plan())
+    subject.add(text("urgent", [70, 71], arrival=1, most=1))
+    plan = subject.plan()
+    assert plan.preempted == ("late",)
+    assert late.block_ids == []
+    carry_out(subject, plan)
+    assert [(work.start, work.count) for work in subject.plan().work] == [(8, 2)]
+    assert late.reused_token_count == 0, "what it left itself is not counted"
+
+
+def test_spoiled_blocks_are_found_by_nobody_and_cleaned_by_their_last_owner():
+    subject = reusing()
+    subject.add(text("a", list(range(9)), most=8))
+    carry_out(subject, subject.plan())
+    subject.add(text("b", list(range(9)), arrival=1, most=8))
+    carry_out(subject, subject.plan())
+    a, b = subject.running
+    assert subject.spoiled_blocks(a) == a.block_ids[2:]
+    subject.remove("a")
+    assert subject.spoiled_blocks(b) == b.block_ids
+    subject.remove("b")
+    assert subject.pool.known_count == 0
+    assert run_alone(subject, text("c", list(range(9)), most=1)) == [(0, 9)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(seed):
+    source = random.Random(seed)
+    running = source.randint(1, 6)
+    subject = reusing(source.randint(8, 30), running=running, budget=source.randint(running, 24))
+    contents = Contents(subject)
+    longest = subject.pool.block_count * 4 - 8
+    accepted, ended, reused = set(), set(), 0
+    for moment in range(3000):
+        priority = source.randint(0, 2)
+        if moment < 400 and source.random() < 0.4 and subject.can_add(priority):
+            # Few beginnings, so that many are alike; then whatever.
+            beginning = [source.randint(0, 1)] * source.randint(1, longest)
+            tokens = (beginning + [source.randint(0, 3) for _ in range(source.randint(0, 6))])[:longest]
+            salt = source.choice(["", "other"])
+            new = text(str(moment), tokens, arrival=moment, salt=salt, priority=priority, most=source.randint(1, 8))
+            subject.add(new)
+            accepted.add(new.request_id)
+        if source.random() < 0.03 and (held := [*subject.running, *subject.waiting]):
+            ended.add(subject.remove(source.choice(held).request_id).request_id)
+        before = {each.request_id for each in (*subject.running, *subject.waiting)}
+        plan = subject.plan()
+        check_plan(subject, plan)
+        assert bool(plan.work) == bool(before)
+        contents.check_and_write(plan)
+        carry_out(subject, plan)
+        holders = [each for each in (*subject.running, *subject.waiting) if each.block_ids]
+        owners = Counter(block for each in holders for block in each.block_ids)
+        assert len(owners) == subject.pool.taken_count
+        assert all(subject.pool.is_shared(block) == (count > 1) for block, count in owners.items())
+        assert all(each.computed_token_count < each.token_count for each in holders)
+        ended |= before - {each.request_id for each in (*subject.running, *subject.waiting)}
+        reused = subject.reused_token_total
+        if moment >= 400 and not (subject.running or subject.waiting):
+            break
+    assert accepted and ended == accepted
+    assert subject.pool.taken_count == 0
+    assert reused > 0

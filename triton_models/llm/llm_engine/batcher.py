@@ -10,6 +10,9 @@ randomness; the same calls give the same plans. Invariants, between calls:
 - every paused sequence is less urgent than every running one: only the least urgent running one is
   paused, only for a waiting one of strictly lower priority number, and who waits is admitted strictly
   in order;
+- a sequence that is admitted begins with the blocks of its prompt that are known, where prefixes are reused,
+  and computes one token at least; a block becomes known when it is full and computed, so that none is
+  shared that anybody still writes to;
 - blocks that are needed and not free come from the least urgent paused sequence first, then, to let a
   running one grow, from the least urgent running one; whoever gives up blocks gives up all, and is
   computed again, which loses no token that is known;
@@ -55,13 +58,23 @@ class StepPlan:
 class Batcher:
     """Continuous batching with chunked prefill, pausing by priority, and preemption by recompute."""
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, max_waiting: int, step_token_budget: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        max_waiting: int,
+        step_token_budget: int,
+        reuses_prefixes: bool = False,
+    ) -> None:
         assert step_token_budget >= max_sequences
         self.pool = pool
+        self.reuses_prefixes = reuses_prefixes
         self.max_sequences = max_sequences
         self.max_waiting = max_waiting
         self.step_token_budget = step_token_budget
         self.preemption_count = 0
+        self.reused_token_total = 0
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -112,6 +125,11 @@ class Batcher:
         self._release(sequence)
         return sequence
 
+    def spoiled_blocks(self, sequence: Sequence) -> list[int]:
+        """Let nobody find a sequence's blocks any more, and give those that it alone owns, to be cleaned."""
+        self.pool.forget(sequence.block_ids)
+        return [block for block in sequence.block_ids if not self.pool.is_shared(block)]
+
     def plan(self) -> StepPlan:
         """Choose the next step's work; blocks are taken here, so the plan can be carried out."""
         preempted = self._extend_running()
@@ -138,6 +156,8 @@ class Batcher:
         for work in plan.work:
             assert work.sequence.computed_token_count == work.start
             work.sequence.computed_token_count += work.count
+            if self.reuses_prefixes:
+                self._make_known(work)
 
     def _extend_running(self) -> list[str]:
         """Give each running sequence the blocks for its newest token, from the paused and then from the tail."""
@@ -178,20 +198,29 @@ class Batcher:
         """
         victims: list[Sequence] = []
         rest = list(self._running)
-        available = self.pool.free_count + sum(len(s.block_ids) for s in self._waiting if s is not head)
-        missing = self._missing_block_count(head)
-        while len(rest) >= self.max_sequences or available < missing + len(rest):
+        paused = [sequence for sequence in self._waiting if sequence is not head]
+        known = self._known_blocks(head)
+        missing = self._missing_block_count(head) - sum(map(self.pool.is_taken, known))
+        while len(rest) >= self.max_sequences or self._available(paused, victims, known) < missing + len(rest):
             if not rest or rest[-1].request.priority <= head.request.priority:
                 return None
             victims.append(rest.pop())
-            available += len(victims[-1].block_ids)
         return victims
+
+    def _available(self, paused: list[Sequence], victims: list[Sequence], kept: list[int]) -> int:
+        """Blocks that are free, or would be if these sequences lost theirs and somebody still owned `kept`."""
+        owners = [sequence.block_ids for sequence in (*paused, *victims)]
+        if not self.reuses_prefixes:
+            return self.pool.free_count + sum(map(len, owners))
+        shared = set(kept)
+        return self.pool.free_count + self.pool.freed_by([b for b in blocks if b not in shared] for blocks in owners)
 
     def _admit(self, head: Sequence) -> list[str]:
         """Let the first that waits run; gives who lost its blocks for it."""
         for _ in self._victims(head) or ():
             self._pause_least_urgent()
         self._waiting.remove(head)
+        self._share_known(head)
         preempted: list[str] = []
         missing = self._missing_block_count(head)
         while not self.pool.can_take(missing):
@@ -201,6 +230,33 @@ class Batcher:
         head.block_ids += self.pool.take(missing)
         insort(self._running, head, key=_urgency)
         return preempted
+
+    def _known_blocks(self, sequence: Sequence) -> list[int]:
+        """The known blocks that a sequence without any can begin with; one token is left to compute."""
+        if not self.reuses_prefixes or sequence.block_ids:
+            return []
+        size = self.pool.block_token_count
+        return self.pool.find(sequence.block_keys((sequence.token_count - 1) // size, size))
+
+    def _share_known(self, sequence: Sequence) -> None:
+        """Begin with the blocks that are known."""
+        known = self._known_blocks(sequence)
+        self.pool.share(known)
+        sequence.block_ids += known
+        if known:
+            sequence.computed_token_count = len(known) * self.pool.block_token_count
+        if sequence.reused_token_count is None:
+            sequence.reused_token_count = sequence.computed_token_count
+            self.reused_token_total += sequence.computed_token_count
+
+    def _make_known(self, work: StepWork) -> None:
+        """Let the blocks be found that a step has filled."""
+        size = self.pool.block_token_count
+        first, last = work.start // size, (work.start + work.count) // size
+        if first < last:
+            keys = work.sequence.block_keys(last, size)
+            for index in range(first, last):
+                self.pool.know(work.sequence.block_ids[index], keys[index])
 
     def _pause_least_urgent(self) -> Sequence:
         """Send the least urgent running sequence back to the queue, with its blocks."""

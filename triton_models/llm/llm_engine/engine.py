@@ -52,6 +52,7 @@ class Engine:
             max_sequences=config.max_sequences,
             max_waiting=config.max_waiting,
             step_token_budget=config.step_token_budget,
+            reuses_prefixes=config.prefix_reuse,
         )
         self._grammars: JsonGrammars | ModelLoadError = _grammars(config, self.model_info)
         self._matchers: dict[str, JsonMatcher] = {}
@@ -153,6 +154,8 @@ class Engine:
             step_count=self._step_count,
             preemption_count=self._batcher.preemption_count,
             prompt_token_total=self._prompt_token_total,
+            reused_token_total=self._batcher.reused_token_total,
+            known_block_count=pool.known_count,
             generated_token_total=self._generated_token_total,
             step_seconds_last=self._step_seconds_last,
             step_token_count_last=self._step_token_count_last,
@@ -161,7 +164,7 @@ class Engine:
     def _advance(self, sequence: Sequence, sampled: SampledToken) -> SequenceOutput:
         """Append a sequence's new token, and end the sequence where it ends."""
         if not sampled.finite:
-            self._rank.clear(sequence.block_ids)
+            self._rank.clear(self._batcher.spoiled_blocks(sequence))
             return self._fail(sequence, NON_FINITE_LOGITS, "the model's logits are not finite")
         matcher = self._matchers.get(sequence.request_id)
         stopped = sampled.token_id in sequence.stop_token_ids
@@ -184,6 +187,7 @@ class Engine:
             finish_reason=finish_reason,
             prompt_token_count=sequence.prompt_token_count,
             output_token_count=sequence.output_token_count,
+            reused_token_count=sequence.reused_token_count or 0,
         )
 
     def _fail(self, sequence: Sequence, reason: str, fault: str) -> SequenceOutput:

@@ -51,6 +51,8 @@ class SequenceRequest:
     """Tokens that end the output, and are not part of it; empty means the model's own."""
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever comes, for measurements; no token stops the output then."""
+    cache_salt: str = ""
+    """Whose request it is: keys and values are reused only among requests with the same one."""
     priority: int = 0
     """Lower is more urgent; equal priorities go by arrival."""
 
@@ -74,6 +76,8 @@ class SequenceOutput:
     prompt_token_count: int = 0
     output_token_count: int = 0
     """All output so far, that of an earlier run of a resumed request included."""
+    reused_token_count: int = 0
+    """Tokens, first of the prompt, whose keys and values were there already when it was admitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +120,7 @@ class EngineLoad:
     generated_token_total: int
     step_seconds_last: float
     step_token_count_last: int
+    reused_token_total: int = 0
+    """Tokens whose keys and values were there already when their sequences were first admitted."""
+    known_block_count: int = 0
+    """Blocks that another prompt could begin with, in use or free."""

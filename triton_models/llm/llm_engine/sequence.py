@@ -6,6 +6,8 @@ still to be computed; the blocks, in order, hold the keys and values of the firs
 engine alone appends tokens.
 """
 
+import hashlib
+from array import array
 from dataclasses import dataclass, field
 
 from .request import SequenceRequest
@@ -23,6 +25,9 @@ class Sequence:
     stop_token_ids: frozenset[int]
     computed_token_count: int = 0
     block_ids: list[int] = field(default_factory=list)
+    reused_token_count: int | None = None
+    """Tokens whose keys and values were there when it was first admitted; None before."""
+    _block_keys: list[bytes] = field(default_factory=list)
 
     @property
     def request_id(self) -> str:
@@ -43,6 +48,18 @@ class Sequence:
     def output_token_count(self) -> int:
         """Output tokens so far; also the position of the next one in its random stream."""
         return len(self.token_ids) - self.prompt_token_count
+
+    def block_keys(self, count: int, block_token_count: int) -> list[bytes]:
+        """The keys of its first `count` whole blocks: what is in them, after what, and whose.
+
+        A key is a hash of the tokens up to the block's end and of the request's salt, so that no other text, and
+        nobody else's, has it.
+        """
+        for index in range(len(self._block_keys), count):
+            before = self._block_keys[-1] if index else hashlib.sha256(self.request.cache_salt.encode()).digest()
+            tokens = self.token_ids[index * block_token_count : (index + 1) * block_token_count]
+            self._block_keys.append(hashlib.sha256(before + array("q", tokens).tobytes()).digest())
+        return self._block_keys[:count]
 
     @property
     def pending_token_count(self) -> int:

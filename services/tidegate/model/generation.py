@@ -76,6 +76,7 @@ class Generation:
         self._detokenizer = IncrementalDetokenizer(tokenizer, list(job.request.stop))
         self._answer_token_ids: list[int] = list(job.request.resume.token_ids)
         self._unseen_token_count = 0
+        self._cached_token_count = 0
         self._finish_reason = ""
         self._error: TidegateError | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -172,6 +173,7 @@ class Generation:
         used_count = step.token_count_used
         whole = used_count == len(chunk.token_ids)
         token_ids = chunk.token_ids if whole else chunk.token_ids[:used_count]
+        self._cached_token_count = chunk.cached_token_count
         if used_count or chunk.finish_reason:
             self._count(used_count + chunk.unseen_token_count)
             self._answer_token_ids += token_ids
@@ -231,6 +233,7 @@ class Generation:
             usage=inference_pb2.Usage(
                 prompt_token_count=self._job.prompt.prompt_token_count,
                 completion_token_count=self._completion_token_count,
+                cached_token_count=min(self._cached_token_count, self._job.prompt.prompt_token_count),
             ),
         )
         if record.time_to_first_token_seconds is not None:

@@ -136,6 +136,7 @@ class ReplicaLoad:
             load.free_kv_block_count = engine.free_blocks
             load.kv_block_count = engine.total_blocks
             load.kv_block_token_count = engine.block_token_count
+            load.reuses_prefixes = bool(engine.reuses_prefixes)
         if (per_token := self._per_token.value(now)) is not None:
             load.time_per_output_token.FromNanoseconds(int(per_token * 1e9))
         if (first_token := self._first_token.value(now)) is not None:

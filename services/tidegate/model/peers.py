@@ -104,4 +104,9 @@ def _end(finished: inference_pb2.Finished, given_count: int) -> Chunk:
     if finished.reason == inference_pb2.FINISH_REASON_ERROR:
         raise from_status(finished.error)
     unseen = finished.usage.completion_token_count - given_count
-    return Chunk(token_ids=(), finish_reason=_FINISH_WORDS[finished.reason], unseen_token_count=max(0, unseen))
+    return Chunk(
+        token_ids=(),
+        finish_reason=_FINISH_WORDS[finished.reason],
+        unseen_token_count=max(0, unseen),
+        cached_token_count=finished.usage.cached_token_count,
+    )

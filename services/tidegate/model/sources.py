@@ -207,6 +207,7 @@ class TokenSource:
             stop_token_ids=self._model.eos_token_ids,
             ignore_eos=request.ignore_eos,
             priority=job.priority,
+            cache_salt=job.call.tenant,
         )
 
     async def _engine_tokens(self, job: Job, answer_token_ids: list[int]) -> ArenaSlice | NDArray[np.int32]:
@@ -238,6 +239,7 @@ class TokenSource:
             logprobs=self._logprobs(output) if job.request.HasField("logprobs") else (),
             finish_reason=output.finish_reason,
             unseen_token_count=int(ended_by_token),
+            cached_token_count=output.cached_token_count,
         )
 
     def _logprobs(self, output: EngineOutput) -> list[inference_pb2.TokenLogprob]:

@@ -19,6 +19,8 @@ class Chunk(msgspec.Struct, frozen=True):
     """Empty, `stop` or `length`."""
     unseen_token_count: int = 0
     """Tokens that were generated and not given: the end-of-text token."""
+    cached_token_count: int = 0
+    """Tokens, first of the prompt, whose computation was reused."""
 
 
 class Buffer:

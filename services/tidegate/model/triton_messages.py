@@ -53,6 +53,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     priority: int = 0
     """Lower is more urgent."""
+    cache_salt: str = ""
+    """Whose prompt it is: its beginning is reused only among those with the same one."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
@@ -66,6 +68,8 @@ class EngineLoad(msgspec.Struct, frozen=True):
     total_blocks: int
     block_token_count: int
     preemptions: int
+    reuses_prefixes: int = 0
+    """1 where prompts that begin alike share what is computed of them."""
 
 
 class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +83,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     """Empty while it runs; then stop, length, cancelled or error. Nothing follows."""
     error: str = ""
     """With error: `REASON: message`."""
+    cached_token_count: int = 0
+    """Tokens, first of the prompt, that were not computed, since another one began alike."""
     load: EngineLoad | None = None
 
 
@@ -107,6 +113,8 @@ def generate_message(model_name: str, request: EngineRequest, sequence_id: str, 
         _add(message, "ignore_eos", "BOOL", "?", True)
     if request.priority:
         _add(message, "priority", "INT32", "<i", request.priority)
+    if request.cache_salt:
+        _add_text(message, "cache_salt", request.cache_salt)
     if subscription is not None:
         _add_text(message, "subscription", subscription)
     return message
@@ -154,6 +162,7 @@ def parse_output(response: Message) -> EngineOutput:
         top_logprobs=None if width is None else _rows(_floats(raws["top_logprobs"]), width),
         finish_reason=_first_text(raws, "finish_reason"),
         error=_first_text(raws, "error"),
+        cached_token_count=sum(_integers(raws.get("cached_token_count", b""))),
         load=None if load is None else EngineLoad(*_integers(load)),
     )
 
@@ -176,6 +185,7 @@ def parse_bundle(response: Message) -> Bundle:
     ids = list(_texts(raws.get("request_ids", b"")))
     finish_reasons = list(_texts(raws["finish_reasons"])) if "finish_reasons" in raws else None
     errors = list(_texts(raws["errors"])) if "errors" in raws else None
+    cached = _integers(raws["cached_token_counts"]) if "cached_token_counts" in raws else None
     token_ids = _integers(raws.get("token_ids", b""))
     outputs = []
     start = 0
@@ -184,6 +194,7 @@ def parse_bundle(response: Message) -> Bundle:
             token_ids=token_ids[start : start + count],
             finish_reason=finish_reasons[index] if finish_reasons else "",
             error=errors[index] if errors else "",
+            cached_token_count=cached[index] if cached else 0,
             load=load,
         )
         outputs.append((sequence_id, output))
@@ -203,6 +214,7 @@ def merged(outputs: Sequence[EngineOutput]) -> EngineOutput:
         top_logprobs=_joined([output.top_logprobs for output in outputs]),
         finish_reason=last.finish_reason,
         error=last.error,
+        cached_token_count=last.cached_token_count,
         load=last.load,
     )
 

@@ -140,8 +140,8 @@ def test_answers_are_the_same_with_and_without_the_reuse_of_prefixes(tmp_path, m
         answers.append(found)
         loads.append(engine.load)
     with_reuse, without = loads
-    assert with_reuse.reused_token_total > 1000
-    assert without.reused_token_total == 0
+    assert with_reuse.cached_token_total > 1000
+    assert without.cached_token_total == 0
     assert with_reuse.prompt_token_total < 0.7 * without.prompt_token_total
     assert with_reuse.free_block_count == with_reuse.total_block_count
     for name, (tokens, logprobs) in answers[0].items():
@@ -165,7 +165,7 @@ def test_a_second_turn_computes_what_is_new(tmp_path, make_engine):
         while engine.has_work:
             for output in engine.step():
                 prompt.extend(output.token_ids)
-                reused.add(output.reused_token_count)
+                reused.add(output.cached_token_count)
         return reused.pop()
 
     assert turn("first") == 0

@@ -181,6 +181,19 @@ def test_without_a_known_key_nothing_is_served(guarded: Any) -> None:
     assert httpx.get(f"{guarded.url}/health").status_code == 200
 
 
+def test_no_tenant_reuses_what_was_computed_for_another(guarded: Any) -> None:
+    def cached_token_count(key: str, ending: str) -> int:
+        with openai_client(guarded, key) as client:
+            text = "A long beginning that both of them share, word for word, down to the last one. " * 4 + ending
+            fields = GREEDY | {"messages": [{"role": "user", "content": text}]}
+            usage = client.chat.completions.create(**fields).usage
+            return usage.prompt_tokens_details.cached_tokens
+
+    assert cached_token_count("amber-key-0001", "One.") == 0
+    assert cached_token_count("blue-key-00001", "Two.") == 0
+    assert cached_token_count("amber-key-0002", "Three.") >= 64
+
+
 def test_a_key_is_its_tenant_and_no_tenant_gets_anothers_answer(guarded: Any) -> None:
     def ask(key: str) -> tuple[str | None, str, str]:
         with openai_client(guarded, key) as client:

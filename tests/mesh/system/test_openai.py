@@ -42,6 +42,25 @@ def test_the_models_are_listed_and_found(client: openai.OpenAI) -> None:
     assert raised.value.code == "model_not_found"
 
 
+def test_a_second_turn_reuses_what_the_first_one_computed(client: openai.OpenAI) -> None:
+    opening = "Tell me of a lighthouse at the end of a long pier, of its keeper, and of the boats that come home late. "
+    messages = [{"role": "user", "content": opening * 4}]
+    fields = {"model": MODEL, "temperature": 0, "max_tokens": 24}
+    first = client.chat.completions.create(messages=messages, **fields)
+    messages += [
+        first.choices[0].message.model_dump(include={"role", "content"}),
+        {"role": "user", "content": "Go on."},
+    ]
+    second = client.chat.completions.create(messages=messages, **fields)
+    assert first.usage is not None and second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    reused = second.usage.prompt_tokens_details.cached_tokens
+    assert reused is not None
+    # Whole blocks of 16 tokens.
+    assert first.usage.prompt_tokens - 16 < reused < second.usage.prompt_tokens
+    assert reused % 16 == 0
+
+
 def test_a_chat_is_the_same_whole_and_streamed_with_exact_usage(client: openai.OpenAI, tokenizer: Any) -> None:
     # Log-probabilities make it another answer to the cache, so both are generated.
     whole = client.chat.completions.create(**GREEDY, logprobs=True)

@@ -438,8 +438,8 @@ def test_a_prompt_begins_where_another_one_left_its_blocks():
     assert subject.pool.known_count == 2
     again = text("b", [*range(9), 99, 98], most=1)
     assert run_alone(subject, again) == [(8, 11)]
-    assert again.reused_token_count == 8
-    assert subject.reused_token_total == 8
+    assert again.cached_token_count == 8
+    assert subject.cached_token_total == 8
 
 
 def test_a_prompt_that_is_known_whole_computes_its_last_block():
@@ -491,7 +491,7 @@ def test_a_preempted_sequence_finds_its_blocks_again():
     assert late.block_ids == []
     carry_out(subject, plan)
     assert [(work.start, work.count) for work in subject.plan().work] == [(8, 2)]
-    assert late.reused_token_count == 0, "what it left itself is not counted"
+    assert late.cached_token_count == 0, "what it left itself is not counted"
 
 
 def test_spoiled_blocks_are_found_by_nobody_and_cleaned_by_their_last_owner():
@@ -541,7 +541,7 @@ def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(seed):
         assert all(subject.pool.is_shared(block) == (count > 1) for block, count in owners.items())
         assert all(each.computed_token_count < each.token_count for each in holders)
         ended |= before - {each.request_id for each in (*subject.running, *subject.waiting)}
-        reused = subject.reused_token_total
+        reused = subject.cached_token_total
         if moment >= 400 and not (subject.running or subject.waiting):
             break
     assert accepted and ended == accepted

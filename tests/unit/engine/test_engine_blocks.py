@@ -6,9 +6,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from llm_engine.blocks import Blocks, from_q4_0, from_q4_1, from_q8_0, joined, rounded, unnamed
-
-KINDS = {"Q4_0": from_q4_0, "Q4_1": from_q4_1, "Q8_0": from_q8_0}
+from llm_engine.blocks import GGUF_BLOCKS, Blocks, from_q4_1, joined, rounded, unnamed
 
 
 def raw_blocks(kind: str, outputs: int = 6, inputs: int = 96) -> tuple[np.ndarray, torch.Tensor]:
@@ -18,18 +16,18 @@ def raw_blocks(kind: str, outputs: int = 6, inputs: int = 96) -> tuple[np.ndarra
     return raw, torch.from_numpy(dequantize(raw, GGMLQuantizationType[kind]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGUF_BLOCKS)
 def test_blocks_have_the_values_of_the_file(kind):
     raw, expected = raw_blocks(kind)
-    blocks = KINDS[kind](raw)
+    blocks = GGUF_BLOCKS[kind](raw)
     assert blocks.shape == (6, 96)
     # Q4_0 is read there as (digit - 8) * scale, which rounds otherwise than digit * scale - 8 * scale.
     assert (blocks.dense() - expected).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGUF_BLOCKS)
 def test_parts_of_blocks_are_parts_of_the_values(kind):
-    blocks = KINDS[kind](raw_blocks(kind)[0])
+    blocks = GGUF_BLOCKS[kind](raw_blocks(kind)[0])
     whole = blocks.dense()
     assert torch.equal(blocks.rows(slice(2, 5)).dense(), whole[2:5])
     assert torch.equal(blocks.rows(torch.tensor([5, 0, 0])).dense(), whole[[5, 0, 0]])
@@ -40,9 +38,9 @@ def test_parts_of_blocks_are_parts_of_the_values(kind):
     assert torch.equal(joined([blocks, blocks.rows(slice(0, 1))]).dense(), torch.cat((whole, whole[:1])))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGUF_BLOCKS)
 def test_blocks_survive_a_file(kind):
-    blocks = KINDS[kind](raw_blocks(kind)[0])
+    blocks = GGUF_BLOCKS[kind](raw_blocks(kind)[0])
     tensors = unnamed({**blocks.named("layers.0.down"), "final_norm": torch.ones(3)})
     assert tensors.keys() == {"layers.0.down", "final_norm"}
     found = tensors["layers.0.down"]

@@ -103,6 +103,22 @@ def test_a_bundle_says_whose_tokens_are_whose(engine):
     assert arrays["errors"].tolist() == [b"", b"", b"NON_FINITE_LOGITS: at 3"]
 
 
+def test_what_was_not_computed_is_told_where_there_is_any(engine):
+    outputs = [
+        SequenceOutput(request_id="a", token_ids=[1], cached_token_count=48),
+        SequenceOutput(request_id="b", token_ids=[2]),
+    ]
+    assert bundle_arrays(outputs, engine.load)["cached_token_counts"].tolist() == [48, 0]
+    assert output_arrays(outputs[0], engine.load)["cached_token_count"].tolist() == [48]
+    assert "cached_token_count" not in output_arrays(outputs[1], engine.load)
+
+
+def test_whose_prompt_it_is_reaches_the_engine():
+    salt = {"cache_salt": np.array([b"amber"], np.object_)}
+    assert sequence_request("r", TOKENS | salt).cache_salt == "amber"
+    assert sequence_request("r", TOKENS).cache_salt == ""
+
+
 def test_a_bundle_of_running_sequences_carries_nothing_more(engine):
     arrays = bundle_arrays([SequenceOutput(request_id="a", token_ids=[1])], engine.load)
     assert sorted(arrays) == ["engine_load", "request_ids", "token_counts", "token_ids"]

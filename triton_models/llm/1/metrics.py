@@ -15,6 +15,7 @@ _COUNTERS = {
     "tidegate_engine_steps_total": "Steps computed.",
     "tidegate_engine_preemptions_total": "Sequences that lost their KV blocks and were computed again.",
     "tidegate_engine_prompt_tokens_total": "Prompt tokens computed.",
+    "tidegate_engine_cached_tokens_total": "Tokens of prompts whose keys and values were there already.",
     "tidegate_engine_generated_tokens_total": "Tokens generated.",
 }
 
@@ -43,6 +44,7 @@ class LoadMetrics:
             "tidegate_engine_steps_total": load.step_count,
             "tidegate_engine_preemptions_total": load.preemption_count,
             "tidegate_engine_prompt_tokens_total": load.prompt_token_total,
+            "tidegate_engine_cached_tokens_total": load.cached_token_total,
             "tidegate_engine_generated_tokens_total": load.generated_token_total,
         }
         for name, value in values.items():

@@ -35,6 +35,7 @@ def sequence_request(request_id: str, arrays: Arrays) -> SequenceRequest:
         stop_token_ids=tuple(_flat("stop_token_ids", arrays).tolist()) if "stop_token_ids" in arrays else (),
         ignore_eos=bool(_one(arrays, "ignore_eos", False)),
         priority=int(_one(arrays, "priority", 0)),
+        cache_salt=text(arrays, "cache_salt"),
     )
 
 
@@ -56,6 +57,8 @@ def output_arrays(output: SequenceOutput, load: EngineLoad) -> dict[str, np.ndar
         "finish_reason": texts([output.finish_reason]),
         "engine_load": load_array(load),
     }
+    if output.cached_token_count:
+        arrays["cached_token_count"] = np.array([output.cached_token_count], np.int32)
     if output.finish_reason == "error":
         arrays["error"] = texts([error_text(output.error_reason, output.error_message)])
     if output.logprobs is not None:
@@ -69,8 +72,9 @@ def output_arrays(output: SequenceOutput, load: EngineLoad) -> dict[str, np.ndar
 def bundle_arrays(outputs: Sequence[SequenceOutput], load: EngineLoad) -> dict[str, np.ndarray]:
     """Outputs of many sequences as one response's arrays.
 
-    `request_ids` and `token_counts` say whose tokens stand in `token_ids`, in order. `finish_reasons` and
-    `errors` are there only where one of the sequences has something to say. Log-probabilities do not travel in bundles.
+    `request_ids` and `token_counts` say whose tokens stand in `token_ids`, in order. `cached_token_counts`,
+    `finish_reasons` and `errors` are there only where one of the sequences has something to say.
+    Log-probabilities do not travel in bundles.
     """
     arrays = {"engine_load": load_array(load)}
     if not outputs:
@@ -78,6 +82,8 @@ def bundle_arrays(outputs: Sequence[SequenceOutput], load: EngineLoad) -> dict[s
     arrays["request_ids"] = texts([output.request_id for output in outputs])
     arrays["token_counts"] = np.array([len(output.token_ids) for output in outputs], np.int32)
     arrays["token_ids"] = np.array([token for output in outputs for token in output.token_ids], np.int32)
+    if any(output.cached_token_count for output in outputs):
+        arrays["cached_token_counts"] = np.array([output.cached_token_count for output in outputs], np.int32)
     if any(output.finish_reason for output in outputs):
         arrays["finish_reasons"] = texts([output.finish_reason for output in outputs])
     if any(output.error_reason for output in outputs):
@@ -105,7 +111,7 @@ def error_text(reason: str, message: str) -> str:
 
 
 def load_array(load: EngineLoad) -> np.ndarray:
-    """[8] int32: running, waiting, their bounds, free and all blocks, tokens a block, preemptions."""
+    """[9] int32: running, waiting, bounds of both, free and all blocks, tokens a block, preemptions, reuse."""
     return np.array(
         [
             load.running,
@@ -116,6 +122,7 @@ def load_array(load: EngineLoad) -> np.ndarray:
             load.total_block_count,
             load.block_token_count,
             load.preemption_count,
+            load.reuses_prefixes,
         ],
         np.int32,
     )

@@ -74,7 +74,7 @@ class Batcher:
         self.max_waiting = max_waiting
         self.step_token_budget = step_token_budget
         self.preemption_count = 0
-        self.reused_token_total = 0
+        self.cached_token_total = 0
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
@@ -245,9 +245,9 @@ class Batcher:
         sequence.block_ids += known
         if known:
             sequence.computed_token_count = len(known) * self.pool.block_token_count
-        if sequence.reused_token_count is None:
-            sequence.reused_token_count = sequence.computed_token_count
-            self.reused_token_total += sequence.computed_token_count
+        if sequence.cached_token_count is None:
+            sequence.cached_token_count = sequence.computed_token_count
+            self.cached_token_total += sequence.computed_token_count
 
     def _make_known(self, work: StepWork) -> None:
         """Let the blocks be found that a step has filled."""

@@ -129,6 +129,10 @@ def from_q8_0(raw: np.ndarray) -> Blocks:
     return Blocks(torch.from_numpy(digits), _halves(blocks, 0), None)
 
 
+GGUF_BLOCKS = {"Q4_0": from_q4_0, "Q4_1": from_q4_1, "Q8_0": from_q8_0}
+"""What reads which of GGUF's kinds, by its name there."""
+
+
 def _grouped(raw: np.ndarray, byte_count: int) -> np.ndarray:
     return raw.reshape(len(raw), -1, byte_count)
 

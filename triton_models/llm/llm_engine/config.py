@@ -41,8 +41,8 @@ class EngineConfig:
     thread_count: int = 1
     """Threads that torch uses in a rank's process; it is set for the whole process."""
     prefix_reuse: bool = True
-    """Prompts that begin alike, of the same `cache_salt`, share the keys and values of whole blocks; what nobody uses any
-    more is kept until its place is wanted."""
+    """Prompts that begin alike, of the same `cache_salt`, share the keys and values of whole blocks; what nobody uses
+    any more is kept until its place is wanted."""
     cpu_kernels: bool = True
     """On a CPU: compute by kernels that are built at the first start with the machine's C compiler, several times
     quicker for a few sequences. Without a compiler torch computes, as it does where this is off."""

@@ -154,7 +154,8 @@ class Engine:
             step_count=self._step_count,
             preemption_count=self._batcher.preemption_count,
             prompt_token_total=self._prompt_token_total,
-            reused_token_total=self._batcher.reused_token_total,
+            cached_token_total=self._batcher.cached_token_total,
+            reuses_prefixes=self.config.prefix_reuse,
             known_block_count=pool.known_count,
             generated_token_total=self._generated_token_total,
             step_seconds_last=self._step_seconds_last,
@@ -187,7 +188,7 @@ class Engine:
             finish_reason=finish_reason,
             prompt_token_count=sequence.prompt_token_count,
             output_token_count=sequence.output_token_count,
-            reused_token_count=sequence.reused_token_count or 0,
+            cached_token_count=sequence.cached_token_count or 0,
         )
 
     def _fail(self, sequence: Sequence, reason: str, fault: str) -> SequenceOutput:

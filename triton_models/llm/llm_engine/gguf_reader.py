@@ -1,4 +1,4 @@
-"""Reads a GGUF file: its metadata, and its tensors, in blocks as they are or dequantised to fp32.
+"""Reads a GGUF file: its metadata, and its tensors, as they are or dequantised to fp32.
 
 Owns the header's layout (the GGUF specification, versions 2 and 3, of the ggml project); the block
 formats of quantised tensors are left to the `gguf` package. Invariants: nothing is read past the
@@ -18,7 +18,6 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from .blocks import Blocks, from_q4_0, from_q4_1, from_q8_0
 from .errors import ModelLoadError
 
 _MAGIC = b"GGUF"
@@ -27,11 +26,6 @@ _SCALAR_FORMATS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_BLOCK_READERS = {
-    GGMLQuantizationType.Q4_0: from_q4_0,
-    GGMLQuantizationType.Q4_1: from_q4_1,
-    GGMLQuantizationType.Q8_0: from_q8_0,
-}
 _DIMENSION_BOUND = 4
 
 
@@ -74,14 +68,11 @@ class GgufFile:
         except NotImplementedError as error:
             raise self._bad(f"tensor {name} is {entry.quantization.name}: not supported") from error
 
-    def blocks(self, name: str) -> Blocks | None:
-        """The tensor's own blocks; None where it is no matrix of Q4_0, Q4_1 or Q8_0."""
-        entry = self.tensors[name]
-        read = _BLOCK_READERS.get(entry.quantization)
-        return read(self._rows(entry)) if read is not None and len(entry.shape) == 2 else None
+    def raw_rows(self, name: str) -> np.ndarray:
+        """The tensor as it lies in the file, [rows, bytes] uint8."""
+        return self._rows(self.tensors[name])
 
     def _rows(self, entry: TensorEntry) -> np.ndarray:
-        """[rows, bytes] uint8"""
         raw = np.frombuffer(self._bytes, np.uint8, entry.byte_count, entry.offset)
         block_size, block_bytes = GGML_QUANT_SIZES[entry.quantization]
         return raw.reshape(-1, entry.shape[-1] // block_size * block_bytes)

@@ -76,7 +76,7 @@ class SequenceOutput:
     prompt_token_count: int = 0
     output_token_count: int = 0
     """All output so far, that of an earlier run of a resumed request included."""
-    reused_token_count: int = 0
+    cached_token_count: int = 0
     """Tokens, first of the prompt, whose keys and values were there already when it was admitted."""
 
 
@@ -120,7 +120,8 @@ class EngineLoad:
     generated_token_total: int
     step_seconds_last: float
     step_token_count_last: int
-    reused_token_total: int = 0
+    cached_token_total: int = 0
     """Tokens whose keys and values were there already when their sequences were first admitted."""
+    reuses_prefixes: bool = False
     known_block_count: int = 0
     """Blocks that another prompt could begin with, in use or free."""

@@ -25,7 +25,7 @@ class Sequence:
     stop_token_ids: frozenset[int]
     computed_token_count: int = 0
     block_ids: list[int] = field(default_factory=list)
-    reused_token_count: int | None = None
+    cached_token_count: int | None = None
     """Tokens whose keys and values were there when it was first admitted; None before."""
     _block_keys: list[bytes] = field(default_factory=list)
 

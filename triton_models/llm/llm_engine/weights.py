@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from . import architecture as architectures
 from .architecture import Architecture
-from .blocks import Blocks, joined, rounded, unnamed
+from .blocks import GGUF_BLOCKS, Blocks, joined, rounded, unnamed
 from .division import Division, division
 from .errors import ModelLoadError
 from .fp8 import SCALE_ENDING, Fp8, read_fp8
@@ -232,8 +232,15 @@ def _gguf_source(file: GgufFile) -> _Source:
         lambda name, slices: torch.from_numpy(file.tensor(name))[slices],
         tied="output.weight" not in shapes,
         name_of=_gguf_name,
-        blocks=file.blocks,
+        blocks=lambda name: _gguf_blocks(file, name),
     )
+
+
+def _gguf_blocks(file: GgufFile, name: str) -> Blocks | None:
+    """A tensor's own blocks; None where it is no matrix of a kind that is read in blocks."""
+    entry = file.tensors[name]
+    read = GGUF_BLOCKS.get(entry.quantization.name)
+    return read(file.raw_rows(name)) if read is not None and len(entry.shape) == 2 else None
 
 
 def _opened_folder(folder: Path) -> tuple[_Source, Architecture]:

@@ -64,12 +64,14 @@ class Pipeline:
         expectations: Expectations,
         anomalies: Anomalies,
         lite: Lite,
+        heeds_prefixes: Callable[[], bool],
         clock: Callable[[], float],
         unix_seconds: Callable[[], float] = time.time,
     ) -> None:
         self._unix_seconds = unix_seconds
         self._anomalies = anomalies
         self._lite = lite
+        self._heeds_prefixes = heeds_prefixes
         self._settings = settings
         self._shedder = shedder
         self._limits = limits
@@ -197,7 +199,7 @@ class Pipeline:
         request.service_class = request.named_class or _service_class(prepared)
         request.answer_key = prepared.answer_key
         request.model, request.is_portable = prepared.model, prepared.is_portable
-        if self._settings.prefix_weight:
+        if self._heeds_prefixes():
             request.block_hashes = tuple(prepared.block_hashes[: self._settings.prefix_block_limit])
         if prepared.HasField("tokens"):
             # A copy, for a part of a message keeps the whole of it, and the hashes of a long prompt are many.

@@ -64,6 +64,13 @@ class Placer:
         self._prefixes = PrefixMemory(prefix_memory_blocks if weights.prefix else 0)
         self._dispatch_count = 0
 
+    @property
+    def heeds_prefixes(self) -> bool:
+        """Whether it matters where a prompt's beginning is: some replica reuses what it computed."""
+        return bool(self.weights.prefix) and any(
+            replica.load is not None and replica.load.reuses_prefixes for replica in self._table
+        )
+
     def can_place(self, now: float, *, urgent: bool = False) -> bool:
         """Whether a request could be placed now, but for the prompts that are being computed."""
         if not self._table.has_credit(now, urgent=urgent):

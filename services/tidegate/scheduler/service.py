@@ -164,6 +164,7 @@ class SchedulerService:
             expectations=self.expectations,
             anomalies=self.anomalies,
             lite=self.lite,
+            heeds_prefixes=lambda: self.dispatcher.placer.heeds_prefixes,
             clock=clock,
         )
         self.snapshots = Snapshots(

@@ -72,3 +72,10 @@ def test_scales_of_no_weight_and_scales_that_config_does_not_announce_are_refuse
         load_checkpoint(make_folder({"quantization_config": FP8}, scales), dtype="fp32", cache_dir=None)
     with pytest.raises(ModelLoadError, match=r"weight_scale_inv is not supported"):
         load_checkpoint(make_folder({}, scales), dtype="fp32", cache_dir=None)
+
+
+def test_a_weight_in_eight_bits_without_its_scale_is_refused(make_folder, tiny_tensors):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    folder = make_folder({"quantization_config": FP8}, {name: stored(tiny_tensors[name])[0]})
+    with pytest.raises(ModelLoadError, match=rf"{name} has type F8_E4M3, expected F64 or F32 or F16 or BF16"):
+        load_checkpoint(folder, dtype="fp32", cache_dir=None)

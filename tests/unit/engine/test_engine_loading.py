@@ -223,6 +223,26 @@ def test_a_context_stretched_by_yarn_is_the_longer_of_what_the_files_call_so(mak
         assert load(folder).architecture.context_token_count == expected
 
 
+def test_weights_that_are_no_plain_floats_are_refused(make_folder, tiny_tensors):
+    name = "model.layers.0.mlp.up_proj.weight"
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        message = refusal_of_part(make_folder(tensors={name: tiny_tensors[name].to(dtype)}))
+        assert name in message and "expected F64 or F32 or F16 or BF16" in message
+
+
+def test_a_tensor_in_two_files_is_refused(make_folder, tiny_tensors):
+    folder = make_folder()
+    save_file({"lm_head.weight": tiny_tensors["lm_head.weight"] * 2}, folder / "older.safetensors")
+    assert "older.safetensors: tensor lm_head.weight is in another file" in refusal_of_part(folder)
+
+
+@pytest.mark.parametrize("places", [None, {}, {"lm_head.weight": 5}, ["model.safetensors"]])
+def test_an_index_that_is_no_table_is_refused(make_folder, places):
+    folder = make_folder()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert "weight_map" in refusal_of_part(folder)
+
+
 def test_damaged_folders_are_refused_by_file(make_folder, tmp_path):
     assert "nowhere" in refusal_of_part(tmp_path / "nowhere")
     folder = make_folder(tensors={"lm_head.weight": None})

@@ -31,6 +31,8 @@ from .layouts import Fused, Part, RopeRows, fused_tensors
 CACHE_VERSION = 2
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.float32}
 """In which tensors are held; with int8, those that are not rounded."""
+# What a safetensors file's numbers may be; those of other types would be quantised, with scales beside them.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 _log = logging.getLogger("llm_engine.weights")
 
@@ -262,16 +264,23 @@ def _opened_folder(folder: Path) -> tuple[_Source, Architecture]:
 def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 | None) -> _Source:
     # A tied model may carry a copy of its embedding under the head's name; it is left unread.
     head = "lm_head.weight"
-    files, shapes = {}, {}
+    files, shapes, types = {}, {}, {}
     for path in _weight_files(folder):
         file = _open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 (it is no dict)
-            files[name], shapes[name] = file, tuple(file.get_slice(name).get_shape())
+            entry = file.get_slice(name)
+            if name in files:
+                raise ModelLoadError(f"{path}: tensor {name} is in another file of the folder too")
+            files[name], shapes[name], types[name] = file, tuple(entry.get_shape()), entry.get_dtype()
     if not tied and head not in shapes:
         raise ModelLoadError(f"{folder}: tensor {head} is missing, and tie_word_embeddings is not set")
     beyond = tuple(f"model.layers.{layer}." for layer in unused_layers)
     stale = {name for name in shapes if name.endswith(".rotary_emb.inv_freq") or name.startswith(beyond)}
     scales = {} if fp8 is None else _scale_names(folder, shapes, fp8)
+    for name in shapes.keys() - stale:
+        expected = ("F8_E4M3",) if name in scales else _FLOATS
+        if types[name] not in expected:
+            raise ModelLoadError(f"{folder}: tensor {name} has type {types[name]}, expected {' or '.join(expected)}")
 
     def read(name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         stored = files[name].get_slice(name)[slices]
@@ -304,8 +313,8 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         places = _json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise ModelLoadError(f"{index}: field weight_map is missing or empty")
+        if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+            raise ModelLoadError(f"{index}: field weight_map is not a table of tensors and their files")
         return [folder / Path(name).name for name in sorted(set(places.values()))]
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -547,3 +547,26 @@ def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(seed):
     assert accepted and ended == accepted
     assert subject.pool.taken_count == 0
     assert reused > 0
+
+
+def test_prompts_beside_decodes_are_cut_to_their_bound_and_alone_they_are_not():
+    subject = batcher(blocks=64, budget=20)
+    subject.add(sequence("a", 4))
+    carry_out(subject, subject.plan(5))
+    subject.add(sequence("b", 30, arrival=1))
+    subject.add(sequence("c", 3, arrival=2))
+    assert told(subject, subject.plan(5)).startswith("a[4:5] b[0:5] ")
+    subject.remove("a")
+    assert told(subject, subject.plan(5)).startswith("b[0:20] ")
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+def test_several_prompts_share_the_bound(bound):
+    subject = batcher(blocks=64, budget=20)
+    subject.add(sequence("a", 4))
+    carry_out(subject, subject.plan())
+    for index in range(3):
+        subject.add(sequence(f"b{index}", 2, arrival=index + 1))
+    plan = subject.plan(bound)
+    assert sum(work.count for work in plan.work if work.sequence.request_id != "a") <= bound
+    assert len(plan.work) > 1

@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--tensor-parallel-size", type=int, default=1)
         command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)
         command.add_argument("--step-token-budget", type=int, default=128)
+        command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
+        command.add_argument("--step-stretch", type=float, default=2.0)
         command.add_argument("--max-sequences", type=int, default=32)
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
@@ -82,6 +84,8 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         tensor_parallel_size=options.tensor_parallel_size,
         kv_cache_bytes=options.kv_cache_bytes,
         step_token_budget=options.step_token_budget,
+        prefix_reuse=options.prefix_reuse,
+        step_stretch=options.step_stretch,
         max_sequences=options.max_sequences,
         max_waiting=1_000_000,
     )

@@ -16,9 +16,10 @@ randomness; the same calls give the same plans. Invariants, between calls:
 - blocks that are needed and not free come from the least urgent paused sequence first, then, to let a
   running one grow, from the least urgent running one; whoever gives up blocks gives up all, and is
   computed again, which loses no token that is known;
-- a plan never exceeds the step's token budget, and every running sequence whose prompt is computed
-  gets its token in every step (decodes first, prompts in chunks in what is left: Sarathi-Serve,
-  Agrawal et al., OSDI 2024; sequences join and leave between steps: Orca, Yu et al., OSDI 2022).
+- a plan never exceeds the step's token budget, nor, where something decodes, the bound on tokens of
+  prompts; and every running sequence whose prompt is computed gets its token in every step (decodes
+  first, prompts in chunks in what is left: Sarathi-Serve, Agrawal et al., OSDI 2024; sequences join and
+  leave between steps: Orca, Yu et al., OSDI 2022).
 """
 
 from bisect import insort
@@ -73,6 +74,7 @@ class Batcher:
         self.max_sequences = max_sequences
         self.max_waiting = max_waiting
         self.step_token_budget = step_token_budget
+        self._prompt_token_bound: int | None = None
         self.preemption_count = 0
         self.cached_token_total = 0
         self._running: list[Sequence] = []
@@ -130,9 +132,19 @@ class Batcher:
         self.pool.forget(sequence.block_ids)
         return [block for block in sequence.block_ids if not self.pool.is_shared(block)]
 
-    def plan(self) -> StepPlan:
-        """Choose the next step's work; blocks are taken here, so the plan can be carried out."""
+    @property
+    def decode_count(self) -> int:
+        """Running sequences that get a token in the next step, whatever else is in it."""
+        return sum(map(_decodes, self._running))
+
+    def plan(self, prompt_token_bound: int | None = None) -> StepPlan:
+        """Choose the next step's work; blocks are taken here, so the plan can be carried out.
+
+        Args:
+            prompt_token_bound: tokens of prompts at most, where a running sequence decodes.
+        """
         preempted = self._extend_running()
+        self._prompt_token_bound = prompt_token_bound if self.decode_count else None
         prefills: list[StepWork] = []
         begun = [sequence for sequence in self._running if not _decodes(sequence)]
         while True:
@@ -176,7 +188,9 @@ class Batcher:
 
     def _budget(self, prefills: list[StepWork]) -> int:
         """Tokens that the step can still compute, beside the decodes and what is planned of prompts."""
-        return self.step_token_budget - sum(map(_decodes, self._running)) - sum(work.count for work in prefills)
+        planned = sum(work.count for work in prefills)
+        left = self.step_token_budget - self.decode_count - planned
+        return left if self._prompt_token_bound is None else min(left, self._prompt_token_bound - planned)
 
     def _next_admissible(self, begun: list[Sequence], budget: int) -> Sequence | None:
         """The first that waits, where it can run in this step and no begun prompt comes before it."""

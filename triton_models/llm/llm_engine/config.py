@@ -38,6 +38,9 @@ class EngineConfig:
     step_token_budget: int = 128
     """Tokens computed in one step; it bounds how long a prompt can stall the running decodes. The default suits a
     CPU, where a step of 128 tokens takes a few tenths of a second; a GPU fills up at 2,048 and more."""
+    step_stretch: float = 2.0
+    """How many times as long as its decodes alone a step with prompts may take, so that running answers keep their pace
+    while long prompts arrive; 0 is without bound, but for `step_token_budget`."""
     thread_count: int = 1
     """Threads that torch uses in a rank's process; it is set for the whole process."""
     prefix_reuse: bool = True
@@ -68,6 +71,8 @@ class EngineConfig:
                 continue
             if type(value) is not int or not least <= value <= most:
                 yield f"{name} is {value!r}, expected an integer from {least} to {most}"
+        if not (self.step_stretch == 0 or 1 < self.step_stretch <= _MOST_STRETCH):
+            yield f"step_stretch is {self.step_stretch!r}, expected 0 (no bound), or more than 1, to {_MOST_STRETCH:g}"
         if not self._budget_holds_every_decode():
             yield (
                 f"step_token_budget is {self.step_token_budget}, expected at least max_sequences"
@@ -79,6 +84,7 @@ class EngineConfig:
         return not all(type(value) is int for value in both) or both[0] >= both[1]
 
 
+_MOST_STRETCH = 1000.0
 _BOUNDS = (
     ("max_sequences", 1, 4096),
     ("max_waiting", 0, 1_000_000),

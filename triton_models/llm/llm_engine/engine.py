@@ -26,6 +26,7 @@ from .errors import (
 )
 from .json_grammar import JsonGrammars, JsonMatcher, checked_schema
 from .layouts import parameter_count
+from .pacing import StepPacer
 from .rank import LoadedRank, Rank
 from .ranks import Alone
 from .request import EngineLoad, ModelInfo, SequenceOutput, SequenceRequest
@@ -56,6 +57,7 @@ class Engine:
         )
         self._grammars: JsonGrammars | ModelLoadError = _grammars(config, self.model_info)
         self._matchers: dict[str, JsonMatcher] = {}
+        self._pacer = StepPacer(config.step_stretch)
         self._arrival_count = 0
         self._step_count = 0
         self._prompt_token_total = 0
@@ -77,7 +79,7 @@ class Engine:
         if not self.has_work:
             return []
         started = self._clock()
-        plan = self._batcher.plan()
+        plan = self._batcher.plan(self._pacer.prompt_token_bound(self._batcher.decode_count))
         step = self._rank.lay_out(row_works(plan))
         prompts = [work.sequence.request_id for work in plan.work if work.count > 1]
         # Given up, a step has only written keys and values that the next one writes again.
@@ -91,6 +93,7 @@ class Engine:
         self._count(plan)
         outputs = [self._advance(*pair) for pair in zip(sequences, sampled, strict=True)]
         self._step_seconds_last = self._clock() - started
+        self._pacer.observe(*_decodes_and_prompt_tokens(plan), self._step_seconds_last)
         return outputs
 
     def add(self, request: SequenceRequest) -> None:
@@ -238,6 +241,12 @@ def _ranks(config: EngineConfig) -> "tuple[LoadedRank, Rank | RankGroup]":
 
     group = RankGroup(config)
     return group.loaded, group
+
+
+def _decodes_and_prompt_tokens(plan: StepPlan) -> tuple[int, int]:
+    """How many sequences of a plan decode, and how many tokens the others compute."""
+    prompts = [work.count for work in plan.work if work.count > 1]
+    return len(plan.work) - len(prompts), sum(prompts)
 
 
 def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:

@@ -5,8 +5,9 @@ plus so much for each token of a prompt; both are followed as they change. Invar
 LEAST_TOKENS a step; where nothing decodes, or nothing is known yet, a step has no bound of this kind.
 """
 
-LEAST_TOKENS = 8
-"""Fewer cost nearly as much, since the weights are read all the same."""
+LEAST_TOKENS = 32
+"""While few sequences decode, a step is short, and a bound that followed it alone would leave prompts that wait for a
+slot half of the time to those few."""
 _WEIGHT_OF_NEW = 0.2
 
 
@@ -39,8 +40,7 @@ class StepPacer:
             beside = min(self._seconds_of_decodes, seconds)
         else:
             return
-        # A few tokens cost what LEAST_TOKENS do.
-        each = (seconds - beside) / max(prompt_token_count, LEAST_TOKENS)
+        each = (seconds - beside) / prompt_token_count
         self._seconds_of_prompt_token = _moved(self._seconds_of_prompt_token, each)
 
 

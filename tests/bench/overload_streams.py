@@ -40,6 +40,9 @@ COME_PER_SECOND: Final = 300.0
 """More than can be looked at would be refused, and what is measured is how many can wait."""
 
 LOOK_EVERY: Final = 100
+LOOK_TRIES: Final = 5
+"""A connection that is not there within a tenth of a second fails, and on a busy machine that is so now and then."""
+
 MOST_SENT_SHARE: Final = 1.3
 """Of those that are to wait: some leave meanwhile."""
 
@@ -187,7 +190,14 @@ async def _memory(mesh: RunningMesh, seconds: float) -> dict[str, int]:
 
 
 async def _waiting(mesh: RunningMesh) -> int:
-    snapshot = await probes.snapshot(mesh.address("scheduler"), 30)
+    for tries_left in reversed(range(LOOK_TRIES)):
+        try:
+            snapshot = await probes.snapshot(mesh.address("scheduler"), 30)
+            break
+        except grpc.aio.AioRpcError as error:
+            if not tries_left or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            await asyncio.sleep(0.5)
     return sum(lane.waiting_request_count for lane in snapshot.lanes)
 
 

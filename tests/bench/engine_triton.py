@@ -51,7 +51,8 @@ async def running_triton(folder: Path, settings: dict[str, object]) -> AsyncIter
         instance_name=f"bench{os.getpid()}",
         engine_environment={
             f"TIDEGATE_ENGINE_{name.upper()}": str(value)
-            for name, value in {"cache_dir": CACHE_FOLDER, **settings}.items()
+            # The same prompts come in every round, and each is to be computed.
+            for name, value in {"cache_dir": CACHE_FOLDER, "prefix_reuse": "false", **settings}.items()
         },
     )
     command, environment = triton_command(server)

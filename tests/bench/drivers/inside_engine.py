@@ -152,6 +152,7 @@ def _engine(options: argparse.Namespace, **settings: int) -> Engine:
             dtype=options.dtype,
             thread_count=options.threads,
             max_waiting=1000,
+            prefix_reuse=False,
             **given,
         )
     )

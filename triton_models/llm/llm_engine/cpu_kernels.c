@@ -335,6 +335,12 @@ void tidegate_rms_norm(
     for (int64_t row = 0; row < rows; row++) norm_row(x + row * stride, weight, epsilon, out + row * size, size);
 }
 
+/* The larger of each lane; of the first one's, what is not a number stays so. */
+INLINE Floats larger(Floats x, Floats y) {
+    Ints other = (Ints)(x <= y);
+    return (Floats)(((Ints)x & ~other) | ((Ints)y & other));
+}
+
 /* The larger of each lane and a bound; what is not a number stays so. */
 INLINE Floats at_least(Floats x, float bound) {
     Ints below = (Ints)(x < bound);
@@ -412,6 +418,8 @@ INLINE Floats cached(int is_bf16, const void *cache, int64_t offset) {
 
 #define SPLIT 256 /* tokens of a context that one thread takes at a time */
 #define QUERIES 4 /* heads that share what is read of a key or value */
+#define HELD 4    /* vectors of a query that stay in registers */
+#define AHEAD 8   /* tokens for which keys and values are asked for before they are needed */
 #define WIDE 4    /* vectors of a value that are summed in registers */
 
 /* The totals of LANES vectors, one in each lane. `sums` is overwritten. */
@@ -446,18 +454,33 @@ INLINE Floats totals(Floats sums[LANES]) {
     return sums[0];
 }
 
-/* Scores of the tokens at `count` offsets, which are whole LANES, for `queries` heads: [QUERIES][SPLIT]. */
+/* Scores of the tokens at `count` offsets, which are filled up to whole LANES, for `queries` heads: [QUERIES][SPLIT]. A
+ * key is `parts` vectors; of HELD ones the queries stay in registers. Keys and values, `shift` behind them, lie too far
+ * apart for the processor to see what comes next, so they are asked for ahead.
+ */
 INLINE void score(
-    int is_bf16, int queries, const void *cache, const int64_t *offsets, int64_t count, int64_t key_size,
+    int is_bf16, int queries, int64_t parts, int64_t shift, const void *cache, const int64_t *offsets, int64_t count, int64_t key_size,
     const float *query, float scale, float (*scores)[SPLIT]
 ) {
+    Floats held[QUERIES][HELD];
+    if (parts == HELD)
+        for (int q = 0; q < queries; q++)
+            for (int part = 0; part < HELD; part++) held[q][part] = load(query + q * key_size + part * LANES);
     for (int64_t first = 0; first < count; first += LANES) {
         Floats sums[QUERIES][LANES];
         for (int token = 0; token < LANES; token++) {
             Floats of_token[QUERIES] = {{0}};
-            for (int64_t index = 0; index < key_size; index += LANES) {
-                Floats key = cached(is_bf16, cache, offsets[first + token] + index);
-                for (int q = 0; q < queries; q++) of_token[q] += key * load(query + q * key_size + index);
+            int64_t offset = offsets[first + token];
+            if (first + token + AHEAD < count) {
+                const char *ahead = (const char *)cache + offsets[first + token + AHEAD] * (is_bf16 ? 2 : 4);
+                for (int line = 0; line < HELD; line++) __builtin_prefetch(ahead + line * 64);
+                ahead += shift * (is_bf16 ? 2 : 4);
+                for (int line = 0; line < HELD; line++) __builtin_prefetch(ahead + line * 64, 0, 2);
+            }
+            for (int64_t part = 0; part < parts; part++) {
+                Floats key = cached(is_bf16, cache, offset + part * LANES);
+                for (int q = 0; q < queries; q++)
+                    of_token[q] += key * (parts == HELD ? held[q][part] : load(query + q * key_size + part * LANES));
             }
             for (int q = 0; q < queries; q++) sums[q][token] = of_token[q];
         }
@@ -468,9 +491,15 @@ INLINE void score(
 /* Weights from scores, in place; gives the largest score, of those `before` too, and the sum of the weights. */
 INLINE void soften(float *scores, int64_t count, float before, float *largest, float *sum) {
     float most = before;
-    for (int64_t token = 0; token < count; token++) most = scores[token] <= most ? most : scores[token];
-    Floats sums = {0};
     int64_t token = 0;
+    if (count >= LANES) {
+        Floats each = load(scores);
+        for (token = LANES; token + LANES <= count; token += LANES) each = larger(load(scores + token), each);
+        for (int lane = 0; lane < LANES; lane++) most = each[lane] <= most ? most : each[lane];
+    }
+    for (; token < count; token++) most = scores[token] <= most ? most : scores[token];
+    Floats sums = {0};
+    token = 0;
     for (; token + LANES <= count; token += LANES) {
         Floats weights = exponential(load(scores + token) - most);
         store(scores + token, weights);
@@ -508,7 +537,8 @@ INLINE void attend_split(
     int64_t key_size, int64_t value_size, const float *query, float scale, float *partial
 ) {
     float scores[QUERIES][SPLIT];
-    score(is_bf16, queries, cache, offsets, count, key_size, query, scale, scores);
+    if (key_size == HELD * LANES) score(is_bf16, queries, HELD, shift, cache, offsets, count, key_size, query, scale, scores);
+    else score(is_bf16, queries, key_size / LANES, shift, cache, offsets, count, key_size, query, scale, scores);
     for (int q = 0; q < queries; q++)
         soften(scores[q], count, -INFINITY, partial + q * (value_size + 2), partial + q * (value_size + 2) + 1);
     float *out = partial + 2;

@@ -5,10 +5,10 @@ plus so much for each token of a prompt; both are followed as they change. Invar
 LEAST_TOKENS a step; where nothing decodes, or nothing is known yet, a step has no bound of this kind.
 """
 
-LEAST_TOKENS = 32
+LEAST_TOKENS = 16
 """While few sequences decode, a step is short, and a bound that followed it alone would leave prompts that wait for a
 slot half of the time to those few."""
-_WEIGHT_OF_NEW = 0.2
+_WEIGHT_OF_NEW = 0.4
 
 
 class StepPacer:

@@ -77,7 +77,10 @@ class SampledToken:
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Sample logits [row_count, vocabulary_size] fp32, which are left as they are."""
     # A sum is finite only if all its terms are; one pass, and no mask of the vocabulary's size.
-    finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float64))
+    finite = torch.isfinite(logits.sum(dim=-1))
+    if not finite.all():
+        # That of finite terms may be too large for fp32.
+        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float64))
     if not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
     tokens = _chosen(_penalised(_biased(_allowed(logits, rows), rows), rows), rows)
@@ -90,7 +93,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
 
 def _chosen(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """The next tokens, [row_count] int64."""
-    tokens = logits.argmax(dim=-1)
+    # The same as argmax, and several times quicker on a CPU.
+    tokens = logits.max(dim=-1).indices
     drawn = _where(rows, lambda row: not row.greedy)
     if drawn:
         chosen = [rows[index] for index in drawn]

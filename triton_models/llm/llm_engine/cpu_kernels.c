@@ -104,7 +104,7 @@ INLINE Tile tile_at(int packing, const void *weights, const uint16_t *scales, in
     };
 }
 
-/* The weights that TILE outputs give to input `input` of a group, of one half of the tile. */
+/* What LANES outputs give to one input: the `place`-th of those in their words. */
 INLINE Floats unpacked(int packing, Words words, int place, Floats scale, Floats offset) {
     if (packing == FOUR_BITS) {
 #if defined(__AVX512F__)

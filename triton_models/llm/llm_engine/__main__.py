@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)
         command.add_argument("--step-token-budget", type=int, default=128)
         command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
-        command.add_argument("--step-stretch", type=float, default=1.75)
+        command.add_argument("--step-stretch", type=float, default=1.6)
         command.add_argument("--max-sequences", type=int, default=32)
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser

@@ -38,10 +38,10 @@ class EngineConfig:
     step_token_budget: int = 128
     """Tokens computed in one step; it bounds how long a prompt can stall the running decodes. The default suits a
     CPU, where a step of 128 tokens takes a few tenths of a second; a GPU fills up at 2,048 and more."""
-    step_stretch: float = 1.75
-    """How many times as long as the decodes alone of a batch of half of `max_sequences` and more a step with prompts may
-    take, so that running answers keep their pace while long prompts arrive; 0 leaves it to `step_token_budget`, as it
-    is until such a batch was seen."""
+    step_stretch: float = 1.6
+    """How many times as long as the decodes alone of a wide batch a step with prompts may take, so that running answers
+    keep their pace while long prompts arrive; half of `max_sequences` and more is wide. 0 leaves it to
+    `step_token_budget`, as it is until such a batch was seen."""
     thread_count: int = 1
     """Threads that torch uses in a rank's process; it is set for the whole process."""
     prefix_reuse: bool = True

@@ -182,8 +182,9 @@ async def test_large_and_small_bodies_mixed_are_all_answered_past_the_window(
 
 async def test_a_small_prompt_does_not_wait_for_a_large_one(stub: Any) -> None:
     call = stub.Prepare(timeout=TIMEOUT_SECONDS)
+    # So large that the small one is sent long before they are done; that they do not fit is told only then.
     for number in range(4):
-        await call.write(prepare_request({"prompt": LONG_TEXT}, COMPLETION, request_id=f"large{number}"))
+        await call.write(prepare_request({"prompt": LONG_TEXT * 20}, COMPLETION, request_id=f"large{number}"))
     await call.write(prepare_request({"prompt": "short"}, COMPLETION, request_id="small"))
     await call.done_writing()
     order = [response.request_id async for response in call]

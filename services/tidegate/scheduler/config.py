@@ -179,7 +179,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     queue_weight: Annotated[float, Meta(ge=0, le=1)] = 0.4
     """What the replica's own queue counts in its score."""
 
-    prefix_weight: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    prefix_weight: Annotated[float, Meta(ge=0, le=1)] = 1.0
     """What the part of a prompt counts that a replica does not hold and another does. It acts only on replicas that say
     that they reuse prefixes."""
 

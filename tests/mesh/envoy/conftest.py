@@ -286,7 +286,9 @@ class Mesh:
         return int(lines.get(name, "0"))
 
     def access_log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.access_log_path.read_text().splitlines()]
+        # Envoy may be in the middle of the last line.
+        whole, _, _ = self.access_log_path.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 @contextlib.asynccontextmanager

@@ -20,6 +20,10 @@ SMALLEST_SPREAD_SHARE: Final = 0.25
 """Candidates nearer to each other than this share of the worst are told apart in proportion only: without it,
 min-max normalization would make a difference of one per cent, which is noise, as large as one of ten times."""
 
+SMALLEST_QUEUE_SPREAD: Final = 0.25
+"""Of the slots. One request more on an engine of 32 says little: where it is the only one, as often as not it has
+ended and its replica has not said so yet."""
+
 
 class Policy(enum.Enum):
     """How candidates are ordered."""
@@ -65,7 +69,7 @@ def scores(
         prefix_shares: how much of the prompt each probably holds, 0 to 1; empty: nothing is known.
     """
     latencies = _normalized([_latency_seconds(replica, answer_token_count) for replica in replicas])
-    queues = _normalized([_queue_share(replica) for replica in replicas])
+    queues = _normalized([_queue_share(replica) for replica in replicas], SMALLEST_QUEUE_SPREAD)
     missing = _missing(replicas, prefix_shares) if weights.prefix and prefix_shares else [0.0] * len(replicas)
     return [
         weights.latency * latency + weights.queue * queue + weights.prefix * absent
@@ -136,9 +140,9 @@ def _missing(replicas: Sequence[Replica], prefix_shares: Sequence[float]) -> lis
     return [most - share for share in reused]
 
 
-def _normalized(values: Sequence[float]) -> list[float]:
+def _normalized(values: Sequence[float], smallest_spread: float = 0.0) -> list[float]:
     lowest, highest = min(values, default=0.0), max(values, default=0.0)
-    spread = max(highest - lowest, highest * SMALLEST_SPREAD_SHARE)
+    spread = max(highest - lowest, highest * SMALLEST_SPREAD_SHARE, smallest_spread)
     if spread <= 0:
         return [0.0] * len(values)
     return [(value - lowest) / spread for value in values]

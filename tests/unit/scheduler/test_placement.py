@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tidegate.scheduler.credits import CreditBook
@@ -78,3 +80,12 @@ def test_the_best_with_a_credit_is_chosen():
 def test_scores_of_no_and_of_one_replica():
     assert scores([], WEIGHTS, 1) == []
     assert scores([replica("only", ttft=5, running=3)], WEIGHTS, 1) == [0.0]
+
+
+def test_a_known_prompt_outweighs_quicker_tokens_and_one_request_that_has_perhaps_ended():
+    knowing, quick = replica("knowing", ttft=1, running=1, slots=32), replica("quick", ttft=0.1, slots=32)
+    for each in (knowing, quick):
+        each.load = dataclasses.replace(each.load, reuses_prefixes=True)
+    weights = dataclasses.replace(WEIGHTS, prefix=1.0)
+    assert names(order([quick, knowing], weights, 10, prefix_shares=[0.0, 0.75])) == ["knowing", "quick"]
+    assert names(order([quick, knowing], weights, 10, prefix_shares=[0.0, 0.5])) == ["quick", "knowing"]

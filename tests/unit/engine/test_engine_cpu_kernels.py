@@ -10,7 +10,8 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from llm_engine import cpu_kernels
 from llm_engine.blocks import Blocks, rounded
-from llm_engine.cpu_kernels import load_kernels
+from llm_engine.cpu_kernels import Narrowness, load_kernels
+from llm_engine.rowwise import Norm, SwiGlu
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,49 @@ def test_products_are_those_of_torch(kernels, kind, outputs, inputs):
         found = kernels.linear(packed, rows)
         assert found.shape == (count, outputs)
         assert (found - expected).abs().max() < 2e-6 * inputs
-        bias = random(outputs, seed=9)
-        assert torch.equal(kernels.linear(packed, rows, bias), found + bias)
+        bias, before = random(outputs, seed=9), random(count, outputs, seed=10)
+        assert torch.equal(kernels.linear(kernels.pack(weight, bias), rows), found + bias)
+        onto = before.clone()
+        assert kernels.linear(packed, rows, onto=onto) is onto
+        assert torch.equal(onto, before + found)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (31, 64), (70, 96), (128, 1536), (40, 576)])
+def test_narrow_products_are_as_close_as_bf16(kernels, kind, outputs, inputs):
+    weight = WEIGHTS[kind](outputs, inputs)
+    packed = kernels.pack(weight, random(outputs, seed=9))
+    for count in (1, 2, 3, 4, 5, 11, 12, 16, 17, 33, 70, 600):
+        rows, onto = random(count, inputs, seed=count), random(count, outputs, seed=11)
+        expected = linear(rows.double(), values(weight).double()) + random(outputs, seed=9) + onto
+        found = kernels.linear(packed, rows, onto=onto.clone(), narrowness=kernels.narrowness)
+        # Both factors are rounded, by one part in 512 at most, and fp32 sums them.
+        bound = linear(rows.double().abs(), values(weight).double().abs()) / 250 + 1e-4
+        assert ((found - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["four bits", "eight bits"])
+def test_a_few_narrow_rows_are_closer_than_bf16(kernels, kind):
+    if not kernels.narrowness:
+        pytest.skip("this processor has no narrow products")
+    weight, rows = WEIGHTS[kind](64, 576), random(4, 576)
+    expected = linear(rows.double(), values(weight).double())
+    narrow = kernels.linear(kernels.pack(weight), rows, narrowness=kernels.narrowness)
+    rounded_rows = linear(rows.bfloat16().double(), values(weight).double())
+    assert (narrow - expected).norm() * 8 < (rounded_rows - expected).norm()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_narrow_rows_do_not_reach_each_other(kernels, kind):
+    packed = kernels.pack(WEIGHTS[kind](70, 96))
+    for count in (5, 40):
+        rows = random(count, 96)
+        alone = kernels.linear(packed, rows, narrowness=kernels.narrowness)
+        rows[1, 3], rows[2, 40], rows[4] = float("nan"), float("inf"), 0.0
+        found = kernels.linear(packed, rows, narrowness=kernels.narrowness)
+        assert not found[1:3].isfinite().any()
+        assert (found[4] == 0).all()
+        assert torch.equal(found[[0, 3, *range(5, count)]], alone[[0, 3, *range(5, count)]])
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -89,15 +131,18 @@ def test_fp32_weights_are_left_to_torch(kernels):
     assert kernels.pack(random(4, 32)) is None
 
 
+def unchanged(kernels, rows: torch.Tensor, before: Norm | SwiGlu, size: int) -> torch.Tensor:
+    """What is done before a product, as a product with ones on the diagonal shows it."""
+    return kernels.linear(kernels.pack(torch.eye(size).bfloat16()), rows, before=before)
+
+
 @pytest.mark.parametrize("size", [5, 16, 576])
 def test_the_norm_is_that_of_torch(kernels, size):
-    rows, weight = random(40, size) * 3, random(size, seed=1)
-    found = kernels.rms_norm(rows, weight, 1e-5)
-    assert torch.allclose(found, rms_norm(rows, (size,), weight, 1e-5), rtol=1e-5, atol=1e-6)
-    wide = random(4, 2 * size)
-    assert torch.equal(
-        kernels.rms_norm(wide[:, size:], weight, 1e-5), kernels.rms_norm(wide[:, size:].clone(), weight, 1e-5)
-    )
+    norm = Norm(random(size, seed=1), 1e-5)
+    rows = random(40, size) * 3
+    assert torch.allclose(unchanged(kernels, rows, norm, size), norm(rows), rtol=1e-5, atol=1e-6)
+    apart = random(4, 2 * size)[:, size:]
+    assert torch.equal(unchanged(kernels, apart, norm, size), unchanged(kernels, apart.clone(), norm, size))
 
 
 @pytest.mark.parametrize("size", [7, 64, 1000])
@@ -105,17 +150,30 @@ def test_swiglu_is_that_of_torch(kernels, size):
     gate_up = random(33, 2 * size) * 20
     gate_up[0, :5] = torch.tensor([-1e4, 1e4, 0.0, -88.5, 88.5])
     gate, up = gate_up.double().chunk(2, dim=1)
-    expected = silu(gate) * up
-    assert torch.allclose(kernels.silu_mul(gate_up).double(), expected, rtol=2e-6, atol=1e-30)
+    found = unchanged(kernels, gate_up, SwiGlu(), size).double()
+    assert torch.allclose(found, silu(gate) * up, rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("before", [Norm(random(96), 1e-5), SwiGlu()], ids=["norm", "SwiGLU"])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_what_is_done_before_a_product_is_done_before_any(kernels, kind, before):
+    packed = kernels.pack(WEIGHTS[kind](70, 96))
+    for count in (1, 5, 40):
+        rows = random(count, 192 if isinstance(before, SwiGlu) else 96)
+        done = before(rows.clone())
+        for narrowness in {Narrowness.EXACT, kernels.narrowness}:
+            found = kernels.linear(packed, rows, before=before, narrowness=narrowness)
+            expected = kernels.linear(packed, done, narrowness=narrowness)
+            assert (found - expected).norm() < 3e-3 * expected.norm()
 
 
 def test_what_is_not_finite_stays_so(kernels):
-    gate_up = random(2, 64)
-    gate_up[1, 3] = float("nan")
-    found = kernels.silu_mul(gate_up)
+    rows = random(2, 64)
+    rows[1, 3] = float("nan")
+    found = unchanged(kernels, rows, SwiGlu(), 32)
     assert found[0].isfinite().all()
-    assert found[1, 3].isnan()
-    assert kernels.rms_norm(gate_up, torch.ones(64), 1e-5)[1].isnan().all()
+    assert found[1].isnan().any()
+    assert unchanged(kernels, rows, Norm(torch.ones(64), 1e-5), 64)[1].isnan().all()
 
 
 @pytest.mark.parametrize("has_norms", [False, True])
@@ -279,7 +337,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path, monkeypatch,
 
 def test_exponentials_are_exact_to_the_last_places(kernels):
     """By way of SwiGLU, whose gate holds one: for an up of 1 and a gate of x it is x / (1 + exp(-x))."""
-    x = torch.linspace(-80, 80, 4000)
-    found = kernels.silu_mul(torch.cat((x, torch.ones(4000))).unsqueeze(0))[0]
-    expected = torch.tensor([value / (1 + math.exp(-value)) for value in x.tolist()])
+    x = torch.linspace(-80, 80, 3968).view(-1, 64)
+    found = unchanged(kernels, torch.cat((x, torch.ones_like(x)), dim=1), SwiGlu(), 64).flatten()
+    expected = torch.tensor([value / (1 + math.exp(-value)) for value in x.flatten().tolist()])
     assert ((found - expected).abs() <= 4e-7 * expected.abs() + 1e-37).all()

@@ -16,6 +16,7 @@ from .cpu_kernels import CpuKernels
 from .kv_cache import KvCache
 from .matmul import Projection
 from .rotary import rotated
+from .rowwise import Norm
 from .step_tensors import StepTensors
 
 # transformers builds the norms of latents without the config's epsilon, and so were the weights trained.
@@ -50,20 +51,21 @@ class GroupedQueryAttention:
         self,
         architecture: Architecture,
         weights: Mapping[str, torch.Tensor],
+        norm: Norm,
         qkv: Projection,
         kernels: CpuKernels | None,
     ) -> None:
         self._architecture = a = architecture
-        self._qkv, self._kernels = qkv, kernels
+        self._norm, self._qkv, self._kernels = norm, qkv, kernels
         self._head_norms = None
         if a.has_head_norms:
             of_each = [weights["query_norm"]] * a.head_count + [weights["key_norm"]] * a.kv_head_count
             self._head_norms = torch.stack(of_each)
 
     def __call__(self, rows: torch.Tensor, place: Place) -> torch.Tensor:
-        """[row_count, hidden_size] to [row_count, query_size]."""
+        """[row_count, hidden_size], which are normed first, to [row_count, query_size]."""
         a = self._architecture
-        qkv = self._qkv(rows)
+        qkv = self._qkv(rows, before=self._norm)
         if self._kernels is not None:
             qkv = qkv.contiguous()
             heads = (a.head_count, a.kv_head_count, a.head_dim)
@@ -91,24 +93,26 @@ class LatentAttention:
         architecture: Architecture,
         latent: Latent,
         weights: Mapping[str, torch.Tensor],
+        norm: Norm,
         latents: Projection,
         query: Projection | None,
     ) -> None:
         self._latent, self._heads = latent, architecture.head_count
-        self._latents, self._query = latents, query
-        self._query_norm, self._kv_norm = weights.get("query_latent_norm"), weights["kv_latent_norm"]
+        self._norm, self._latents, self._query = norm, latents, query
+        self._kv_norm = Norm(weights["kv_latent_norm"], _LATENT_NORM_EPSILON)
+        self._query_norm = None if query is None else Norm(weights["query_latent_norm"], _LATENT_NORM_EPSILON)
         expanding = weights["keys_values"].view(self._heads, -1, latent.kv_rank)
         self._to_keys, self._to_values = expanding.split((latent.nope_size, latent.value_size), dim=1)
 
     def __call__(self, rows: torch.Tensor, place: Place) -> torch.Tensor:
-        """[row_count, hidden_size] to [row_count, head_count * value_size]."""
+        """[row_count, hidden_size], which are normed first, to [row_count, head_count * value_size]."""
         latent = self._latent
-        compressed = self._latents(rows)
+        compressed = self._latents(rows, before=self._norm)
         sizes = (compressed.shape[1] - latent.kv_rank - latent.rope_size, latent.kv_rank, latent.rope_size)
         queries, kv, shared_key = compressed.split(sizes, dim=1)
         if self._query is not None:
-            queries = self._query(F.rms_norm(queries, (sizes[0],), self._query_norm, _LATENT_NORM_EPSILON))
-        kv = F.rms_norm(kv, (latent.kv_rank,), self._kv_norm, _LATENT_NORM_EPSILON)
+            queries = self._query(queries, before=self._query_norm)
+        kv = self._kv_norm(kv)
         by_head = queries.reshape(rows.shape[0], self._heads, latent.key_size)
         plain, turning = by_head.split((latent.nope_size, latent.rope_size), dim=2)
         shared_key = place.rotated(shared_key.unsqueeze(1)).squeeze(1)

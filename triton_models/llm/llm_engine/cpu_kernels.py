@@ -1,4 +1,4 @@
-"""Builds and calls `cpu_kernels.c`.
+"""Builds and calls what is in `kernels/`.
 
 Owns the library: built once with the machine's C compiler for the machine's own processor, and kept beside the
 weights. Invariants: what is called has the types and the layout that the C code expects; where there is no
@@ -6,6 +6,7 @@ compiler, or it fails, there are no kernels, and torch computes everything.
 """
 
 import ctypes
+import enum
 import hashlib
 import logging
 import os
@@ -13,30 +14,55 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .blocks import GROUP_SIZE, Blocks
+from .rowwise import Norm, Rowwise
 
-_SOURCE = Path(__file__).with_name("cpu_kernels.c")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 _BUILD_SECONDS = 120
-_PLAIN_DTYPES = (torch.float16, torch.bfloat16)
+_PACKINGS = {torch.bfloat16: 16, torch.float16: 17}
 
 _log = logging.getLogger("llm_engine.cpu_kernels")
 
 
+class Narrowness(enum.IntEnum):
+    """Which products may round rows to bf16, or do on this processor."""
+
+    EXACT = 0
+    """None: rows and sums are fp32."""
+    FEW_ROWS = 1
+    """Those of a few rows, as there is no matrix unit."""
+    ANY_ROWS = 2
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("numbers", "scales", "bias")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "packing")),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("numbers", "norm")),
+        *((name, ctypes.c_int64) for name in ("stride", "count", "before")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the kernels' layout; `scales` is None where it lies as it was read."""
+    """A weight and its bias in the kernels' layout; `tensors` keeps what the header points to."""
 
-    weights: torch.Tensor
-    scales: torch.Tensor | None
-    bits: int
+    header: _Weight
+    tensors: tuple[torch.Tensor | None, ...]
     output_size: int
-    input_size: int
 
 
 class CpuKernels:
@@ -49,43 +75,45 @@ class CpuKernels:
             function.argtypes = [_C_TYPES[letter] for letter in types]
             function.restype = ctypes.c_int64 if not types else None
         self._tile, self._lanes, self._split = (getattr(library, f"tidegate_{n}")() for n in ("tile", "lanes", "split"))
+        self.narrowness = Narrowness(library.tidegate_narrowness())
+        """Which narrow products this processor has."""
 
-    def pack(self, weight: Blocks | torch.Tensor) -> Packed | None:
-        """A weight [output size, input size] for `linear`; None where there is no kernel for its type."""
+    def pack(self, weight: Blocks | torch.Tensor, bias: torch.Tensor | None = None) -> Packed | None:
+        """A weight [output size, input size] for `linear`, with a bias [output size] fp32; None: no kernel has its type."""
+        scales = None
         if isinstance(weight, Blocks):
-            return self._pack_blocks(weight)
-        if weight.dtype not in _PLAIN_DTYPES:
-            return None
-        return Packed(weight.contiguous(), None, 16, *weight.shape)
-
-    def linear(self, weight: Packed, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """[row_count, input size] to [row_count, output size], fp32; what lies in `bias` [output size] is added."""
-        count = rows.shape[0]
-        out = rows.new_empty(count, weight.output_size)
-        added = None if bias is None else bias.data_ptr()
-        sizes = (rows.stride(0), out.data_ptr(), count, weight.output_size, weight.input_size, self._threads)
-        if weight.scales is None:
-            is_bf16 = weight.weights.dtype == torch.bfloat16
-            self._library.tidegate_plain_linear(is_bf16, weight.weights.data_ptr(), added, rows.data_ptr(), *sizes)
+            (numbers, scales), packing = self._tiles(weight), weight.bits
+        elif weight.dtype in _PACKINGS:
+            numbers, packing = weight.contiguous(), _PACKINGS[weight.dtype]
         else:
-            packed = (weight.bits, weight.weights.data_ptr(), weight.scales.data_ptr(), added, rows.data_ptr())
-            self._library.tidegate_packed_linear(*packed, *sizes)
-        return out
+            return None
+        tensors = (numbers, scales, None if bias is None else bias.contiguous())
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return Packed(_Weight(*pointers, *weight.shape, packing), tensors, weight.shape[0])
 
-    def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """RMSNorm (Zhang and Sennrich, 2019) of [row_count, size]."""
-        count, size = rows.shape
-        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        self._library.tidegate_rms_norm(
-            rows.data_ptr(), rows.stride(0), weight.data_ptr(), epsilon, out.data_ptr(), count, size, self._threads
-        )
-        return out
+    def linear(
+        self,
+        weight: Packed,
+        rows: torch.Tensor,
+        *,
+        before: Rowwise | None = None,
+        onto: torch.Tensor | None = None,
+        narrowness: Narrowness = Narrowness.EXACT,
+    ) -> torch.Tensor:
+        """[row_count, input size], or twice that for SwiGLU, to [row_count, output size], fp32.
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """SwiGLU (Shazeer, 2020) of gate and up side by side: [row_count, 2 * size] to [row_count, size]."""
-        count, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(count, size)
-        self._library.tidegate_silu_mul(gate_up.data_ptr(), out.data_ptr(), count, size, self._threads)
+        Args:
+            onto: the result is added to this, and comes back as this.
+            narrowness: which products may be narrow, of those that there are.
+        """
+        count = rows.shape[0]
+        out = rows.new_empty(count, weight.output_size) if onto is None else onto
+        given = _Rows(rows.data_ptr(), None, rows.stride(0), count, 0, 0.0)
+        if isinstance(before, Norm):
+            given.norm, given.epsilon, given.before = before.weight.data_ptr(), before.epsilon, 1
+        elif before is not None:
+            given.before = 2
+        self._library.tidegate_linear(weight.header, given, out.data_ptr(), onto is not None, narrowness, self._threads)
         return out
 
     def rotate_and_write(
@@ -181,9 +209,9 @@ class CpuKernels:
         )  # fmt: skip
         return out
 
-    def _pack_blocks(self, blocks: Blocks) -> Packed:
+    def _tiles(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Words of the tile's outputs side by side, and scales of each group likewise; the last tile is filled up."""
-        outputs, inputs = blocks.shape
+        outputs = len(blocks.words)
         tiles = -(-outputs // self._tile)
 
         def tiled(values: torch.Tensor) -> torch.Tensor:
@@ -194,7 +222,7 @@ class CpuKernels:
         scales = tiled(blocks.scales)
         if blocks.offsets is not None:
             scales = torch.stack((scales, tiled(blocks.offsets)), dim=2)
-        return Packed(tiled(blocks.words), scales.contiguous(), blocks.bits, outputs, inputs)
+        return tiled(blocks.words), scales.contiguous()
 
 
 def load_kernels(cache_dir: Path | None, thread_count: int) -> CpuKernels | None:
@@ -227,7 +255,7 @@ def _identity() -> str:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         features = platform.processor()
-    identity = (_SOURCE.read_text(), _FLAGS, platform.machine(), features)
+    identity = ([path.read_text() for path in _SOURCES], _FLAGS, platform.machine(), features)
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
@@ -237,27 +265,37 @@ def _build(path: Path) -> None:
     if compiler is None:
         raise FileNotFoundError("there is no C compiler (cc, gcc, or what CC names)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(unfinished), "-lm"]
-    try:
-        subprocess.run(command, check=True, timeout=_BUILD_SECONDS, capture_output=True, text=True)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+
+        def run(*arguments: str) -> None:
+            command = [*compiler.split(), *_FLAGS, *arguments]
+            subprocess.run(command, check=True, timeout=_BUILD_SECONDS, capture_output=True, text=True)
+
+        units = [source for source in _SOURCES if source.suffix == ".c"]
+        objects = [f"{folder}/{unit.stem}.o" for unit in units]
+        with ThreadPoolExecutor(len(units)) as pool:
+            list(pool.map(lambda unit, result: run("-c", str(unit), "-o", result), units, objects))
+        run("-shared", *objects, "-o", f"{folder}/finished", "-lm")
+        os.replace(f"{folder}/finished", path)
 
 
-_C_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+_C_TYPES = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+    "w": ctypes.POINTER(_Weight),
+    "r": ctypes.POINTER(_Rows),
+}
 _SIGNATURES = {
-    "packed_linear": "ipppp" + "npnnni",
-    "plain_linear": "ippp" + "npnnni",
-    "rms_norm": "pnpfpnni",
-    "silu_mul": "ppnni",
+    "linear": "wrpiii",
     "rotate_and_write": "pnnnnppppfpipi",
     "attention": "ipnpnnpnpnnnnnnfppni",
     "attend_chunk": "ipnpnnpnnnnnnnfpi",
+    "narrowness": "",
     "tile": "",
     "lanes": "",
     "split": "",
 }
 
-assert GROUP_SIZE == 32, "cpu_kernels.c is written for groups of 32"
+assert GROUP_SIZE == 32, "kernels/products.c is written for groups of 32"

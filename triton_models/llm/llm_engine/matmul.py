@@ -3,10 +3,10 @@
 Owns which types numbers have, and the choice of kernel. Invariants: the result of a row depends on the other
 rows of a batch only by rounding; with fp32 weights there is no rounding below fp32.
 
-On a CPU activations are fp32, whatever type the weights have. A few rows cost what it costs to read the
-weights, so they are multiplied with weights as narrow as the file has them; many rows cost arithmetic, which is
-several times quicker in bf16 where the processor has such products (AVX512-BF16, AMX). Without them (AVX2
-alone), oneDNN multiplies bf16 six times slower than fp32.
+On a CPU activations are fp32 between products, whatever type the weights have. A few rows cost what it costs
+to read the weights, so they are multiplied with weights as narrow as the file has them; many rows cost
+arithmetic, which is many times quicker in bf16 where the processor has such products (AVX512-BF16, AMX). Without
+them (AVX2 alone), oneDNN multiplies bf16 six times slower than fp32.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from .blocks import Blocks
-from .cpu_kernels import CpuKernels
+from .cpu_kernels import CpuKernels, Narrowness
+from .rowwise import Rowwise
 
-# From so many rows on bf16 products are quicker than our own kernels, where the processor has them.
+# From so many rows on oneDNN's bf16 products are quicker than our own kernels that do not use the matrix unit.
 _MANY_ROWS = 12
 
 
@@ -43,12 +44,15 @@ class Projection:
     """Multiplies rows by a weight [output size, input size], and adds a bias [output size] where there is one."""
 
     def __init__(self, weight: torch.Tensor | Blocks, compute: Compute, *, bias: torch.Tensor | None = None) -> None:
-        self._compute = compute
-        self._packed = None if compute.kernels is None else compute.kernels.pack(weight)
+        self._compute, kernels = compute, compute.kernels
         self._bias = None if bias is None else bias.to(compute.device, compute.activations)
+        self._packed = None if kernels is None else kernels.pack(weight, self._bias)
+        self._narrowness = Narrowness.EXACT
+        if kernels is not None and compute.dtype != torch.float32:
+            self._narrowness = kernels.narrowness
         # What the kernels can read is kept a second time only for products that are quicker than theirs.
         self._dense = None
-        if self._packed is None or compute.dtype != torch.float32:
+        if self._packed is None or not self._takes_many_rows(weight):
             dense = weight.dense() if isinstance(weight, Blocks) else weight
             self._dense = dense.to(compute.device, compute.dtype)
         self._narrow = None
@@ -56,16 +60,32 @@ class Projection:
             self._narrow = weight if compute.dtype == torch.float32 else None
         self._weight_first = compute.device.type == "cpu" and compute.dtype == torch.float32
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, rows: torch.Tensor, *, before: Rowwise | None = None, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[row_count, input size] to [row_count, output size], in the type of activations.
 
-        The result may be a transposed view.
+        The result may be a transposed view, and what `before` reads may be overwritten.
+
+        Args:
+            before: what is done with the rows first.
+            onto: the result is added to this, and comes back as this.
         """
         if self._packed is not None and (self._dense is None or len(rows) < _MANY_ROWS):
             assert self._compute.kernels is not None
-            return self._compute.kernels.linear(self._packed, rows, self._bias)
-        product = self._product(rows).to(self._compute.activations)
-        return product if self._bias is None else product.add_(self._bias)
+            kernels, row_stride_only = self._compute.kernels, rows if rows.stride(1) == 1 else rows.contiguous()
+            return kernels.linear(self._packed, row_stride_only, before=before, onto=onto, narrowness=self._narrowness)
+        product = self._product(rows if before is None else before(rows)).to(self._compute.activations)
+        if self._bias is not None:
+            product.add_(self._bias)
+        return product if onto is None else onto.add_(product)
+
+    def _takes_many_rows(self, weight: torch.Tensor | Blocks) -> bool:
+        """Whether the kernels' products are the quickest for any number of rows."""
+        if self._compute.dtype == torch.float32:
+            return True
+        is_exact = isinstance(weight, torch.Tensor) and weight.dtype == torch.float16
+        return self._narrowness == Narrowness.ANY_ROWS and not is_exact
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if self._narrow is not None and rows.shape[0] == 1:

@@ -8,24 +8,23 @@ import torch
 import torch.nn.functional as F
 
 from .architecture import Experts
-from .cpu_kernels import CpuKernels
 from .matmul import Projection
+from .rowwise import Norm, SwiGlu
+
+_SWIGLU = SwiGlu()
 
 
 class Mlp:
     """A SwiGLU whose gate and up are one matrix."""
 
-    def __init__(self, gate_up: Projection, down: Projection, kernels: CpuKernels | None) -> None:
-        self._gate_up, self._down, self._kernels = gate_up, down, kernels
+    def __init__(self, gate_up: Projection, down: Projection) -> None:
+        self._gate_up, self._down = gate_up, down
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[row_count, hidden_size], both ways."""
-        gate_up = self._gate_up(rows)
-        if self._kernels is not None:
-            return self._down(self._kernels.silu_mul(gate_up.contiguous()))
-        gate, up = gate_up.chunk(2, dim=-1)
-        # In place: fresh memory for each of these costs a prefill more than the arithmetic.
-        return self._down(F.silu(gate, inplace=True).mul_(up))
+    def __call__(
+        self, rows: torch.Tensor, *, norm: Norm | None = None, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[row_count, hidden_size], both ways; the rows are normed first, and the result is added to `onto`."""
+        return self._down(self._gate_up(rows, before=norm), before=_SWIGLU, onto=onto)
 
 
 class ExpertMixture:
@@ -48,8 +47,9 @@ class ExpertMixture:
         self._experts_here = experts_here
         self._shared = shared
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[row_count, hidden_size], both ways; of several ranks each gives a part of the sum."""
+    def __call__(self, rows: torch.Tensor, *, norm: Norm, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """As of `Mlp`; of several ranks each gives a part of the sum."""
+        rows = norm(rows)
         mixed = torch.zeros_like(rows) if self._shared is None else self._shared(rows)
         chosen, shares = self._route(rows)
         # Rows in the order of their experts, so that each expert multiplies all of its rows at once.
@@ -65,7 +65,7 @@ class ExpertMixture:
             part = self._experts_here[index](sorted_rows[span])
             mixed.index_add_(0, of_row[span], part.mul_(sorted_shares[span]))
             first += count
-        return mixed
+        return mixed if onto is None else onto.add_(mixed)
 
     def _route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each row's experts, and what each contributes: [row_count, per_row] int64 and fp32."""

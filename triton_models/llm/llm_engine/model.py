@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .architecture import Architecture
 from .attention import GroupedQueryAttention, LatentAttention, Place
@@ -20,15 +19,15 @@ from .matmul import Compute, Embedding, Projection
 from .mlp import ExpertMixture, Mlp
 from .ranks import Alone, Group
 from .rotary import rotary_tables
+from .rowwise import Norm
 from .step_tensors import StepTensors
 
 
 @dataclass(frozen=True)
 class _Layer:
-    attention_norm: torch.Tensor
     attention: GroupedQueryAttention | LatentAttention
     attention_output: Projection
-    mlp_norm: torch.Tensor
+    mlp_norm: Norm
     mlp: Mlp | ExpertMixture
 
 
@@ -50,7 +49,7 @@ class Model:
         weights = _Weights(tensors, compute)
         local = here.local(architecture)
         self._layers = [_layer(local, here, layer, weights) for layer in range(architecture.layer_count)]
-        self._final_norm = weights.tensor("final_norm")
+        self._final_norm = weights.norm("final_norm", architecture)
         self._output = weights.projection("output" if "output" in tensors else "embedding")
         self._embedding = Embedding(tensors["embedding"], compute)
         self._tables = rotary_tables(architecture, context_token_count, compute.activations, compute.device)
@@ -65,16 +64,20 @@ class Model:
         the first gets all logits, and the others must be given the same step.
         """
         hidden = self._embedded(step.token_ids)
+        # In place: fresh memory for each sum costs a prefill more than the arithmetic.
+        onto = hidden if self._ranks.size == 1 else None
         for index, layer in enumerate(self._layers):
             if give_up():
                 return None
             place = Place(index, step, self._tables, kv_cache)
-            attended = layer.attention(self._norm(hidden, layer.attention_norm), place)
-            # In place: fresh memory for each of these costs a prefill more than the arithmetic.
-            hidden += self._ranks.add_up(layer.attention_output(attended))
-            hidden += self._ranks.add_up(layer.mlp(self._norm(hidden, layer.mlp_norm)))
+            part = layer.attention_output(layer.attention(hidden, place), onto=onto)
+            if onto is None:
+                hidden += self._ranks.add_up(part)
+            part = layer.mlp(hidden, norm=layer.mlp_norm, onto=onto)
+            if onto is None:
+                hidden += self._ranks.add_up(part)
         wanted = hidden.index_select(0, step.sample_rows)
-        return self._ranks.joined(self._output(self._norm(wanted, self._final_norm)).float().contiguous())
+        return self._ranks.joined(self._output(wanted, before=self._final_norm).float().contiguous())
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[row_count, hidden_size]; a rank looks up what it has of the vocabulary, and the sum is everything."""
@@ -84,12 +87,6 @@ class Model:
         is_here = (places >= 0) & (places < len(self._embedding))
         found = self._embedding(torch.where(is_here, places, 0))
         return self._ranks.add_up(found.masked_fill_(~is_here.unsqueeze(1), 0))
-
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm (Zhang and Sennrich, 2019) of rows [row_count, hidden_size]; torch sums in fp32."""
-        if self._compute.kernels is not None:
-            return self._compute.kernels.rms_norm(hidden, weight, self.architecture.norm_epsilon)
-        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.architecture.norm_epsilon)
 
 
 @dataclass(frozen=True)
@@ -110,6 +107,9 @@ class _Weights:
     def tensor(self, name: str) -> torch.Tensor:
         """In the type of activations."""
         return self._dense(name).to(self.compute.device, self.compute.activations)
+
+    def norm(self, name: str, architecture: Architecture) -> Norm:
+        return Norm(self.tensor(name), architecture.norm_epsilon)
 
     def exact(self, name: str) -> torch.Tensor:
         """In the type that it was loaded in."""
@@ -132,7 +132,7 @@ class _Weights:
         return [Projection(part, self.compute) for part in parts]
 
     def mlp(self, kind: str = "") -> Mlp:
-        return Mlp(self.projection(f"{kind}gate_up"), self.projection(f"{kind}down"), self.compute.kernels)
+        return Mlp(self.projection(f"{kind}gate_up"), self.projection(f"{kind}down"))
 
     def _dense(self, name: str) -> torch.Tensor:
         found = self.tensors[self.prefix + name]
@@ -142,22 +142,23 @@ class _Weights:
 def _layer(architecture: Architecture, division: Division, index: int, weights: _Weights) -> _Layer:
     here = weights.of(index)
     return _Layer(
-        attention_norm=here.tensor("attention_norm"),
         attention=_attention(architecture, here),
         attention_output=here.projection("attention_output"),
-        mlp_norm=here.tensor("mlp_norm"),
+        mlp_norm=here.norm("mlp_norm", architecture),
         mlp=_mixture(architecture, division, here) if here.has("router") else here.mlp(),
     )
 
 
 def _attention(architecture: Architecture, here: _Weights) -> GroupedQueryAttention | LatentAttention:
+    norm = here.norm("attention_norm", architecture)
     if architecture.latent is None:
         norms = here.named("query_norm", "key_norm")
-        return GroupedQueryAttention(architecture, norms, here.projection("qkv"), here.compute.kernels)
+        return GroupedQueryAttention(architecture, norms, norm, here.projection("qkv"), here.compute.kernels)
     return LatentAttention(
         architecture,
         architecture.latent,
         here.named("query_latent_norm", "kv_latent_norm", "keys_values"),
+        norm,
         here.projection("latents"),
         here.projection("query") if here.has("query") else None,
     )
@@ -177,4 +178,4 @@ def _mixture(architecture: Architecture, division: Division, here: _Weights) -> 
 
 def _expert_mlps(here: _Weights, count: int) -> list[Mlp]:
     both = zip(here.projections("experts_gate_up", count), here.projections("experts_down", count), strict=True)
-    return [Mlp(gate_up, down, here.compute.kernels) for gate_up, down in both]
+    return [Mlp(gate_up, down) for gate_up, down in both]

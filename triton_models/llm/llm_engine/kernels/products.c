@@ -1,0 +1,744 @@
+/* Products of rows with a model's weights of four, eight and sixteen bits, with what comes before and after them: the
+ * norm or SwiGLU of the rows, a bias, and the sum with what is there already.
+ *
+ * Two kinds. Exact ones keep rows and sums in fp32. Narrow ones round rows, and weights where that is needed, to bf16,
+ * or whole numbers, and sum in fp32; they want AVX512-BF16 and -VNNI, and are made for AMX.
+ *
+ * Invariants: no memory is kept between calls; an exact product's row does not depend on the other rows of a call, nor
+ * on the number of threads. A narrow one's depends on whether there are enough rows for the matrix unit, no more.
+ */
+
+#include "vectors.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define HAS_NARROW 1
+#else
+#define HAS_NARROW 0
+#endif
+#if HAS_NARROW && defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_MATRIX_UNIT 1
+#else
+#define HAS_MATRIX_UNIT 0
+#endif
+
+#define GROUP 32 /* inputs that share a scale */
+#define PLAIN_OUTPUTS 4
+#if defined(__AVX512F__)
+#define PLAIN_ROWS 4
+#else
+#define PLAIN_ROWS 2
+#endif
+#define NARROW_ROWS 4     /* that are multiplied at once without it */
+#define WORDS_AHEAD 1024
+#define MATRIX_ROWS 12    /* from so many on the matrix unit is quicker */
+#define ROWS_AT_ONCE 512  /* that are made ready before they are multiplied, so that they stay in a core's cache */
+
+enum { FOUR_BITS = 4, EIGHT_BITS = 8, BF16 = 16, FP16 = 17 };
+enum { AS_THEY_ARE, NORMED, GATED };
+
+/* Which narrow products there are. */
+enum { EXACT, FEW_ROWS, ANY_ROWS };
+
+/* A weight [outputs, inputs]. Of four and eight bits, tiles: a word holds consecutive inputs of one output, 8 of four
+ * bits or 4 of eight; the words of TILE outputs stand side by side, then come their next inputs. A group's scales are
+ * TILE halves; with four bits, TILE offsets follow. Of sixteen bits, as it was read.
+ */
+typedef struct {
+    const void *numbers;
+    const uint16_t *scales;
+    const float *bias;
+    int64_t outputs, inputs, packing;
+} Weight;
+
+/* Rows, and what is done with them before they are multiplied: nothing, RMSNorm with these weights, or SwiGLU. A row
+ * for SwiGLU is its gates, then what they are for.
+ */
+typedef struct {
+    const float *numbers, *norm;
+    int64_t stride, count, before;
+    float epsilon;
+} Rows;
+
+typedef struct {
+    const uint32_t *words;
+    const uint16_t *scales;
+} Tile;
+
+INLINE Tile tile_at(int packing, const Weight *weight, int64_t tile) {
+    int64_t groups = weight->inputs / GROUP;
+    return (Tile){
+        (const uint32_t *)weight->numbers + tile * TILE * (weight->inputs * packing / 32),
+        weight->scales + tile * groups * TILE * (packing == FOUR_BITS ? 2 : 1),
+    };
+}
+
+/* What LANES outputs give to one input: the `place`-th of those in their words. */
+INLINE Floats unpacked(int packing, Words words, int place, Floats scale, Floats offset) {
+    if (packing == FOUR_BITS) {
+#if defined(__AVX512F__)
+        const __m512 digits = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        Floats digit = (Floats)_mm512_permutexvar_ps((__m512i)(words >> (4 * place)), digits);
+#else
+        Floats digit = __builtin_convertvector((Ints)(words >> (4 * place) & 15), Floats);
+#endif
+        return digit * scale + offset;
+    }
+    return __builtin_convertvector((Ints)(words << (24 - 8 * place)) >> 24, Floats) * scale;
+}
+
+/* A group's scales and offsets. */
+INLINE void take_scales(int packing, Tile *tile, Floats scale[2], Floats offset[2]) {
+    for (int half = 0; half < 2; half++) {
+        scale[half] = from_fp16(tile->scales + half * LANES);
+        offset[half] = packing == FOUR_BITS ? from_fp16(tile->scales + TILE + half * LANES) : (Floats){0};
+    }
+    tile->scales += packing == FOUR_BITS ? 2 * TILE : TILE;
+}
+
+/* Weights are asked for before they are needed: left to itself, a processor waits for them half of the time. */
+INLINE void ask_ahead(const uint32_t *words) { __builtin_prefetch(words + WORDS_AHEAD); }
+
+/* A row as it is multiplied, [inputs] fp32; `made` has room for it. */
+INLINE const float *ready(const Rows *rows, int64_t row, int64_t inputs, float *made) {
+    const float *from = rows->numbers + row * rows->stride;
+    if (rows->before == AS_THEY_ARE) return from;
+    if (rows->before == NORMED) {
+        norm_row(from, rows->norm, rows->epsilon, made, inputs);
+        return made;
+    }
+    const float *ups = from + inputs;
+    int64_t index = 0;
+    for (; index + LANES <= inputs; index += LANES) {
+        Floats gate = load(from + index);
+        Floats power = exponential(-at_least(gate, -87.0f));
+        store(made + index, gate / (1.0f + power) * load(ups + index));
+    }
+    for (; index < inputs; index++) made[index] = from[index] / (1.0f + expf(-from[index])) * ups[index];
+    return made;
+}
+
+/* Where results go. */
+typedef struct {
+    float *numbers;
+    const float *bias;
+    int64_t outputs;
+    int adds;
+} Out;
+
+INLINE void put_one(const Out *out, int64_t row, int64_t output, float sum) {
+    float *to = out->numbers + row * out->outputs + output;
+    if (out->bias) sum += out->bias[output];
+    *to = out->adds ? *to + sum : sum;
+}
+
+/* A row's sums of one tile, whose first output is `first`. */
+INLINE void put(const Out *out, int64_t row, int64_t first, const Floats sums[2]) {
+    for (int half = 0; half < 2; half++) {
+        int64_t begin = first + half * LANES;
+        if (begin + LANES <= out->outputs) {
+            float *to = out->numbers + row * out->outputs + begin;
+            Floats value = sums[half];
+            if (out->bias) value += load(out->bias + begin);
+            if (out->adds) value += load(to);
+            store(to, value);
+        } else {
+            for (int64_t index = begin; index < out->outputs; index++) put_one(out, row, index, sums[half][index - begin]);
+        }
+    }
+}
+
+/* `rows` rows times one tile straight from its packed form. */
+INLINE void few_rows(int packing, int rows, Tile tile, const float *x, int64_t stride, int64_t inputs, Floats sums[][2]) {
+    const int per_word = 32 / packing;
+    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
+    for (int64_t first = 0; first < inputs; first += GROUP) {
+        Floats scale[2], offset[2];
+        take_scales(packing, &tile, scale, offset);
+        for (int word = 0; word < GROUP / per_word; word++, tile.words += TILE) {
+            Words words[2] = {*(const Words *)tile.words, *(const Words *)(tile.words + LANES)};
+            ask_ahead(tile.words);
+            ask_ahead(tile.words + LANES);
+#pragma GCC unroll 8
+            for (int place = 0; place < per_word; place++) {
+                const float *input = x + first + word * per_word + place;
+                Floats low = unpacked(packing, words[0], place, scale[0], offset[0]);
+                Floats high = unpacked(packing, words[1], place, scale[1], offset[1]);
+#pragma GCC unroll 8
+                for (int row = 0; row < rows; row++) {
+                    sums[row][0] += low * input[row * stride];
+                    sums[row][1] += high * input[row * stride];
+                }
+            }
+        }
+    }
+}
+
+/* One tile as fp32, [inputs][TILE]. */
+INLINE void unpack(int packing, Tile tile, int64_t inputs, float *to) {
+    const int per_word = 32 / packing;
+    for (int64_t first = 0; first < inputs; first += GROUP) {
+        Floats scale[2], offset[2];
+        take_scales(packing, &tile, scale, offset);
+        for (int word = 0; word < GROUP / per_word; word++, tile.words += TILE) {
+#pragma GCC unroll 8
+            for (int place = 0; place < per_word; place++, to += TILE) {
+                for (int half = 0; half < 2; half++) {
+                    Words words = *(const Words *)(tile.words + half * LANES);
+                    store(to + half * LANES, unpacked(packing, words, place, scale[half], offset[half]));
+                }
+            }
+        }
+    }
+}
+
+#if ROWS == 8
+#define FOR_EACH_COUNT(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#else
+#define FOR_EACH_COUNT(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#endif
+
+/* One tile times all rows; `room` holds a tile as fp32. */
+INLINE void packed_tile(
+    int packing, const Weight *weight, int64_t tile, const float *x, int64_t stride, int64_t rows, const Out *out,
+    float *room
+) {
+    Floats sums[ROWS][2];
+    int64_t inputs = weight->inputs;
+    Tile place = tile_at(packing, weight, tile);
+    int is_unpacked = rows > ROWS;
+    if (is_unpacked) unpack(packing, place, inputs, room);
+    for (int64_t row = 0; row < rows;) {
+        const float *from = x + row * stride;
+        int64_t count = rows - row < ROWS ? rows - row : ROWS;
+#define CASE(n)                                                                      \
+    case n:                                                                          \
+        if (is_unpacked) many_rows(n, room, TILE, from, stride, inputs, sums);       \
+        else few_rows(packing, n, place, from, stride, inputs, sums);                \
+        break;
+        switch (count) { FOR_EACH_COUNT(CASE) }
+#undef CASE
+        for (int64_t each = 0; each < count; each++) put(out, row++, tile * TILE, sums[each]);
+    }
+}
+
+INLINE Floats from_16_bits(int packing, const uint16_t *from) { return packing == BF16 ? from_bf16(from) : from_fp16(from); }
+
+INLINE float one_from_16_bits(int packing, uint16_t from) {
+    uint16_t several[LANES] = {from};
+    return from_16_bits(packing, several)[0];
+}
+
+/* `outputs` rows of weights, which lie as they were read, times `rows` rows. */
+INLINE void plain_block(
+    int packing, int outputs, int rows, const uint16_t *weights, const float *x, int64_t stride, int64_t inputs,
+    const Out *out, int64_t first_row, int64_t first_output
+) {
+    Floats sums[PLAIN_OUTPUTS][PLAIN_ROWS] = {{{0}}};
+    int64_t input = 0;
+    for (; input + LANES <= inputs; input += LANES) {
+        Floats from[PLAIN_ROWS];
+        for (int row = 0; row < rows; row++) from[row] = load(x + row * stride + input);
+        for (int output = 0; output < outputs; output++) {
+            Floats weight = from_16_bits(packing, weights + output * inputs + input);
+            for (int row = 0; row < rows; row++) sums[output][row] += weight * from[row];
+        }
+    }
+    for (int output = 0; output < outputs; output++) {
+        for (int row = 0; row < rows; row++) {
+            float sum = total(sums[output][row]);
+            for (int64_t rest = input; rest < inputs; rest++)
+                sum += one_from_16_bits(packing, weights[output * inputs + rest]) * x[row * stride + rest];
+            put_one(out, first_row + row, first_output + output, sum);
+        }
+    }
+}
+
+/* TILE outputs times all rows. */
+INLINE void plain_tile(
+    int packing, const Weight *weight, int64_t tile, const float *x, int64_t stride, int64_t rows, const Out *out
+) {
+    int64_t inputs = weight->inputs, end = (tile + 1) * TILE < weight->outputs ? (tile + 1) * TILE : weight->outputs;
+    for (int64_t output = tile * TILE; output < end;) {
+        const uint16_t *from = (const uint16_t *)weight->numbers + output * inputs;
+        int64_t row = 0;
+        if (output + PLAIN_OUTPUTS <= end) {
+            for (; row + PLAIN_ROWS <= rows; row += PLAIN_ROWS)
+                plain_block(packing, PLAIN_OUTPUTS, PLAIN_ROWS, from, x + row * stride, stride, inputs, out, row, output);
+            for (; row < rows; row++)
+                plain_block(packing, PLAIN_OUTPUTS, 1, from, x + row * stride, stride, inputs, out, row, output);
+            output += PLAIN_OUTPUTS;
+        } else {
+            for (; row < rows; row++)
+                plain_block(packing, 1, 1, from, x + row * stride, stride, inputs, out, row, output);
+            output++;
+        }
+    }
+}
+
+INLINE void exact_linear(int packing, const Weight *weight, const Rows *rows, const Out *out, int threads) {
+    int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
+    int is_made = rows->before != AS_THEY_ARE;
+    float *made = is_made ? malloc(count * inputs * sizeof(float)) : NULL;
+    const float *x = is_made ? made : rows->numbers;
+    int64_t stride = is_made ? inputs : rows->stride;
+#pragma omp parallel num_threads(threads)
+    {
+        if (is_made) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < count; row++) ready(rows, row, inputs, made + row * inputs);
+        }
+        int needs_room = packing < BF16 && count > ROWS;
+        float *room = needs_room ? aligned_alloc(64, inputs * TILE * sizeof(float)) : NULL;
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            if (packing < BF16) packed_tile(packing, weight, tile, x, stride, count, out, room);
+            else plain_tile(packing, weight, tile, x, stride, count, out);
+        }
+        free(room);
+    }
+    free(made);
+}
+
+#if HAS_NARROW
+
+/* Rows as narrow products without the matrix unit take them. For weights of sixteen bits they are bf16. For those of four
+ * and eight, whose digits are whole numbers, so are the rows: each group in units of its own, of which its largest input
+ * is MOST_UNITS, so that it is closer than bf16; and of two signed bytes, as the processor multiplies bytes.
+ */
+typedef struct {
+    uint16_t *numbers; /* [rows][width], bf16; of bytes, a group's higher ones, then its lower ones */
+    float *units;      /* [rows][groups][2], a group's unit, and the sum of its inputs */
+    int64_t width;     /* the inputs, filled up to whole groups with zeros */
+} Narrow;
+
+#define LOW_BITS 7 /* lower bytes are from -64 to 63 */
+#define MOST_UNITS 16319
+
+INLINE int64_t whole_groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP * GROUP; }
+
+/* GROUP numbers as bf16; behind the row's end, zeros. */
+INLINE __m512i narrowed(const float *from, int64_t left) {
+    if (left >= GROUP) return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(from + LANES), (__m512)load(from));
+    __m512 low = _mm512_maskz_loadu_ps(left >= LANES ? 0xffff : (1u << left) - 1, from);
+    __m512 high = _mm512_maskz_loadu_ps(left <= LANES ? 0 : (1u << (left - LANES)) - 1, from + LANES);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+/* A group's inputs as bytes, in the order in which the weights' digits come out of their words. */
+INLINE void to_bytes(int packing, const float *from, int8_t *to, float *unit) {
+    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+    __m512 values[2] = {(__m512)load(from), (__m512)load(from + LANES)};
+    __m512i larger_one = _mm512_max_epu32(
+        _mm512_and_si512((__m512i)values[0], sign), _mm512_and_si512((__m512i)values[1], sign));
+    uint32_t bits = _mm512_reduce_max_epu32(larger_one);
+    float most;
+    memcpy(&most, &bits, 4);
+    /* What is not finite makes the group's part of every sum not a number. */
+    float inverse = bits >= 0x7f800000 || most < 0x1p-100f ? 0 : MOST_UNITS / most;
+    unit[0] = bits >= 0x7f800000 ? NAN : inverse == 0 ? 0 : most / MOST_UNITS;
+    __m128i bytes[2][2];
+    int sum = 0;
+    for (int half = 0; half < 2; half++) {
+        __m512i units = _mm512_cvtps_epi32(_mm512_mul_ps(values[half], _mm512_set1_ps(inverse)));
+        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(units, _mm512_set1_epi32(1 << (LOW_BITS - 1))), LOW_BITS);
+        bytes[0][half] = _mm512_cvtepi32_epi8(high);
+        bytes[1][half] = _mm512_cvtepi32_epi8(_mm512_sub_epi32(units, _mm512_slli_epi32(high, LOW_BITS)));
+        sum += _mm512_reduce_add_epi32(units);
+    }
+    unit[1] = unit[0] * sum;
+    /* Of four bits, a word's even inputs, then its odd ones. */
+    const __m128i dealt = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
+    for (int plane = 0; plane < 2; plane++)
+        for (int half = 0; half < 2; half++) {
+            __m128i some = bytes[plane][half];
+            if (packing == FOUR_BITS) some = _mm_shuffle_epi8(some, dealt);
+            _mm_storeu_si128((__m128i *)(to + plane * GROUP + half * LANES), some);
+        }
+}
+
+INLINE void narrow_row(int packing, const float *from, int64_t inputs, int64_t row, Narrow *to) {
+    for (int64_t group = 0; group < to->width / GROUP; group++) {
+        uint16_t *place = to->numbers + row * to->width + group * GROUP;
+        if (packing == BF16) _mm512_storeu_si512(place, narrowed(from + group * GROUP, inputs - group * GROUP));
+        else to_bytes(packing, from + group * GROUP, (int8_t *)place, to->units + row * to->width / GROUP * 2 + group * 2);
+    }
+}
+
+/* `rows` rows times one tile. A group's sum of digits times units is a whole number, and is scaled as such. */
+INLINE void narrow_few_rows(int packing, int rows, Tile tile, const Narrow *x, int64_t first_row, Floats sums[][2]) {
+    const int64_t groups = x->width / GROUP;
+    const int8_t *bytes = (const int8_t *)(x->numbers + first_row * x->width);
+    const float *units = x->units + first_row * groups * 2;
+    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
+    for (int64_t group = 0; group < groups; group++, bytes += 2 * GROUP, units += 2) {
+        Floats scale[2], offset[2];
+        __m512i parts[NARROW_ROWS][2][2];
+        take_scales(packing, &tile, scale, offset);
+        for (int row = 0; row < rows; row++)
+            for (int half = 0; half < 2; half++) parts[row][half][0] = parts[row][half][1] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+        for (int four = 0; four < GROUP / 4; four++) {
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                if (packing == EIGHT_BITS || four % 2 == 0) ask_ahead(tile.words + half * LANES);
+                /* Four digits of each output, as bytes without a sign. */
+                Words words = *(const Words *)(tile.words + half * LANES), digits;
+                if (packing == FOUR_BITS) digits = (four % 2 ? words >> 4 : words) & 0x0f0f0f0f;
+                else digits = words ^ 0x80808080;
+#pragma GCC unroll 4
+                for (int row = 0; row < rows; row++) {
+#pragma GCC unroll 2
+                    for (int plane = 0; plane < 2; plane++) {
+                        int32_t inputs;
+                        memcpy(&inputs, bytes + row * x->width * 2 + plane * GROUP + four * 4, 4);
+                        __m512i *part = &parts[row][half][plane];
+                        *part = _mm512_dpbusd_epi32(*part, (__m512i)digits, _mm512_set1_epi32(inputs));
+                    }
+                }
+            }
+            if (packing == EIGHT_BITS || four % 2) tile.words += TILE;
+        }
+        for (int row = 0; row < rows; row++) {
+            float unit = units[row * groups * 2], total = units[row * groups * 2 + 1];
+            for (int half = 0; half < 2; half++) {
+                __m512i part = _mm512_add_epi32(_mm512_slli_epi32(parts[row][half][0], LOW_BITS), parts[row][half][1]);
+                Floats added = offset[half];
+                if (packing == EIGHT_BITS) added = scale[half] * -128.0f;
+                sums[row][half] += (Floats)_mm512_cvtepi32_ps(part) * (scale[half] * unit) + added * total;
+            }
+        }
+    }
+}
+
+/* `outputs` rows of bf16 weights, which lie as they were read, times `rows` rows. */
+INLINE void narrow_plain_block(
+    int outputs, int rows, const Weight *weight, int64_t first_output, const Narrow *x, int64_t first_row, const Out *out
+) {
+    __m512 sums[PLAIN_OUTPUTS][PLAIN_ROWS];
+    const uint16_t *weights = (const uint16_t *)weight->numbers + first_output * weight->inputs;
+    for (int output = 0; output < outputs; output++)
+        for (int row = 0; row < rows; row++) sums[output][row] = _mm512_setzero_ps();
+    for (int64_t input = 0; input < weight->inputs; input += GROUP) {
+        int64_t left = weight->inputs - input;
+        __mmask32 mask = left >= GROUP ? 0xffffffff : (1u << left) - 1;
+        __m512i from[PLAIN_ROWS];
+        for (int row = 0; row < rows; row++)
+            from[row] = _mm512_loadu_si512(x->numbers + (first_row + row) * x->width + input);
+        for (int output = 0; output < outputs; output++) {
+            __m512i some = _mm512_maskz_loadu_epi16(mask, weights + output * weight->inputs + input);
+            for (int row = 0; row < rows; row++)
+                sums[output][row] = _mm512_dpbf16_ps(sums[output][row], (__m512bh)some, (__m512bh)from[row]);
+        }
+    }
+    for (int output = 0; output < outputs; output++)
+        for (int row = 0; row < rows; row++)
+            put_one(out, first_row + row, first_output + output, total((Floats)sums[output][row]));
+}
+
+INLINE void narrow_tile(int packing, const Weight *weight, int64_t tile, const Narrow *x, int64_t rows, const Out *out) {
+    if (packing == BF16) {
+        int64_t end = (tile + 1) * TILE < weight->outputs ? (tile + 1) * TILE : weight->outputs;
+        for (int64_t output = tile * TILE; output < end;) {
+            int64_t row = 0;
+            if (output + PLAIN_OUTPUTS <= end) {
+                for (; row + PLAIN_ROWS <= rows; row += PLAIN_ROWS)
+                    narrow_plain_block(PLAIN_OUTPUTS, PLAIN_ROWS, weight, output, x, row, out);
+                for (; row < rows; row++) narrow_plain_block(PLAIN_OUTPUTS, 1, weight, output, x, row, out);
+                output += PLAIN_OUTPUTS;
+            } else {
+                for (; row < rows; row++) narrow_plain_block(1, 1, weight, output, x, row, out);
+                output++;
+            }
+        }
+        return;
+    }
+    Tile place = tile_at(packing, weight, tile);
+    for (int64_t row = 0; row < rows;) {
+        Floats sums[NARROW_ROWS][2];
+        int64_t count = rows - row < NARROW_ROWS ? rows - row : NARROW_ROWS;
+        switch (count) {
+            case 1: narrow_few_rows(packing, 1, place, x, row, sums); break;
+            case 2: narrow_few_rows(packing, 2, place, x, row, sums); break;
+            case 3: narrow_few_rows(packing, 3, place, x, row, sums); break;
+            case 4: narrow_few_rows(packing, 4, place, x, row, sums); break;
+        }
+        for (int64_t each = 0; each < count; each++) put(out, row++, tile * TILE, sums[each]);
+    }
+}
+
+INLINE void narrow_linear(int packing, const Weight *weight, const Rows *rows, const Out *out, int threads) {
+    int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
+    Narrow narrow = {.width = whole_groups(inputs)};
+    narrow.numbers = aligned_alloc(64, count * narrow.width * sizeof(uint16_t));
+    narrow.units = malloc(count * narrow.width / GROUP * 2 * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < count; row++)
+            narrow_row(packing, ready(rows, row, inputs, made), inputs, row, &narrow);
+        free(made);
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; tile++) narrow_tile(packing, weight, tile, &narrow, count, out);
+    }
+    free(narrow.numbers);
+    free(narrow.units);
+}
+
+#endif
+
+#if HAS_MATRIX_UNIT
+
+/* The matrix unit multiplies tiles: 16 rows of 32 bf16, by 16 rows of 16 pairs of bf16, one input's weights for 16
+ * outputs beside the next input's. Both are a kibibyte, and so are the sums, 16 rows of 16 fp32.
+ */
+#define UNIT_ROWS 16
+#define UNIT_NUMBERS 512
+#define UNIT_GROUPS 9 /* whose weights are unpacked at a time, so that they and the rows stay in a core's first cache */
+
+/* For all tiles that this thread uses. */
+INLINE void configure_unit(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } __attribute__((packed)) config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64, config.rows[tile] = UNIT_ROWS;
+    __asm__ volatile("" ::: "memory");
+    _tile_loadconfig(&config);
+}
+
+/* A row of 32 pairs side by side: the first vector's numbers, each before the second's. */
+INLINE __m512i paired(Floats even, Floats odd) {
+    const __m512i order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+}
+
+/* `groups` groups of one tile of a weight, from group `first` on, as the unit's tiles, [groups][2 halves][UNIT_NUMBERS].
+ */
+INLINE void unpack_for_unit(int packing, const Weight *weight, int64_t tile, int64_t first, int64_t groups, uint16_t *to) {
+    int64_t inputs = weight->inputs;
+    if (packing == BF16) {
+        for (int64_t group = first; group < first + groups; group++) {
+            int64_t left = inputs - group * GROUP;
+            __mmask32 mask = left >= GROUP ? 0xffffffff : (1u << left) - 1;
+            for (int half = 0; half < 2; half++, to += UNIT_NUMBERS) {
+                Floats block[LANES];
+                for (int lane = 0; lane < LANES; lane++) {
+                    int64_t output = tile * TILE + half * LANES + lane;
+                    const uint16_t *from = (const uint16_t *)weight->numbers + output * inputs + group * GROUP;
+                    block[lane] = output < weight->outputs ? (Floats)_mm512_maskz_loadu_epi16(mask, from) : (Floats){0};
+                }
+                transpose(block);
+                for (int lane = 0; lane < LANES; lane++) store((float *)to + lane * LANES, block[lane]);
+            }
+        }
+        return;
+    }
+    const int per_word = 32 / packing, words_of_group = GROUP / per_word;
+    Tile place = tile_at(packing, weight, tile);
+    place.words += first * words_of_group * TILE;
+    place.scales += first * (packing == FOUR_BITS ? 2 : 1) * TILE;
+    for (int64_t group = 0; group < groups; group++, to += 2 * UNIT_NUMBERS) {
+        Floats scale[2], offset[2];
+        take_scales(packing, &place, scale, offset);
+        for (int word = 0; word < words_of_group; word++, place.words += TILE) {
+            for (int half = 0; half < 2; half++) {
+                Words words = *(const Words *)(place.words + half * LANES);
+                ask_ahead(place.words + half * LANES);
+                uint16_t *row = to + half * UNIT_NUMBERS + word * per_word * LANES;
+#define PAIR(digit)                                                                                       \
+    if (digit < per_word)                                                                                 \
+        _mm512_store_si512(row + digit * LANES,                                                           \
+                           paired(unpacked(packing, words, digit, scale[half], offset[half]),             \
+                                  unpacked(packing, words, digit + 1, scale[half], offset[half])));
+                PAIR(0) PAIR(2) PAIR(4) PAIR(6)
+#undef PAIR
+            }
+        }
+    }
+}
+
+/* Rows for the unit, [tiles of rows][groups][UNIT_NUMBERS] bf16. */
+INLINE void narrow_row_for_unit(const float *from, int64_t inputs, int64_t row, uint16_t *to) {
+    int64_t groups = whole_groups(inputs) / GROUP;
+    to += row / UNIT_ROWS * groups * UNIT_NUMBERS + row % UNIT_ROWS * GROUP;
+    for (int64_t group = 0; group < groups; group++)
+        _mm512_store_si512(to + group * UNIT_NUMBERS, narrowed(from + group * GROUP, inputs - group * GROUP));
+}
+
+/* The compiler does not know what the unit reads and writes. */
+INLINE void settle(void) { __asm__ volatile("" ::: "memory"); }
+
+/* Sums of one or two tiles of rows times two of weights, [32][TILE] fp32; without `carries` they begin at 0. */
+INLINE void begin(int is_pair, int carries, const float *sums) {
+    settle();
+    if (carries) {
+        _tile_loadd(0, sums, TILE * 4);
+        _tile_loadd(1, sums + LANES, TILE * 4);
+        if (is_pair) {
+            _tile_loadd(2, sums + UNIT_ROWS * TILE, TILE * 4);
+            _tile_loadd(3, sums + UNIT_ROWS * TILE + LANES, TILE * 4);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+
+/* One group; the second tile of rows is `next` numbers behind the first. */
+INLINE void multiply(int is_pair, const uint16_t *x, int64_t next, const uint16_t *weights) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, weights, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weights + UNIT_NUMBERS, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (is_pair) {
+        _tile_loadd(5, x + next, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+INLINE void end(int is_pair, float *sums) {
+    _tile_stored(0, sums, TILE * 4);
+    _tile_stored(1, sums + LANES, TILE * 4);
+    if (is_pair) {
+        _tile_stored(2, sums + UNIT_ROWS * TILE, TILE * 4);
+        _tile_stored(3, sums + UNIT_ROWS * TILE + LANES, TILE * 4);
+    }
+    settle();
+}
+
+/* One tile of a weight times at most two tiles of rows: the unit multiplies a group while others are unpacked. */
+INLINE void unit_pair(
+    int packing, int is_pair, const Weight *weight, int64_t tile, const uint16_t *x, uint16_t *room, float *sums
+) {
+    const int64_t groups = whole_groups(weight->inputs) / GROUP, behind = 3;
+    begin(is_pair, 0, sums);
+    for (int64_t group = 0; group < groups + behind; group++) {
+        if (group < groups) unpack_for_unit(packing, weight, tile, group, 1, room + group % 4 * 2 * UNIT_NUMBERS);
+        settle();
+        int64_t done = group - behind;
+        if (done >= 0) multiply(is_pair, x + done * UNIT_NUMBERS, groups * UNIT_NUMBERS, room + done % 4 * 2 * UNIT_NUMBERS);
+    }
+    end(is_pair, sums);
+}
+
+/* One tile of a weight times any number of rows, a few groups at a time. */
+INLINE void unit_rows(
+    int packing, const Weight *weight, int64_t tile, const uint16_t *x, int64_t count, uint16_t *room, float *sums
+) {
+    int64_t groups = whole_groups(weight->inputs) / GROUP, pieces = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
+    for (int64_t piece = 0, first = 0; piece < pieces; piece++) {
+        int64_t several = groups * (piece + 1) / pieces - first;
+        unpack_for_unit(packing, weight, tile, first, several, room);
+        for (int64_t row = 0; row < count; row += 2 * UNIT_ROWS) {
+            const uint16_t *from = x + row * groups * GROUP + first * UNIT_NUMBERS;
+            float *to = sums + row * TILE;
+            if (count - row > UNIT_ROWS) {
+                begin(1, piece > 0, to);
+                for (int64_t group = 0; group < several; group++)
+                    multiply(1, from + group * UNIT_NUMBERS, groups * UNIT_NUMBERS, room + 2 * group * UNIT_NUMBERS);
+                end(1, to);
+            } else {
+                begin(0, piece > 0, to);
+                for (int64_t group = 0; group < several; group++)
+                    multiply(0, from + group * UNIT_NUMBERS, 0, room + 2 * group * UNIT_NUMBERS);
+                end(0, to);
+            }
+        }
+        first += several;
+    }
+}
+
+/* One tile of a weight times `count` rows, of which the first is row `first` of the result. */
+INLINE void unit_tile(
+    int packing, const Weight *weight, int64_t tile, const uint16_t *x, int64_t first, int64_t count, const Out *out,
+    uint16_t *room, float *sums
+) {
+    if (count <= UNIT_ROWS) unit_pair(packing, 0, weight, tile, x, room, sums);
+    else if (count <= 2 * UNIT_ROWS) unit_pair(packing, 1, weight, tile, x, room, sums);
+    else unit_rows(packing, weight, tile, x, count, room, sums);
+    for (int64_t row = 0; row < count; row++) {
+        Floats both[2] = {load(sums + row * TILE), load(sums + row * TILE + LANES)};
+        put(out, first + row, tile * TILE, both);
+    }
+}
+
+INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, const Out *out, int threads) {
+    int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
+    int64_t groups = whole_groups(inputs) / GROUP;
+    int64_t most = (count < ROWS_AT_ONCE ? count + 2 * UNIT_ROWS - 1 : ROWS_AT_ONCE) / (2 * UNIT_ROWS) * 2 * UNIT_ROWS;
+    uint16_t *narrow = aligned_alloc(64, most * groups * GROUP * sizeof(uint16_t));
+#pragma omp parallel num_threads(threads)
+    {
+        float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
+        uint16_t *room = aligned_alloc(64, UNIT_GROUPS * 2 * UNIT_NUMBERS * sizeof(uint16_t));
+        float *sums = aligned_alloc(64, most * TILE * sizeof(float));
+        configure_unit();
+        for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
+            int64_t several = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < several; row++)
+                narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
+#pragma omp for schedule(static)
+            for (int64_t tile = 0; tile < tiles; tile++)
+                unit_tile(packing, weight, tile, narrow, first, several, out, room, sums);
+        }
+        _tile_release();
+        free(sums);
+        free(room);
+        free(made);
+    }
+    free(narrow);
+}
+
+#endif
+
+/* out [rows, outputs] = rows times a weight transposed, + bias, + what is there where it `adds`. Inputs of four and
+ * eight bits are whole groups; strides count numbers. A narrow product of fp16 is exact.
+ */
+void tidegate_linear(const Weight *weight, const Rows *rows, float *numbers, int adds, int narrowness, int threads) {
+    Out out = {numbers, weight->bias, weight->outputs, adds};
+#define EACH(kind, function) \
+    case kind:               \
+        function(kind, weight, rows, &out, threads); \
+        return;
+#if HAS_MATRIX_UNIT
+    if (narrowness == ANY_ROWS && rows->count >= MATRIX_ROWS) {
+        switch (weight->packing) {
+            EACH(FOUR_BITS, unit_linear) EACH(EIGHT_BITS, unit_linear) EACH(BF16, unit_linear)
+        }
+    }
+#endif
+#if HAS_NARROW
+    if (narrowness != EXACT) {
+        switch (weight->packing) {
+            EACH(FOUR_BITS, narrow_linear) EACH(EIGHT_BITS, narrow_linear) EACH(BF16, narrow_linear)
+        }
+    }
+#endif
+    switch (weight->packing) {
+        EACH(FOUR_BITS, exact_linear) EACH(EIGHT_BITS, exact_linear) EACH(BF16, exact_linear) EACH(FP16, exact_linear)
+    }
+#undef EACH
+}
+
+/* EXACT where narrow products would be exact ones, FEW_ROWS where there is no matrix unit, else ANY_ROWS. The system
+ * gives a process the matrix unit when it asks for it.
+ */
+int64_t tidegate_narrowness(void) {
+#if HAS_MATRIX_UNIT
+    enum { ASK = 0x1023, TILE_DATA = 18 };
+    if (syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0) return ANY_ROWS;
+#endif
+    return HAS_NARROW ? FEW_ROWS : EXACT;
+}
+
+int64_t tidegate_tile(void) { return TILE; }

@@ -39,9 +39,10 @@ class Place:
 
     def attend(self, queries: torch.Tensor) -> torch.Tensor:
         """[row_count, head_count, key_size] to [row_count, head_count * value_size]."""
-        groups = self.step.groups
-        parts = [self.kv_cache.attend(self.layer, queries[group.rows], group) for group in groups]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+        out = self.kv_cache.room(*queries.shape[:2])
+        for group in self.step.groups:
+            self.kv_cache.attend(self.layer, queries[group.rows], group, out[group.rows])
+        return out.flatten(1)
 
 
 class GroupedQueryAttention:

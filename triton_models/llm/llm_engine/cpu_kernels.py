@@ -9,6 +9,7 @@ import ctypes
 import enum
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -26,6 +27,7 @@ from .rowwise import Norm, Rowwise
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 _BUILD_SECONDS = 120
+_UNIT_INPUTS = 32  # that the matrix unit multiplies at once
 _PACKINGS = {torch.bfloat16: 16, torch.float16: 17}
 
 _log = logging.getLogger("llm_engine.cpu_kernels")
@@ -75,11 +77,27 @@ class CpuKernels:
             function.argtypes = [_C_TYPES[letter] for letter in types]
             function.restype = ctypes.c_int64 if not types else None
         self._tile, self._lanes, self._split = (getattr(library, f"tidegate_{n}")() for n in ("tile", "lanes", "split"))
+        self._memories: dict[str, torch.Tensor] = {}
+        self._rooms: dict[str, torch.Tensor] = {}
         self.narrowness = Narrowness(library.tidegate_narrowness())
         """Which narrow products this processor has."""
 
+    def room(self, name: str, *shape: int) -> torch.Tensor:
+        """fp32 memory for a result that nobody needs any more when the next one of this name is asked for.
+
+        Fresh memory for each result of a prompt costs as much as computing it: the system hands out pages of zeros.
+        """
+        kept = self._rooms.get(name)
+        if kept is None or kept.shape != shape:
+            size = math.prod(shape)
+            memory = self._memories.get(name)
+            if memory is None or memory.numel() < size:
+                memory = self._memories[name] = torch.empty(size)
+            kept = self._rooms[name] = memory[:size].view(shape)
+        return kept
+
     def pack(self, weight: Blocks | torch.Tensor, bias: torch.Tensor | None = None) -> Packed | None:
-        """A weight [output size, input size] for `linear`, with a bias [output size] fp32; None: no kernel has its type."""
+        """A weight [output size, input size] for `linear`, with a bias [output size]; None: no kernel has its type."""
         scales = None
         if isinstance(weight, Blocks):
             (numbers, scales), packing = self._tiles(weight), weight.bits
@@ -98,16 +116,23 @@ class CpuKernels:
         *,
         before: Rowwise | None = None,
         onto: torch.Tensor | None = None,
+        room: str | None = None,
         narrowness: Narrowness = Narrowness.EXACT,
     ) -> torch.Tensor:
         """[row_count, input size], or twice that for SwiGLU, to [row_count, output size], fp32.
 
         Args:
             onto: the result is added to this, and comes back as this.
+            room: else, in which memory it is; None is memory of its own.
             narrowness: which products may be narrow, of those that there are.
         """
         count = rows.shape[0]
-        out = rows.new_empty(count, weight.output_size) if onto is None else onto
+        if onto is not None:
+            out = onto
+        elif room is not None:
+            out = self.room(room, count, weight.output_size)
+        else:
+            out = rows.new_empty(count, weight.output_size)
         given = _Rows(rows.data_ptr(), None, rows.stride(0), count, 0, 0.0)
         if isinstance(before, Norm):
             given.norm, given.epsilon, given.before = before.weight.data_ptr(), before.epsilon, 1
@@ -148,6 +173,13 @@ class CpuKernels:
         fits = key_size % self._lanes == 0 and value_size % self._lanes == 0
         return fits and dtype in (torch.float32, torch.bfloat16)
 
+    def can_attend_chunks(self, key_size: int, value_size: int, dtype: torch.dtype) -> bool:
+        """Whether `attend_chunk` takes them, and is quicker than torch."""
+        if not self.can_attend(key_size, value_size, dtype):
+            return False
+        fits_unit = key_size % _UNIT_INPUTS == 0 and value_size % _UNIT_INPUTS == 0
+        return dtype == torch.float32 or (fits_unit and self.narrowness == Narrowness.ANY_ROWS)
+
     def attend(
         self,
         queries: torch.Tensor,
@@ -161,7 +193,8 @@ class CpuKernels:
         value_size: int,
         values_at: int,
         scale: float,
-    ) -> torch.Tensor:
+        out: torch.Tensor,
+    ) -> None:
         """Attend one row a sequence to the first tokens of each: [sequences, heads, key size] to the value's size.
 
         Args:
@@ -172,14 +205,12 @@ class CpuKernels:
         """
         count, heads, key_size = queries.shape
         splits = -(-longest // self._split)
-        out = queries.new_empty(count, heads, value_size)
-        partials = queries.new_empty(count * splits * heads * (value_size + 2))
+        partials = self.room("partials", count * splits * heads * (value_size + 2))
         self._library.tidegate_attention(
             cache.dtype == torch.bfloat16, queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
             token_size, blocks.data_ptr(), blocks.stride(0), lengths.data_ptr(), count, heads, kv_head_count, key_size,
             value_size, values_at, scale, out.data_ptr(), partials.data_ptr(), splits, self._threads,
         )  # fmt: skip
-        return out
 
     def attend_chunk(
         self,
@@ -193,7 +224,8 @@ class CpuKernels:
         value_size: int,
         values_at: int,
         scale: float,
-    ) -> torch.Tensor:
+        out: torch.Tensor,
+    ) -> None:
         """Attend consecutive rows of one sequence, [row_count, heads, key size], each to the tokens up to its own.
 
         Args:
@@ -201,13 +233,12 @@ class CpuKernels:
             start: which token of the sequence the first row is; the others are as in `attend`.
         """
         count, heads, key_size = queries.shape
-        out = queries.new_empty(count, heads, value_size)
         self._library.tidegate_attend_chunk(
-            cache.dtype == torch.bfloat16, queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
+            cache.dtype == torch.bfloat16, self.narrowness,
+            queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
             token_size, blocks.data_ptr(), start, count, heads, kv_head_count, key_size, value_size, values_at, scale,
             out.data_ptr(), self._threads,
         )  # fmt: skip
-        return out
 
     def _tiles(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Words of the tile's outputs side by side, and scales of each group likewise; the last tile is filled up."""
@@ -291,7 +322,7 @@ _SIGNATURES = {
     "linear": "wrpiii",
     "rotate_and_write": "pnnnnppppfpipi",
     "attention": "ipnpnnpnpnnnnnnfppni",
-    "attend_chunk": "ipnpnnpnnnnnnnfpi",
+    "attend_chunk": "iipnpnnpnnnnnnnfpi",
     "narrowness": "",
     "tile": "",
     "lanes": "",

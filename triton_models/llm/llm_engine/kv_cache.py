@@ -43,12 +43,12 @@ class KvCache:
         self._token_size = architecture.cached_token_size
         self._scale = architecture.softmax_scale
         self._block_token_count = block_token_count
-        self._kernels = compute.kernels
+        self._kernels, self._activations = compute.kernels, compute.activations
         sizes = (self._key_size, self._value_size, compute.dtype)
         self.reads_blocks = self._kernels is not None and self._kernels.can_attend(*sizes)
         """Whether single rows attend to blocks where they lie; else all are gathered."""
-        self.reads_chunks = self.reads_blocks and compute.dtype == torch.float32
-        """Whether prompts do, too. In bf16 torch is quicker, where the processor has such products."""
+        self.reads_chunks = self._kernels is not None and self._kernels.can_attend_chunks(*sizes)
+        """Whether prompts do, too."""
         dtype, device = compute.dtype, compute.device
         shape = (block_count + 1, block_token_count * self._token_size)
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.layer_count)]
@@ -63,14 +63,22 @@ class KvCache:
         """A layer's blocks."""
         return self._layers[layer]
 
-    def attend(self, layer: int, queries: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
-        """Attend a group's rows, [row_count, head_count, key size], to their sequences; the value's size comes back.
+    def room(self, row_count: int, head_count: int) -> torch.Tensor:
+        """Memory for what a layer's rows attend to, until the next layer's: [row_count, head_count, value size]."""
+        shape = (row_count, head_count, self._value_size)
+        if self._kernels is not None:
+            return self._kernels.room("attended", *shape)
+        return torch.empty(shape, dtype=self._activations, device=self._layers[0].device)
+
+    def attend(self, layer: int, queries: torch.Tensor, group: AttentionGroup, out: torch.Tensor) -> None:
+        """Attend a group's rows, [row_count, head_count, key size], to their sequences; `out` has the value's size.
 
         The query heads that share a KV head stand as query rows beneath it: torch's fused CPU kernel
         takes that with a mask, which it does not with `enable_gqa`.
         """
         if group.mask is None:
-            return self._attend_blocks(layer, queries, group)
+            self._attend_blocks(layer, queries, group, out)
+            return
         count, query_count = group.sequence_count, group.query_count
         keys, values = self._gather(layer, group)
         split = (count, query_count, self._heads, self._group_size, self._key_size)
@@ -80,7 +88,7 @@ class KvCache:
             under_kv_head.reshape(shape), keys, values, attn_mask=group.mask, scale=self._scale
         )
         by_row = attended.view(*under_kv_head.shape[:-1], self._value_size).permute(0, 3, 1, 2, 4)
-        return by_row.reshape(*queries.shape[:-1], self._value_size).to(queries.dtype)
+        out.view(by_row.shape).copy_(by_row)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite: under a mask a NaN still reaches the next owner."""
@@ -88,14 +96,15 @@ class KvCache:
         for layer in self._layers:
             layer.index_fill_(0, index, 0)
 
-    def _attend_blocks(self, layer: int, queries: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
+    def _attend_blocks(self, layer: int, queries: torch.Tensor, group: AttentionGroup, out: torch.Tensor) -> None:
         assert self._kernels is not None
         cache = (self._layers[layer], self._token_size, self._block_token_count)
         values_at = 0 if self._is_latent else self._heads * self._key_size
-        heads = (self._heads, self._value_size, values_at, self._scale)
+        heads = (self._heads, self._value_size, values_at, self._scale, out)
         if group.lengths is None:
-            return self._kernels.attend_chunk(queries, *cache, group.blocks, group.longest - group.query_count, *heads)
-        return self._kernels.attend(queries, *cache, group.blocks, group.lengths, group.longest, *heads)
+            self._kernels.attend_chunk(queries, *cache, group.blocks, group.longest - group.query_count, *heads)
+        else:
+            self._kernels.attend(queries, *cache, group.blocks, group.lengths, group.longest, *heads)
 
     def _gather(self, layer: int, group: AttentionGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as views of one buffer, [sequences, kv heads, context, size] each."""

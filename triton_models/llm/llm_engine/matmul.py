@@ -43,8 +43,16 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
 class Projection:
     """Multiplies rows by a weight [output size, input size], and adds a bias [output size] where there is one."""
 
-    def __init__(self, weight: torch.Tensor | Blocks, compute: Compute, *, bias: torch.Tensor | None = None) -> None:
-        self._compute, kernels = compute, compute.kernels
+    def __init__(
+        self,
+        weight: torch.Tensor | Blocks,
+        compute: Compute,
+        *,
+        bias: torch.Tensor | None = None,
+        room: str | None = None,
+    ) -> None:
+        """`room`: the kernels' memory for results, which then hold until the next of that name; None: their own."""
+        self._compute, self._room, kernels = compute, room, compute.kernels
         self._bias = None if bias is None else bias.to(compute.device, compute.activations)
         self._packed = None if kernels is None else kernels.pack(weight, self._bias)
         self._narrowness = Narrowness.EXACT
@@ -73,8 +81,14 @@ class Projection:
         """
         if self._packed is not None and (self._dense is None or len(rows) < _MANY_ROWS):
             assert self._compute.kernels is not None
-            kernels, row_stride_only = self._compute.kernels, rows if rows.stride(1) == 1 else rows.contiguous()
-            return kernels.linear(self._packed, row_stride_only, before=before, onto=onto, narrowness=self._narrowness)
+            return self._compute.kernels.linear(
+                self._packed,
+                rows if rows.stride(1) == 1 else rows.contiguous(),
+                before=before,
+                onto=onto,
+                room=self._room,
+                narrowness=self._narrowness,
+            )
         product = self._product(rows if before is None else before(rows)).to(self._compute.activations)
         if self._bias is not None:
             product.add_(self._bias)

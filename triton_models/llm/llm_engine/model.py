@@ -119,20 +119,20 @@ class _Weights:
         """Those that the model has of `names`."""
         return {name: self.tensor(name) for name in names if self.has(name)}
 
-    def projection(self, name: str) -> Projection:
+    def projection(self, name: str, *, room: str | None = None) -> Projection:
         bias = self._dense(f"{name}_bias") if self.has(f"{name}_bias") else None
-        return Projection(self.tensors[self.prefix + name], self.compute, bias=bias)
+        return Projection(self.tensors[self.prefix + name], self.compute, bias=bias, room=room)
 
-    def projections(self, name: str, count: int) -> list[Projection]:
+    def projections(self, name: str, count: int, *, room: str | None = None) -> list[Projection]:
         """Of a tensor that is `count` matrices of the same size, one below the other."""
         whole = self.tensors[self.prefix + name]
         size = whole.shape[0] // count
         spans = [slice(first, first + size) for first in range(0, whole.shape[0], size)]
         parts = [whole.rows(span) if isinstance(whole, Blocks) else whole[span] for span in spans]
-        return [Projection(part, self.compute) for part in parts]
+        return [Projection(part, self.compute, room=room) for part in parts]
 
     def mlp(self, kind: str = "") -> Mlp:
-        return Mlp(self.projection(f"{kind}gate_up"), self.projection(f"{kind}down"))
+        return Mlp(self.projection(f"{kind}gate_up", room="gate_up"), self.projection(f"{kind}down"))
 
     def _dense(self, name: str) -> torch.Tensor:
         found = self.tensors[self.prefix + name]
@@ -153,7 +153,9 @@ def _attention(architecture: Architecture, here: _Weights) -> GroupedQueryAttent
     norm = here.norm("attention_norm", architecture)
     if architecture.latent is None:
         norms = here.named("query_norm", "key_norm")
-        return GroupedQueryAttention(architecture, norms, norm, here.projection("qkv"), here.compute.kernels)
+        return GroupedQueryAttention(
+            architecture, norms, norm, here.projection("qkv", room="qkv"), here.compute.kernels
+        )
     return LatentAttention(
         architecture,
         architecture.latent,
@@ -177,5 +179,6 @@ def _mixture(architecture: Architecture, division: Division, here: _Weights) -> 
 
 
 def _expert_mlps(here: _Weights, count: int) -> list[Mlp]:
-    both = zip(here.projections("experts_gate_up", count), here.projections("experts_down", count), strict=True)
+    gate_ups = here.projections("experts_gate_up", count, room="gate_up")
+    both = zip(gate_ups, here.projections("experts_down", count), strict=True)
     return [Mlp(gate_up, down) for gate_up, down in both]

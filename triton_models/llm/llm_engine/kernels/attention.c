@@ -4,7 +4,7 @@
  * nor on the number of threads.
  */
 
-#include "vectors.h"
+#include "unit.h"
 
 /* Turn the query and key heads of rows [rows, (heads + 2 kv_heads) * size] in place, each normed before where the
  * model has weights for it, and write keys and values into the cache at the rows' slots.
@@ -389,11 +389,222 @@ INLINE void attend_chunk(
     }
 }
 
+#if HAS_MATRIX_UNIT
+
+#define UNIT_SPLIT 256 /* tokens of a context whose keys and values are laid out at a time */
+#define UNIT_HEADS 8   /* heads that share them */
+
+/* What a thread works with. */
+typedef struct {
+    uint16_t *keys;    /* [pairs of token tiles][groups of a key][2][UNIT_NUMBERS] */
+    uint16_t *values;  /* [pairs of value tiles][groups of tokens][2][UNIT_NUMBERS] */
+    uint16_t *queries; /* of each head [CHUNK_ROWS / UNIT_ROWS][groups of a key][UNIT_NUMBERS] */
+    uint16_t *weights; /* [2 tiles of rows][groups of tokens][UNIT_NUMBERS] */
+    float *scores;     /* [groups of tokens][32][TILE] */
+    float *largest, *sums; /* of each head's rows */
+} UnitRoom;
+
+/* Keys and values of `count` tokens, a multiple of UNIT_INPUTS, as the unit's tiles. */
+INLINE void lay_out_for_unit(
+    const uint16_t *cache, const int64_t *offsets, int64_t count, int64_t shift, int64_t key_size, int64_t value_size,
+    const UnitRoom *room
+) {
+    int64_t key_groups = key_size / UNIT_INPUTS, token_groups = count / UNIT_INPUTS;
+    for (int64_t token = 0; token < count; token += UNIT_ROWS) {
+        uint16_t *to = room->keys + (token / TILE * key_groups * 2 + token / UNIT_ROWS % 2) * UNIT_NUMBERS;
+        for (int64_t group = 0; group < key_groups; group++) {
+            Floats block[LANES];
+            for (int lane = 0; lane < LANES; lane++)
+                block[lane] = load((const float *)(cache + offsets[token + lane] + group * UNIT_INPUTS));
+            transpose(block);
+            for (int lane = 0; lane < LANES; lane++)
+                store((float *)(to + group * 2 * UNIT_NUMBERS) + lane * LANES, block[lane]);
+        }
+    }
+    for (int64_t token = 0; token < count; token += 2) {
+        const uint16_t *even = cache + offsets[token] + shift, *odd = cache + offsets[token + 1] + shift;
+        int64_t group = token / UNIT_INPUTS, row = token % UNIT_INPUTS / 2;
+        for (int64_t index = 0; index < value_size; index += LANES) {
+            int64_t tile = (index / TILE * token_groups + group) * 2 + index / LANES % 2;
+            Words low = __builtin_convertvector(*(const Halves *)(even + index), Words);
+            Words high = __builtin_convertvector(*(const Halves *)(odd + index), Words) << 16;
+            store((float *)(room->values + tile * UNIT_NUMBERS) + row * LANES, (Floats)(low | high));
+        }
+    }
+}
+
+/* 2 to the power of each lane, to one part in 10,000, which is nearer than bf16 is. */
+INLINE __m512 power_of_two(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
+    __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.05508868f), rest, _mm512_set1_ps(0.24260405f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.69327624f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.99992894f)), whole);
+}
+
+/* A row's scores become its weights, relative to `after`, the largest score yet; their sum comes back. What stands
+ * behind the first `visible` of `count` tokens gets none.
+ */
+INLINE float weigh_row(const UnitRoom *room, int64_t row, int64_t visible, int64_t count, float scale, float *largest) {
+    const float *scores = room->scores + row * TILE;
+    const int64_t token_groups = count / UNIT_INPUTS;
+    uint16_t *to = room->weights + row / UNIT_ROWS * token_groups * UNIT_NUMBERS + row % UNIT_ROWS * UNIT_INPUTS;
+    __m512 most = _mm512_set1_ps(*largest), sums = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
+    for (int64_t token = 0; token < visible; token += LANES) {
+        __mmask16 seen = visible - token >= LANES ? 0xffff : (1u << (visible - token)) - 1;
+        __m512 some = _mm512_loadu_ps(scores + token / TILE * 2 * UNIT_ROWS * TILE + token % TILE);
+        most = _mm512_mask_max_ps(most, seen, _mm512_mul_ps(some, factor), most);
+    }
+    *largest = _mm512_reduce_max_ps(most);
+    most = _mm512_set1_ps(*largest);
+    for (int64_t group = 0; group < token_groups; group++, to += UNIT_NUMBERS, scores += 2 * UNIT_ROWS * TILE) {
+        __m512 halves[2];
+        for (int half = 0; half < 2; half++) {
+            int64_t left = visible - group * UNIT_INPUTS - half * LANES;
+            __mmask16 seen = left >= LANES ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+            __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(scores + half * LANES), factor, most);
+            halves[half] = _mm512_maskz_mov_ps(seen, power_of_two(power));
+            sums = _mm512_add_ps(sums, halves[half]);
+        }
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
+    }
+    return _mm512_reduce_add_ps(sums);
+}
+
+/* What at most two tiles of rows of one head get of the laid out tokens, of which the first row sees `seen`, and each
+ * other one more than the row before it. `largest`, `sums` and `out` carry on from split to split.
+ */
+INLINE void attend_unit_rows(
+    int is_pair, int64_t rows, const UnitRoom *room, const uint16_t *queries, int64_t seen, int64_t count,
+    int64_t key_size, int64_t value_size, float scale, float *largest, float *sums, float *out, int64_t out_stride
+) {
+    int64_t key_groups = key_size / UNIT_INPUTS, token_groups = count / UNIT_INPUTS;
+    int64_t used = seen + rows - 1 < count ? (seen + rows - 1 + UNIT_INPUTS - 1) / UNIT_INPUTS : token_groups;
+    for (int64_t some = 0; some < used; some++) {
+        begin(is_pair, 0, NULL, 0);
+        for (int64_t group = 0; group < key_groups; group++)
+            multiply(is_pair, queries + group * UNIT_NUMBERS, key_groups * UNIT_NUMBERS,
+                     room->keys + (some * key_groups + group) * 2 * UNIT_NUMBERS);
+        end(is_pair, room->scores + some * 2 * UNIT_ROWS * TILE, TILE);
+    }
+    float shrink[2 * UNIT_ROWS];
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t visible = seen + row < count ? seen + row : count;
+        float before = largest[row];
+        float sum = weigh_row(room, row, visible < 0 ? 0 : visible, count, scale, largest + row);
+        shrink[row] = visible <= 0 ? 1 : before == -INFINITY ? 0 : exp2f(before - largest[row]);
+        sums[row] = visible <= 0 ? sums[row] : sums[row] * shrink[row] + sum;
+    }
+    float *added = room->scores;
+    for (int64_t first = 0; first < value_size; first += TILE) {
+        begin(is_pair, 0, NULL, 0);
+        for (int64_t group = 0; group < used; group++)
+            multiply(is_pair, room->weights + group * UNIT_NUMBERS, token_groups * UNIT_NUMBERS,
+                     room->values + (first / TILE * token_groups + group) * 2 * UNIT_NUMBERS);
+        end(is_pair, added, TILE);
+        for (int64_t row = 0; row < rows; row++)
+            for (int half = 0; half < 2; half++) {
+                float *to = out + row * out_stride + first + half * LANES;
+                store(to, load(to) * shrink[row] + load(added + row * TILE + half * LANES));
+            }
+    }
+}
+
+/* As `attend_chunk`, of a cache in bf16; key_size and value_size are multiples of 32. */
+static void attend_chunk_on_unit(
+    const float *queries, int64_t query_stride, const uint16_t *cache, int64_t block_tokens, int64_t token_size,
+    const int64_t *blocks, int64_t start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t key_size,
+    int64_t value_size, int64_t values_at, float scale, float *out, int threads
+) {
+    int64_t group = heads / kv_heads, out_stride = heads * value_size, key_groups = key_size / UNIT_INPUTS;
+    int64_t parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, shares = (group + UNIT_HEADS - 1) / UNIT_HEADS;
+    int64_t of_head = CHUNK_ROWS * key_size;
+    float factor = scale * 1.44269504f;
+#pragma omp parallel num_threads(threads)
+    {
+        UnitRoom room = {
+            .keys = aligned_alloc(64, UNIT_SPLIT * key_size * sizeof(uint16_t)),
+            .values = aligned_alloc(64, UNIT_SPLIT * value_size * sizeof(uint16_t)),
+            .queries = aligned_alloc(64, UNIT_HEADS * of_head * sizeof(uint16_t)),
+            .weights = aligned_alloc(64, 2 * UNIT_ROWS * UNIT_SPLIT * sizeof(uint16_t)),
+            .scores = aligned_alloc(64, 2 * UNIT_ROWS * UNIT_SPLIT * sizeof(float)),
+            .largest = malloc(UNIT_HEADS * CHUNK_ROWS * sizeof(float)),
+            .sums = malloc(UNIT_HEADS * CHUNK_ROWS * sizeof(float)),
+        };
+        configure_unit();
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
+                for (int64_t of_group = 0; of_group < shares; of_group++) {
+                    /* The longest first. */
+                    int64_t from = (parts - 1 - part) * CHUNK_ROWS;
+                    int64_t to = from + CHUNK_ROWS < rows ? from + CHUNK_ROWS : rows;
+                    int64_t first_head = kv_head * group + of_group * UNIT_HEADS;
+                    int64_t taken = group - of_group * UNIT_HEADS;
+                    if (taken > UNIT_HEADS) taken = UNIT_HEADS;
+                    int64_t shift = values_at + kv_head * value_size - kv_head * key_size;
+                    for (int64_t index = 0; index < taken * CHUNK_ROWS; index++)
+                        room.largest[index] = -INFINITY, room.sums[index] = 0;
+                    for (int64_t row = from; row < to; row++) {
+                        memset(out + row * out_stride + first_head * value_size, 0, taken * value_size * sizeof(float));
+                        for (int64_t head = 0; head < taken; head++)
+                            narrow_row_for_unit(queries + row * query_stride + (first_head + head) * key_size, key_size,
+                                                row - from, room.queries + head * of_head);
+                    }
+                    for (int64_t first = 0; first < start + to; first += UNIT_SPLIT) {
+                        int64_t left = start + to - first, found = left < UNIT_SPLIT ? left : UNIT_SPLIT;
+                        int64_t count = (found + UNIT_INPUTS - 1) / UNIT_INPUTS * UNIT_INPUTS, offsets[UNIT_SPLIT];
+                        find(blocks, block_tokens, token_size, kv_head * key_size, first, found, offsets);
+                        for (int64_t token = found; token < count; token++) offsets[token] = offsets[found - 1];
+                        lay_out_for_unit(cache, offsets, count, shift, key_size, value_size, &room);
+                        for (int64_t head = 0; head < taken; head++)
+                            for (int64_t row = from; row < to; row += 2 * UNIT_ROWS) {
+                                int64_t several = to - row < 2 * UNIT_ROWS ? to - row : 2 * UNIT_ROWS;
+                                int64_t state = head * CHUNK_ROWS + row - from;
+                                if (start + row + several <= first) continue;
+                                const uint16_t *of_rows =
+                                    room.queries + head * of_head + (row - from) * key_groups * UNIT_INPUTS;
+                                float *result = out + row * out_stride + (first_head + head) * value_size;
+#define ROWS_OF(is_pair)                                                                                            \
+    attend_unit_rows(is_pair, several, &room, of_rows, start + row + 1 - first, count, key_size, value_size, factor, \
+                     room.largest + state, room.sums + state, result, out_stride)
+                                if (several > UNIT_ROWS) ROWS_OF(1);
+                                else ROWS_OF(0);
+#undef ROWS_OF
+                            }
+                    }
+                    for (int64_t head = 0; head < taken; head++)
+                        for (int64_t row = from; row < to; row++) {
+                            float *result = out + row * out_stride + (first_head + head) * value_size;
+                            float sum = room.sums[head * CHUNK_ROWS + row - from];
+                            for (int64_t index = 0; index < value_size; index++) result[index] /= sum;
+                        }
+                }
+        _tile_release();
+        free(room.keys);
+        free(room.values);
+        free(room.queries);
+        free(room.weights);
+        free(room.scores);
+        free(room.largest);
+        free(room.sums);
+    }
+}
+
+#endif
+
 void tidegate_attend_chunk(
-    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
+    int is_bf16, int narrowness, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
     int64_t token_size, const int64_t *blocks, int64_t start, int64_t rows, int64_t heads, int64_t kv_heads,
     int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
 ) {
+#if HAS_MATRIX_UNIT
+    int fits = key_size % UNIT_INPUTS == 0 && value_size % UNIT_INPUTS == 0;
+    if (is_bf16 && fits && narrowness == ANY_ROWS) {
+        attend_chunk_on_unit(queries, query_stride, cache, block_tokens, token_size, blocks, start, rows, heads,
+                             kv_heads, key_size, value_size, values_at, scale, out, threads);
+        return;
+    }
+#endif
     if (is_bf16)
         attend_chunk(1, queries, query_stride, cache, block_tokens, token_size, blocks, start, rows, heads, kv_heads,
                      key_size, value_size, values_at, scale, out, threads);

@@ -8,22 +8,14 @@
  * on the number of threads. A narrow one's depends on whether there are enough rows for the matrix unit, no more.
  */
 
-#include "vectors.h"
+#include "unit.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define HAS_NARROW 1
-#else
-#define HAS_NARROW 0
-#endif
-#if HAS_NARROW && defined(__AMX_BF16__) && defined(__linux__)
+#if HAS_MATRIX_UNIT
 #include <sys/syscall.h>
 #include <unistd.h>
-#define HAS_MATRIX_UNIT 1
-#else
-#define HAS_MATRIX_UNIT 0
 #endif
 
-#define GROUP 32 /* inputs that share a scale */
+#define GROUP UNIT_INPUTS /* inputs that share a scale */
 #define PLAIN_OUTPUTS 4
 #if defined(__AVX512F__)
 #define PLAIN_ROWS 4
@@ -32,14 +24,12 @@
 #endif
 #define NARROW_ROWS 4     /* that are multiplied at once without it */
 #define WORDS_AHEAD 1024
+#define UNIT_GROUPS 9 /* whose weights are unpacked at a time, so that they and the rows stay in a core's first cache */
 #define MATRIX_ROWS 12    /* from so many on the matrix unit is quicker */
 #define ROWS_AT_ONCE 512  /* that are made ready before they are multiplied, so that they stay in a core's cache */
 
 enum { FOUR_BITS = 4, EIGHT_BITS = 8, BF16 = 16, FP16 = 17 };
 enum { AS_THEY_ARE, NORMED, GATED };
-
-/* Which narrow products there are. */
-enum { EXACT, FEW_ROWS, ANY_ROWS };
 
 /* A weight [outputs, inputs]. Of four and eight bits, tiles: a word holds consecutive inputs of one output, 8 of four
  * bits or 4 of eight; the words of TILE outputs stand side by side, then come their next inputs. A group's scales are
@@ -318,14 +308,6 @@ typedef struct {
 
 INLINE int64_t whole_groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP * GROUP; }
 
-/* GROUP numbers as bf16; behind the row's end, zeros. */
-INLINE __m512i narrowed(const float *from, int64_t left) {
-    if (left >= GROUP) return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(from + LANES), (__m512)load(from));
-    __m512 low = _mm512_maskz_loadu_ps(left >= LANES ? 0xffff : (1u << left) - 1, from);
-    __m512 high = _mm512_maskz_loadu_ps(left <= LANES ? 0 : (1u << (left - LANES)) - 1, from + LANES);
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
 /* A group's inputs as bytes, in the order in which the weights' digits come out of their words. */
 INLINE void to_bytes(int packing, const float *from, int8_t *to, float *unit) {
     const __m512i sign = _mm512_set1_epi32(0x7fffffff);
@@ -491,25 +473,6 @@ INLINE void narrow_linear(int packing, const Weight *weight, const Rows *rows, c
 
 #if HAS_MATRIX_UNIT
 
-/* The matrix unit multiplies tiles: 16 rows of 32 bf16, by 16 rows of 16 pairs of bf16, one input's weights for 16
- * outputs beside the next input's. Both are a kibibyte, and so are the sums, 16 rows of 16 fp32.
- */
-#define UNIT_ROWS 16
-#define UNIT_NUMBERS 512
-#define UNIT_GROUPS 9 /* whose weights are unpacked at a time, so that they and the rows stay in a core's first cache */
-
-/* For all tiles that this thread uses. */
-INLINE void configure_unit(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } __attribute__((packed)) config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64, config.rows[tile] = UNIT_ROWS;
-    __asm__ volatile("" ::: "memory");
-    _tile_loadconfig(&config);
-}
-
 /* A row of 32 pairs side by side: the first vector's numbers, each before the second's. */
 INLINE __m512i paired(Floats even, Floats odd) {
     const __m512i order = _mm512_set_epi16(
@@ -562,112 +525,80 @@ INLINE void unpack_for_unit(int packing, const Weight *weight, int64_t tile, int
     }
 }
 
-/* Rows for the unit, [tiles of rows][groups][UNIT_NUMBERS] bf16. */
-INLINE void narrow_row_for_unit(const float *from, int64_t inputs, int64_t row, uint16_t *to) {
-    int64_t groups = whole_groups(inputs) / GROUP;
-    to += row / UNIT_ROWS * groups * UNIT_NUMBERS + row % UNIT_ROWS * GROUP;
-    for (int64_t group = 0; group < groups; group++)
-        _mm512_store_si512(to + group * UNIT_NUMBERS, narrowed(from + group * GROUP, inputs - group * GROUP));
-}
-
-/* The compiler does not know what the unit reads and writes. */
-INLINE void settle(void) { __asm__ volatile("" ::: "memory"); }
-
-/* Sums of one or two tiles of rows times two of weights, [32][TILE] fp32; without `carries` they begin at 0. */
-INLINE void begin(int is_pair, int carries, const float *sums) {
-    settle();
-    if (carries) {
-        _tile_loadd(0, sums, TILE * 4);
-        _tile_loadd(1, sums + LANES, TILE * 4);
-        if (is_pair) {
-            _tile_loadd(2, sums + UNIT_ROWS * TILE, TILE * 4);
-            _tile_loadd(3, sums + UNIT_ROWS * TILE + LANES, TILE * 4);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-}
-
-/* One group; the second tile of rows is `next` numbers behind the first. */
-INLINE void multiply(int is_pair, const uint16_t *x, int64_t next, const uint16_t *weights) {
-    _tile_loadd(4, x, 64);
-    _tile_loadd(6, weights, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, weights + UNIT_NUMBERS, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if (is_pair) {
-        _tile_loadd(5, x + next, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
-INLINE void end(int is_pair, float *sums) {
-    _tile_stored(0, sums, TILE * 4);
-    _tile_stored(1, sums + LANES, TILE * 4);
-    if (is_pair) {
-        _tile_stored(2, sums + UNIT_ROWS * TILE, TILE * 4);
-        _tile_stored(3, sums + UNIT_ROWS * TILE + LANES, TILE * 4);
-    }
-    settle();
-}
+/* Where the sums of at most two tiles of rows are. */
+typedef struct {
+    float *numbers;
+    int64_t stride;
+    int is_pair, carries;
+} Sums;
 
 /* One tile of a weight times at most two tiles of rows: the unit multiplies a group while others are unpacked. */
 INLINE void unit_pair(
-    int packing, int is_pair, const Weight *weight, int64_t tile, const uint16_t *x, uint16_t *room, float *sums
+    int packing, int is_pair, const Weight *weight, int64_t tile, const uint16_t *x, uint16_t *room, const Sums *sums
 ) {
     const int64_t groups = whole_groups(weight->inputs) / GROUP, behind = 3;
-    begin(is_pair, 0, sums);
+    begin(is_pair, sums->carries, sums->numbers, sums->stride);
     for (int64_t group = 0; group < groups + behind; group++) {
         if (group < groups) unpack_for_unit(packing, weight, tile, group, 1, room + group % 4 * 2 * UNIT_NUMBERS);
         settle();
         int64_t done = group - behind;
         if (done >= 0) multiply(is_pair, x + done * UNIT_NUMBERS, groups * UNIT_NUMBERS, room + done % 4 * 2 * UNIT_NUMBERS);
     }
-    end(is_pair, sums);
+    end(is_pair, sums->numbers, sums->stride);
 }
 
-/* One tile of a weight times any number of rows, a few groups at a time. */
-INLINE void unit_rows(
-    int packing, const Weight *weight, int64_t tile, const uint16_t *x, int64_t count, uint16_t *room, float *sums
+/* `count` unpacked groups of weights times at most two tiles of rows, the second `next` numbers behind the first. */
+INLINE void unit_groups(
+    int is_pair, const uint16_t *x, int64_t next, const uint16_t *weights, int64_t count, const Sums *sums
 ) {
-    int64_t groups = whole_groups(weight->inputs) / GROUP, pieces = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
-    for (int64_t piece = 0, first = 0; piece < pieces; piece++) {
-        int64_t several = groups * (piece + 1) / pieces - first;
-        unpack_for_unit(packing, weight, tile, first, several, room);
-        for (int64_t row = 0; row < count; row += 2 * UNIT_ROWS) {
-            const uint16_t *from = x + row * groups * GROUP + first * UNIT_NUMBERS;
-            float *to = sums + row * TILE;
-            if (count - row > UNIT_ROWS) {
-                begin(1, piece > 0, to);
-                for (int64_t group = 0; group < several; group++)
-                    multiply(1, from + group * UNIT_NUMBERS, groups * UNIT_NUMBERS, room + 2 * group * UNIT_NUMBERS);
-                end(1, to);
-            } else {
-                begin(0, piece > 0, to);
-                for (int64_t group = 0; group < several; group++)
-                    multiply(0, from + group * UNIT_NUMBERS, 0, room + 2 * group * UNIT_NUMBERS);
-                end(0, to);
-            }
-        }
-        first += several;
-    }
+    begin(is_pair, sums->carries, sums->numbers, sums->stride);
+    for (int64_t group = 0; group < count; group++)
+        multiply(is_pair, x + group * UNIT_NUMBERS, next, weights + 2 * group * UNIT_NUMBERS);
+    end(is_pair, sums->numbers, sums->stride);
+}
+
+/* Of rows from `row` on: whole tiles are summed where the result is, others beside it. */
+INLINE Sums sums_of(const Out *out, int64_t tile, int64_t first, int64_t row, int64_t count, float *beside) {
+    int64_t several = count - row < 2 * UNIT_ROWS ? count - row : 2 * UNIT_ROWS;
+    int is_whole = several % UNIT_ROWS == 0 && (tile + 1) * TILE <= out->outputs && !out->bias;
+    return (Sums){
+        .numbers = is_whole ? out->numbers + (first + row) * out->outputs + tile * TILE : beside + row * TILE,
+        .stride = is_whole ? out->outputs : TILE,
+        .is_pair = several > UNIT_ROWS,
+        .carries = is_whole && out->adds,
+    };
 }
 
 /* One tile of a weight times `count` rows, of which the first is row `first` of the result. */
 INLINE void unit_tile(
     int packing, const Weight *weight, int64_t tile, const uint16_t *x, int64_t first, int64_t count, const Out *out,
-    uint16_t *room, float *sums
+    uint16_t *room, float *beside
 ) {
-    if (count <= UNIT_ROWS) unit_pair(packing, 0, weight, tile, x, room, sums);
-    else if (count <= 2 * UNIT_ROWS) unit_pair(packing, 1, weight, tile, x, room, sums);
-    else unit_rows(packing, weight, tile, x, count, room, sums);
-    for (int64_t row = 0; row < count; row++) {
-        Floats both[2] = {load(sums + row * TILE), load(sums + row * TILE + LANES)};
-        put(out, first + row, tile * TILE, both);
+    int64_t groups = whole_groups(weight->inputs) / GROUP, pieces = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
+    if (count <= 2 * UNIT_ROWS) {
+        Sums sums = sums_of(out, tile, first, 0, count, beside);
+        if (sums.is_pair) unit_pair(packing, 1, weight, tile, x, room, &sums);
+        else unit_pair(packing, 0, weight, tile, x, room, &sums);
+        pieces = 0;
+    }
+    for (int64_t piece = 0, done = 0; piece < pieces; piece++) {
+        int64_t several = groups * (piece + 1) / pieces - done;
+        unpack_for_unit(packing, weight, tile, done, several, room);
+        for (int64_t row = 0; row < count; row += 2 * UNIT_ROWS) {
+            const uint16_t *from = x + row * groups * GROUP + done * UNIT_NUMBERS;
+            Sums sums = sums_of(out, tile, first, row, count, beside);
+            if (piece) sums.carries = 1;
+            if (sums.is_pair) unit_groups(1, from, groups * UNIT_NUMBERS, room, several, &sums);
+            else unit_groups(0, from, 0, room, several, &sums);
+        }
+        done += several;
+    }
+    for (int64_t row = 0; row < count; row += 2 * UNIT_ROWS) {
+        if (sums_of(out, tile, first, row, count, beside).numbers != beside + row * TILE) continue;
+        for (int64_t each = row; each < count && each < row + 2 * UNIT_ROWS; each++) {
+            Floats both[2] = {load(beside + each * TILE), load(beside + each * TILE + LANES)};
+            put(out, first + each, tile * TILE, both);
+        }
     }
 }
 
@@ -680,7 +611,7 @@ INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, con
     {
         float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
         uint16_t *room = aligned_alloc(64, UNIT_GROUPS * 2 * UNIT_NUMBERS * sizeof(uint16_t));
-        float *sums = aligned_alloc(64, most * TILE * sizeof(float));
+        float *beside = aligned_alloc(64, most * TILE * sizeof(float));
         configure_unit();
         for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
             int64_t several = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
@@ -689,10 +620,10 @@ INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, con
                 narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < tiles; tile++)
-                unit_tile(packing, weight, tile, narrow, first, several, out, room, sums);
+                unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
         }
         _tile_release();
-        free(sums);
+        free(beside);
         free(room);
         free(made);
     }

@@ -1,10 +1,9 @@
 """Keys and values of all sequences, in blocks, and the attention over them.
 
-Owns the memory of the KV blocks. Invariants: it is allocated once, within `byte_bound`; the block
-after the last one that the pool hands out is for padding and stays zero. Whose block is whose it
-leaves to the batcher. Paging follows PagedAttention (Kwon et al., SOSP 2023); the blocks of a group
-are gathered into one buffer and given to torch's own attention, which on a CPU is quicker than any
-loop over blocks in Python.
+Owns the memory of the KV blocks. Invariants: it is allocated once, within `byte_bound`; the block after the last
+one that the pool hands out is for padding, and stays zero where torch attends under masks. Whose block is whose it
+leaves to the batcher. Paging follows PagedAttention (Kwon et al., SOSP 2023); where no kernel reads blocks where they
+lie, those of a group are gathered into one buffer and given to torch's own attention.
 """
 
 import torch
@@ -44,10 +43,11 @@ class KvCache:
         self._scale = architecture.softmax_scale
         self._block_token_count = block_token_count
         self._kernels, self._activations = compute.kernels, compute.activations
+        self._attention = compute.attention
         sizes = (self._key_size, self._value_size, compute.dtype)
-        self.reads_blocks = self._kernels is not None and self._kernels.can_attend(*sizes)
+        self.reads_blocks = self._attention is not None and self._attention.can_attend(*sizes)
         """Whether single rows attend to blocks where they lie; else all are gathered."""
-        self.reads_chunks = self._kernels is not None and self._kernels.can_attend_chunks(*sizes)
+        self.reads_chunks = self._attention is not None and self._attention.can_attend_chunks(*sizes)
         """Whether prompts do, too."""
         dtype, device = compute.dtype, compute.device
         shape = (block_count + 1, block_token_count * self._token_size)
@@ -97,14 +97,14 @@ class KvCache:
             layer.index_fill_(0, index, 0)
 
     def _attend_blocks(self, layer: int, queries: torch.Tensor, group: AttentionGroup, out: torch.Tensor) -> None:
-        assert self._kernels is not None
+        assert self._attention is not None
         cache = (self._layers[layer], self._token_size, self._block_token_count)
         values_at = 0 if self._is_latent else self._heads * self._key_size
         heads = (self._heads, self._value_size, values_at, self._scale, out)
         if group.lengths is None:
-            self._kernels.attend_chunk(queries, *cache, group.blocks, group.longest - group.query_count, *heads)
+            self._attention.attend_chunk(queries, *cache, group.blocks, group.longest - group.query_count, *heads)
         else:
-            self._kernels.attend(queries, *cache, group.blocks, group.lengths, group.longest, *heads)
+            self._attention.attend(queries, *cache, group.blocks, group.lengths, group.longest, *heads)
 
     def _gather(self, layer: int, group: AttentionGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as views of one buffer, [sequences, kv heads, context, size] each."""

@@ -10,6 +10,7 @@ them (AVX2 alone), oneDNN multiplies bf16 six times slower than fp32.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from .blocks import Blocks
 from .cpu_kernels import CpuKernels, Narrowness
 from .rowwise import Rowwise
+
+if TYPE_CHECKING:
+    from .gpu_attention import GpuAttention
 
 # From so many rows on oneDNN's bf16 products are quicker than our own kernels that do not use the matrix unit.
 _MANY_ROWS = 12
@@ -31,6 +35,8 @@ class Compute:
     """Of products of many rows, and of the KV cache."""
     activations: torch.dtype
     kernels: CpuKernels | None
+    attention: "CpuKernels | GpuAttention | None" = None
+    """What attends to blocks where they lie; None: they are gathered for torch."""
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -115,6 +121,8 @@ class Embedding:
     """A row of [vocabulary, hidden size] for each token."""
 
     def __init__(self, weight: torch.Tensor | Blocks, compute: Compute) -> None:
+        if isinstance(weight, Blocks) and compute.device.type != "cpu":
+            weight = weight.dense().to(compute.activations)
         self._weight = weight if isinstance(weight, Blocks) else weight.to(compute.device)
         self._compute = compute
 
@@ -124,7 +132,7 @@ class Embedding:
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[row_count] int64 to [row_count, hidden size], in the type of activations."""
         if isinstance(self._weight, Blocks):
-            found = self._weight.rows(token_ids.cpu()).dense().to(self._compute.device)
+            found = self._weight.rows(token_ids).dense()
         else:
             found = F.embedding(token_ids, self._weight)
         return found.to(self._compute.activations)

@@ -4,13 +4,16 @@ Owns what every rank of a group does alike. Invariants: memory is taken at start
 the same number of blocks. An engine alone is the only rank of its group.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .config import EngineConfig
 from .cpu_kernels import load_kernels
+from .cuda_graphs import GraphedDecodes
 from .division import division
 from .errors import ModelLoadError
 from .kv_cache import KvCache, block_byte_count
@@ -20,6 +23,11 @@ from .model import Model
 from .ranks import Alone, Group
 from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors
 from .weights import Checkpoint, load_checkpoint
+
+if TYPE_CHECKING:
+    from .gpu_attention import GpuAttention
+
+_log = logging.getLogger("llm_engine.rank")
 
 # Keys that one decode group gathers at most: on a CPU a few MB, which its cache holds.
 _CPU_GROUP_TOKEN_BOUND = 2048
@@ -44,11 +52,13 @@ class LoadedRank:
             )
         self.dtype = compute_dtype(config.dtype, self.device)
         is_cpu = self.device.type == "cpu"
+        kernels = load_kernels(cache_dir, config.thread_count) if is_cpu and config.cpu_kernels else None
         self.compute = Compute(
             device=self.device,
             dtype=self.dtype,
             activations=torch.float32 if is_cpu else self.dtype,
-            kernels=load_kernels(cache_dir, config.thread_count) if is_cpu and config.cpu_kernels else None,
+            kernels=kernels,
+            attention=kernels if is_cpu else _gpu_attention(),
         )
         self.block_count = _block_count(config, self.checkpoint, self.dtype)
         self.context_token_count = _context_token_count(config, self.checkpoint, self.block_count)
@@ -95,13 +105,29 @@ class Rank:
             device=compute.device,
         )
 
+        self._decodes = None
+        if compute.device.type == "cuda" and isinstance(ranks, Alone) and self._can_be_graphs(checkpoint):
+            self._decodes = GraphedDecodes(
+                lambda step: self.model.forward(step, self.kv_cache),  # type: ignore[arg-type, return-value]
+                most_sequences=config.max_sequences,
+                most_tokens=loaded.context_token_count,
+                block_token_count=config.block_token_count,
+                padding_block=self.kv_cache.padding_block,
+                device=compute.device,
+            )
+
     def lay_out(self, works: list[RowWork]) -> StepTensors:
         """A step's tensors on this rank."""
         return step_tensors(works, self._layout)
 
     def forward(self, step: StepTensors, *, give_up: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """A step's logits, [sampled_count, vocabulary] fp32; None for a step that was given up."""
-        return self.model.forward(step, self.kv_cache, give_up=give_up)
+        logits = None if self._decodes is None else self._decodes(step)
+        return self.model.forward(step, self.kv_cache, give_up=give_up) if logits is None else logits
+
+    def _can_be_graphs(self, checkpoint: Checkpoint) -> bool:
+        """A mixture of experts looks on the host how many rows each expert has."""
+        return self.kv_cache.reads_blocks and checkpoint.architecture.experts is None
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite."""
@@ -125,6 +151,18 @@ def _device(config: EngineConfig, rank: int) -> torch.device:
             " CUDA devices"
         )
     return torch.device("cuda", rank)
+
+
+def _gpu_attention() -> "GpuAttention | None":
+    """Nothing where Triton's compiler, which comes with torch's builds for CUDA, is not there."""
+    try:
+        from .gpu_attention import GpuAttention
+    except ImportError as error:
+        _log.warning(
+            "attention gathers all blocks at each step, which is slower: no compiler for its kernel: %s", error
+        )
+        return None
+    return GpuAttention()
 
 
 def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> int:

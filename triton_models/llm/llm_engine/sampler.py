@@ -76,19 +76,26 @@ class SampledToken:
 @torch.inference_mode()
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Sample logits [row_count, vocabulary_size] fp32, which are left as they are."""
-    # A sum is finite only if all its terms are; one pass, and no mask of the vocabulary's size.
-    finite = torch.isfinite(logits.sum(dim=-1))
-    if not finite.all():
-        # That of finite terms may be too large for fp32.
-        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float64))
-    if not finite.all():
+    finite = _finite(logits)
+    # The host asks a device for nothing before the end, if it can do without.
+    if logits.is_cuda or not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
     tokens = _chosen(_penalised(_biased(_allowed(logits, rows), rows), rows), rows)
     logprobs = _logprobs(logits, tokens, rows)
     return [
-        SampledToken(token, ok, *logprobs.get(index, ()))
-        for index, (token, ok) in enumerate(zip(tokens.tolist(), finite.tolist(), strict=True))
+        SampledToken(token, bool(ok), *logprobs.get(index, ()))
+        for index, (token, ok) in enumerate(torch.stack((tokens, finite.long()), dim=1).tolist())
     ]
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """Whether all of each row is: [row_count] bool."""
+    if logits.is_cuda:
+        return torch.isfinite(logits).all(dim=-1)
+    # A sum is finite only if all its terms are; one pass, and no mask of the vocabulary's size.
+    finite = torch.isfinite(logits.sum(dim=-1))
+    # That of finite terms may be too large for fp32.
+    return finite if finite.all() else torch.isfinite(logits.sum(dim=-1, dtype=torch.float64))
 
 
 def _chosen(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

@@ -215,4 +215,6 @@ def _padded(work: RowWork, layout: StepLayout) -> int:
 
 
 def _moved(array: np.ndarray, layout: StepLayout) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(layout.device)
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+    # From pinned memory the host does not wait for what the device still computes.
+    return tensor if layout.device.type == "cpu" else tensor.pin_memory().to(layout.device, non_blocking=True)

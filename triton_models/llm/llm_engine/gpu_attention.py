@@ -1,0 +1,183 @@
+"""Attention over KV blocks where they lie, on a GPU: a kernel in Triton's language (Tillet et al., 2019).
+
+Owns the kernel, and how a step's rows are cut for it. One program takes the query heads that share a KV head, of one
+sequence's row or of neighbouring rows of a prompt, and a split of their context; the splits are put together as in
+FlashDecoding (Dao et al., 2023). Invariants: nothing waits for the device; what is launched depends on the shapes of
+its arguments and on `longest` alone, so that it can be part of a CUDA graph; a row depends on its own sequence alone.
+
+Triton's compiler comes with torch's builds for CUDA. With TRITON_INTERPRET=1 the kernel runs on a CPU, for tests.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_LINES = 16  # heads and rows that a program takes at least: what a tensor core multiplies
+_PROMPT_LINES = 64  # and at most, of a prompt
+_HEADS = 16  # of those that share a KV head, as many as a program takes; a latent's keys are long, and all heads' one
+_TOKENS = 32  # whose keys are read at a time
+_SPLIT_TOKENS = 512
+_MOST_SPLITS = 16
+_LOG2_E = 1.4426950408889634
+
+
+class GpuAttention:
+    """`CpuKernels.attend` and `attend_chunk` on a GPU. Queries and the result have the type of activations."""
+
+    def can_attend(self, key_size: int, value_size: int, dtype: torch.dtype) -> bool:
+        """Any size and type."""
+        return True
+
+    can_attend_chunks = can_attend
+
+    def attend(
+        self,
+        queries: torch.Tensor,
+        cache: torch.Tensor,
+        token_size: int,
+        block_token_count: int,
+        blocks: torch.Tensor,
+        lengths: torch.Tensor,
+        longest: int,
+        kv_head_count: int,
+        value_size: int,
+        values_at: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """One row a sequence; the arguments are those of `CpuKernels.attend`."""
+        sizes = (token_size, block_token_count, kv_head_count, value_size, values_at, scale)
+        _launch(queries, cache, blocks, lengths, 0, longest, out, *sizes, is_decode=True)
+
+    def attend_chunk(
+        self,
+        queries: torch.Tensor,
+        cache: torch.Tensor,
+        token_size: int,
+        block_token_count: int,
+        blocks: torch.Tensor,
+        start: int,
+        kv_head_count: int,
+        value_size: int,
+        values_at: int,
+        scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Consecutive rows of one sequence; the arguments are those of `CpuKernels.attend_chunk`."""
+        sizes = (token_size, block_token_count, kv_head_count, value_size, values_at, scale)
+        longest = start + queries.shape[0]
+        _launch(queries, cache, blocks.unsqueeze(0), blocks, start, longest, out, *sizes, is_decode=False)
+
+
+def _launch(
+    queries: torch.Tensor,
+    cache: torch.Tensor,
+    blocks: torch.Tensor,
+    lengths: torch.Tensor,
+    start: int,
+    longest: int,
+    out: torch.Tensor,
+    token_size: int,
+    block_token_count: int,
+    kv_head_count: int,
+    value_size: int,
+    values_at: int,
+    scale: float,
+    *,
+    is_decode: bool,
+) -> None:
+    row_count, head_count, key_size = queries.shape
+    group = head_count // kv_head_count
+    heads = min(group, _HEADS)
+    rows_of_tile = 1 if is_decode else max(1, _PROMPT_LINES // heads)
+    lines = max(_LINES, triton.next_power_of_2(rows_of_tile * heads))
+    tiles = triton.cdiv(row_count, rows_of_tile)
+    splits = min(_MOST_SPLITS, triton.cdiv(longest, _SPLIT_TOKENS)) if is_decode else 1
+    split_tokens = triton.cdiv(triton.cdiv(longest, splits), _TOKENS) * _TOKENS
+    whole = splits == 1
+    results = out if whole else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    sums = queries.new_empty(splits, row_count, head_count, dtype=torch.float32)
+    _attend[(tiles, kv_head_count * triton.cdiv(group, heads), splits)](
+        queries, cache, blocks, lengths, results, sums,
+        row_count, start, queries.stride(0), blocks.stride(0), split_tokens, scale * _LOG2_E,
+        IS_DECODE=is_decode, IS_WHOLE=whole, HEADS=head_count, GROUP=group, TAKEN=heads, ROWS=rows_of_tile,
+        LINES=lines, TOKENS=_TOKENS, TOKEN_SIZE=token_size, BLOCK_TOKENS=block_token_count, VALUES_AT=values_at,
+        KEY=key_size, KEY_LANES=triton.next_power_of_2(key_size),
+        VALUE=value_size, VALUE_LANES=triton.next_power_of_2(value_size),
+    )  # fmt: skip
+    if not whole:
+        # A split that a row does not reach has the sum -inf, and no share.
+        shares = sums.softmax(dim=0).unsqueeze(-1)
+        out.copy_((results.nan_to_num(0.0) * shares).sum(dim=0))
+
+
+@triton.jit
+def _attend(
+    queries, cache, blocks, lengths, results, sums,
+    row_count, start, query_stride, blocks_stride, split_tokens, scale,
+    IS_DECODE: tl.constexpr, IS_WHOLE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, TAKEN: tl.constexpr,
+    ROWS: tl.constexpr, LINES: tl.constexpr, TOKENS: tl.constexpr, TOKEN_SIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    VALUES_AT: tl.constexpr, KEY: tl.constexpr, KEY_LANES: tl.constexpr, VALUE: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
+):  # fmt: skip
+    """Queries [row_count, HEADS, KEY] of one tile and KV head; a line is a head of a row."""
+    tile, split = tl.program_id(0), tl.program_id(2)
+    kv_head, part = tl.program_id(1) // tl.cdiv(GROUP, TAKEN), tl.program_id(1) % tl.cdiv(GROUP, TAKEN)
+    lines = tl.arange(0, LINES)
+    rows = tile * ROWS + lines // TAKEN
+    of_group = part * TAKEN + lines % TAKEN
+    heads = kv_head * GROUP + of_group
+    is_line = (lines < ROWS * TAKEN) & (of_group < GROUP) & (rows < row_count)
+    key_lanes, value_lanes = tl.arange(0, KEY_LANES), tl.arange(0, VALUE_LANES)
+    if IS_DECODE:
+        table = blocks + tile * blocks_stride
+        longest = tl.load(lengths + tile)
+        seen = tl.zeros([LINES], tl.int64) + longest
+    else:
+        table = blocks
+        longest = start + tl.minimum(tile * ROWS + ROWS, row_count)
+        seen = (start + rows + 1).to(tl.int64)
+    query = tl.load(
+        queries + rows[:, None] * query_stride + heads[:, None] * KEY + key_lanes[None, :],
+        mask=is_line[:, None] & (key_lanes[None, :] < KEY),
+        other=0.0,
+    ).to(cache.dtype.element_ty)
+    largest = tl.full([LINES], float("-inf"), tl.float32)
+    total = tl.zeros([LINES], tl.float32)
+    value = tl.zeros([LINES, VALUE_LANES], tl.float32)
+    first = split * split_tokens
+    last = tl.minimum(first + split_tokens, longest)
+    for begin in range(first, last, TOKENS):
+        tokens = begin + tl.arange(0, TOKENS)
+        is_token = tokens < last
+        block = tl.load(table + tokens // BLOCK_TOKENS, mask=is_token, other=0)
+        places = (block * BLOCK_TOKENS + tokens % BLOCK_TOKENS) * TOKEN_SIZE
+        keys = tl.load(
+            cache + places[None, :] + kv_head * KEY + key_lanes[:, None],
+            mask=is_token[None, :] & (key_lanes[:, None] < KEY),
+            other=0.0,
+        )
+        scores = tl.dot(query, keys, input_precision="ieee") * scale
+        scores = tl.where(is_token[None, :] & (tokens[None, :] < seen[:, None]), scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        # Nothing seen yet: any finite number keeps -inf - -inf away.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(largest - base)
+        values = tl.load(
+            cache + places[:, None] + VALUES_AT + kv_head * VALUE + value_lanes[None, :],
+            mask=is_token[:, None] & (value_lanes[None, :] < VALUE),
+            other=0.0,
+        )
+        value = value * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        total = total * shrink + tl.sum(weights, axis=1)
+        largest = larger
+    of_line = (split * row_count + rows) * HEADS + heads
+    tl.store(
+        results + of_line[:, None] * VALUE + value_lanes[None, :],
+        (value / total[:, None]).to(results.dtype.element_ty),
+        mask=is_line[:, None] & (value_lanes[None, :] < VALUE),
+    )
+    if not IS_WHOLE:
+        # In powers of e, as softmax takes them.
+        tl.store(sums + of_line, (largest + tl.log2(total)) * 0.6931471805599453, mask=is_line)

@@ -65,6 +65,7 @@ class Bench:
         self.rounds: int = arguments.rounds
         self.threads: int = arguments.threads
         self.model: str = arguments.model
+        self.churn_seconds: float = arguments.churn_seconds
         self.dtypes: Sequence[str] = arguments.dtype or all_dtypes()
         self.default_dtype = default_dtype()
         self._peers: Path | None = arguments.peers
@@ -227,6 +228,29 @@ def gap(bench: Bench) -> None:
     )
 
 
+def churn(bench: Bench) -> None:
+    """Whether memory grows, or blocks are lost, while requests come and go."""
+    found = own_inside(
+        "churn", model=bench.model, dtype=PLAIN_DTYPE, threads=bench.threads, seconds=bench.churn_seconds
+    )
+    bench.table.at_most(
+        f"memory grown in {bench.churn_seconds:.0f} s of requests that come and go",
+        found["grown_bytes"] / 2**20,
+        32,
+        "MiB",
+        f"{PLAIN_DTYPE}; {found['requests']} requests, {found['left']} left early, {found['steps']} steps,"
+        f" {found['preemptions']} preemptions; the first fifth is warm-up",
+        aim=1,
+    )
+    bench.table.at_most(
+        "KV blocks lost in it",
+        found["blocks_lost"],
+        0,
+        "blocks",
+        f"a prompt that takes the whole context, or all blocks, then ends with {found['longest_ended']!r}",
+    )
+
+
 def quality(bench: Bench) -> None:
     """What each type costs, on a text that the model has not seen."""
     text = load_text_model(bench.model, "engine")
@@ -268,6 +292,7 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     "start": start,
     "memory": memory,
     "gap": gap,
+    "churn": churn,
     "quality": quality,
 }
 
@@ -348,6 +373,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help=f"folder with an environment a peer: {', '.join(PEER_NAMES)}")
     parser.add_argument("--rounds", type=int, default=3, help="how often all take turns; the median counts")
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
+    parser.add_argument("--churn-seconds", type=float, default=600.0, help="how long requests come and go")
     parser.add_argument("--dtype", action="append", choices=all_dtypes(), help="ours, this alone; may be repeated")
     parser.add_argument("--model", default=default_model_path(), help="a GGUF file")
     parser.add_argument("--only", action="append", choices=list(PARTS), help="measure this part alone; may be repeated")

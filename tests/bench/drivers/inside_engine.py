@@ -30,6 +30,13 @@ RUNNING_PROMPT_TOKENS = 64
 ARRIVING_TOKENS = 4000
 CALM_STEPS = 100
 MEMORY_SEQUENCES, MEMORY_TOKENS = 32, 2048
+CHURN_ALIVE = 40
+CHURN_LEAVING = 0.2
+"""The chance of a step that somebody leaves."""
+
+CHURN_WARM_UP = 5
+"""In the first fifth of the time memory may still grow."""
+
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -43,6 +50,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--step-token-budget", type=int, default=EngineConfig.step_token_budget)
+    parser.add_argument("--seconds", type=float, default=600.0, help="of churn")
     parser.add_argument("--text", type=Path, help="JSON file: the token ids of a text")
     options = parser.parse_args()
     print(json.dumps(MEASURES[options.what](options)), flush=True)
@@ -124,6 +132,53 @@ def memory(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def churn(options: argparse.Namespace) -> dict[str, object]:
+    """What hours of coming and going leave behind, in short: requests of all lengths, a third of which leave early."""
+    engine = _engine(options, kv_cache_bytes=1 << 27, prefix_reuse=True)
+    source, names = random.Random(0), itertools.count()
+    alive: dict[str, None] = {}
+    taken, left, grown_from = 0, 0, 0
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < options.seconds:
+        while len(alive) < CHURN_ALIVE:
+            name = str(next(names))
+            # Some begin like others.
+            prompt = _prompt(source.randrange(8), source.choice((0, 0, 64, 300))) + _prompt(
+                source.randrange(1 << 30), source.randint(1, source.choice((40, 400, 1500)))
+            )
+            _add(engine, name, prompt, source.randint(1, 200), priority=source.randrange(3))
+            alive[name] = None
+            taken += 1
+        for output in engine.step():
+            if output.finish_reason:
+                alive.pop(output.request_id, None)
+        if source.random() < CHURN_LEAVING:
+            name = source.choice(list(alive))
+            left += engine.cancel(name)
+            alive.pop(name)
+        # By now everything has been used.
+        if passed < options.seconds / CHURN_WARM_UP:
+            grown_from = _status_bytes("VmRSS")
+    grown = _status_bytes("VmRSS") - grown_from
+    steps, preemptions = engine.load.step_count, engine.load.preemption_count
+    for name in alive:
+        engine.cancel(name)
+    load = engine.load
+    # One sequence can still have it all.
+    longest = min(engine.model_info.context_token_count, load.total_block_count * load.block_token_count) - 1
+    _add(engine, "longest", _prompt(1, longest), 1)
+    reasons = [output.finish_reason for _ in iter(lambda: engine.has_work, False) for output in engine.step()]
+    return {
+        "grown_bytes": grown,
+        "blocks_lost": load.total_block_count - load.free_block_count,
+        "longest_ended": reasons[-1],
+        "requests": taken,
+        "left": left,
+        "steps": steps,
+        "preemptions": preemptions,
+    }
+
+
 def agreement(options: argparse.Namespace) -> dict[str, object]:
     """The perplexity of a text, and the likeliest token at each of its places."""
     engine = _engine(options)
@@ -139,12 +194,13 @@ MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "share": share,
     "gap": gap,
     "memory": memory,
+    "churn": churn,
     "agreement": agreement,
 }
 
 
 def _engine(options: argparse.Namespace, **settings: int) -> Engine:
-    given = {"step_token_budget": options.step_token_budget, **settings}
+    given = {"step_token_budget": options.step_token_budget, "prefix_reuse": False, **settings}
     return Engine(
         EngineConfig(
             model_path=options.model,
@@ -152,7 +208,6 @@ def _engine(options: argparse.Namespace, **settings: int) -> Engine:
             dtype=options.dtype,
             thread_count=options.threads,
             max_waiting=1000,
-            prefix_reuse=False,
             **given,
         )
     )
@@ -195,8 +250,9 @@ def _gaps(engine: Engine, is_over: Callable[[set[str], int], bool]) -> list[floa
     return seconds
 
 
-def _add(engine: Engine, name: str, prompt: list[int], tokens: int) -> None:
-    engine.add(SequenceRequest(request_id=name, token_ids=prompt, max_tokens=tokens, sampling=GREEDY, ignore_eos=True))
+def _add(engine: Engine, name: str, prompt: list[int], tokens: int, *, priority: int = 0) -> None:
+    given = {"max_tokens": tokens, "sampling": GREEDY, "ignore_eos": True, "priority": priority}
+    engine.add(SequenceRequest(request_id=name, token_ids=prompt, **given))
 
 
 def _prompt(seed: int, tokens: int) -> list[int]:

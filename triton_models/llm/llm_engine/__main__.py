@@ -1,14 +1,16 @@
-"""`python -m llm_engine generate|bench|perplexity`: drives the engine in its own process, without a server.
+"""`python -m llm_engine generate|bench|perplexity|join`: drives the engine in its own process, without a server.
 
 `generate` continues one prompt of token ids. `bench` measures tokens per second of the engine alone,
 so that the cost of everything around it can be told by comparison. `perplexity` tells how likely the model
-holds given texts, for comparing types and attentions. Results go to stdout, one JSON object with `--json`;
+holds given texts, for comparing types and attentions. `join` has no engine: it computes for one on another host, which
+may be one of Triton's, until that ends. Results go to stdout, one JSON object with `--json`;
 talk goes to stderr. `tidegate engine` does the same with texts instead of token ids.
 """
 
 import argparse
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -21,11 +23,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 is success, 1 a failure, 2 a wrong call."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "join":
+            return _join(_config(options))
         started = time.perf_counter()
         engine = Engine(_config(options))
-        result = {"load_seconds": round(time.perf_counter() - started, 3)}
-        result |= _COMMANDS[options.command](engine, options)
-        engine.close()
+        try:
+            result = {"load_seconds": round(time.perf_counter() - started, 3)}
+            result |= _COMMANDS[options.command](engine, options)
+        finally:
+            engine.close()
     except (EngineError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -56,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--temperature", type=float, default=0.0)
     perplexity = commands.add_parser("perplexity", help="how likely the model holds texts")
     perplexity.add_argument("--prompts", type=Path, required=True, help="JSON file: a list of lists of token ids")
-    for command in (generate, bench, perplexity):
+    join = commands.add_parser("join", help="compute with an engine on another host, until it ends")
+    for command in (generate, bench, perplexity, join):
         command.add_argument("--model", required=True, help="GGUF file or Hugging Face folder")
         command.add_argument("--cache-dir")
         command.add_argument("--dtype", default="fp32")
@@ -64,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--no-cpu-kernels", action="store_true", help="let torch compute everything")
         command.add_argument("--tensor-parallel-size", type=int, default=1)
+        _add_node_flags(command)
         command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)
         command.add_argument("--step-token-budget", type=int, default=128)
         command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
@@ -71,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max-sequences", type=int, default=32)
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
+
+
+def _add_node_flags(command: argparse.ArgumentParser) -> None:
+    """Which hosts a model is divided among; as torchrun's, whose names, also those of its environment, do too."""
+    for flag, other, variable, kind, default in (
+        ("--node-count", "--nnodes", "NNODES", int, "1"),
+        ("--node-rank", "--node_rank", "NODE_RANK", int, "0"),
+        ("--master-address", "--master_addr", "MASTER_ADDR", str, "127.0.0.1"),
+        ("--master-port", "--master_port", "MASTER_PORT", int, "0"),
+    ):
+        command.add_argument(flag, other, type=kind, default=os.environ.get(variable) or default, help=f"or {variable}")
+    command.add_argument("--join-timeout-seconds", type=float, default=300.0, help="that nodes wait for each other")
+    command.add_argument("--collective-timeout-seconds", type=float, default=60.0, help="that ranks wait in a step")
 
 
 def _config(options: argparse.Namespace) -> EngineConfig:
@@ -82,6 +103,12 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         thread_count=options.threads,
         cpu_kernels=not options.no_cpu_kernels,
         tensor_parallel_size=options.tensor_parallel_size,
+        node_count=options.node_count,
+        node_rank=options.node_rank,
+        master_address=options.master_address,
+        master_port=options.master_port,
+        join_timeout_seconds=options.join_timeout_seconds,
+        collective_timeout_seconds=options.collective_timeout_seconds,
         kv_cache_bytes=options.kv_cache_bytes,
         step_token_budget=options.step_token_budget,
         prefix_reuse=options.prefix_reuse,
@@ -89,6 +116,14 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         max_sequences=options.max_sequences,
         max_waiting=1_000_000,
     )
+
+
+def _join(config: EngineConfig) -> int:
+    # Only here, since torch's distributed part takes its time to load.
+    from .joined_node import serve_node
+
+    serve_node(config)
+    return 0
 
 
 def _generate(engine: Engine, options: argparse.Namespace) -> dict[str, object]:

@@ -51,8 +51,27 @@ class EngineConfig:
     """On a CPU: compute by kernels that are built at the first start with the machine's C compiler, several times
     quicker for a few sequences. Without a compiler torch computes, as it does where this is off."""
     tensor_parallel_size: int = 1
-    """Ranks that a model is divided among, each a process (and on CUDA a device) of this host. `kv_cache_bytes` and
-    `thread_count` are each rank's own."""
+    """Ranks that a model is divided among, each a process (and on CUDA a device). `kv_cache_bytes` and `thread_count`
+    are each rank's own."""
+    node_count: int = 1
+    """Hosts among which the ranks are divided evenly. These four are torchrun's nnodes, node_rank, master_addr and
+    master_port."""
+    node_rank: int = 0
+    """Which of them this host is; node 0 has the engine, the others join it."""
+    master_address: str = "127.0.0.1"
+    """Node 0's address, on which it listens and where the others find it; of one node nothing listens."""
+    master_port: int = 0
+    """Node 0's port; with several nodes it must be given."""
+    join_timeout_seconds: float = 300.0
+    """How long nodes wait for each other before they load; after it the load fails."""
+    collective_timeout_seconds: float = 60.0
+    """How far ranks may be apart within a step; a rank that hangs is given up after it."""
+
+    @property
+    def own_ranks(self) -> range:
+        """The ranks of this node."""
+        count = self.tensor_parallel_size // self.node_count
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -72,6 +91,11 @@ class EngineConfig:
                 continue
             if type(value) is not int or not least <= value <= most:
                 yield f"{name} is {value!r}, expected an integer from {least} to {most}"
+        for name in ("join_timeout_seconds", "collective_timeout_seconds"):
+            value = getattr(self, name)
+            if not 0 < value <= _MOST_SECONDS:
+                yield f"{name} is {value!r}, expected more than 0, to {_MOST_SECONDS:g}"
+        yield from self._node_problems()
         if not (self.step_stretch == 0 or 1 < self.step_stretch <= _MOST_STRETCH):
             yield f"step_stretch is {self.step_stretch!r}, expected 0 (no bound), or more than 1, to {_MOST_STRETCH:g}"
         if not self._budget_holds_every_decode():
@@ -80,12 +104,29 @@ class EngineConfig:
                 f" ({self.max_sequences}), so that no running sequence misses a step"
             )
 
+    def _node_problems(self) -> Iterator[str]:
+        counts = (self.node_count, self.node_rank, self.tensor_parallel_size)
+        if not all(type(count) is int for count in counts) or self.node_count < 1:
+            return
+        if self.node_rank >= self.node_count:
+            yield f"node_rank is {self.node_rank}, expected less than node_count ({self.node_count})"
+        if self.tensor_parallel_size % self.node_count:
+            yield (
+                f"tensor_parallel_size is {self.tensor_parallel_size}, expected a multiple of node_count"
+                f" ({self.node_count}), so that all nodes have as many ranks"
+            )
+        if self.node_count > 1 and self.master_port == 0:
+            yield f"master_port is 0, expected the port on which node 0 listens, as node_count is {self.node_count}"
+        if self.node_count > 1 and not self.master_address:
+            yield "master_address is empty, expected node 0's"
+
     def _budget_holds_every_decode(self) -> bool:
         both = (self.step_token_budget, self.max_sequences)
         return not all(type(value) is int for value in both) or both[0] >= both[1]
 
 
 _MOST_STRETCH = 1000.0
+_MOST_SECONDS = 86_400.0
 _BOUNDS = (
     ("max_sequences", 1, 4096),
     ("max_waiting", 0, 1_000_000),
@@ -95,4 +136,7 @@ _BOUNDS = (
     ("step_token_budget", 1, 1 << 20),
     ("thread_count", 1, 1024),
     ("tensor_parallel_size", 1, 1024),
+    ("node_count", 1, 1024),
+    ("node_rank", 0, 1023),
+    ("master_port", 0, 65535),
 )

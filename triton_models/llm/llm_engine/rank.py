@@ -145,12 +145,13 @@ def _device(config: EngineConfig, rank: int) -> torch.device:
         return torch.device(config.device)
     if not torch.cuda.is_available():
         raise ModelLoadError("device is 'cuda', but torch finds no CUDA device")
-    if rank >= torch.cuda.device_count():
+    ranks, found = config.own_ranks, torch.cuda.device_count()
+    if len(ranks) > found:
+        on_nodes = f" on {config.node_count} nodes" if config.node_count > 1 else ""
         raise ModelLoadError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, but torch finds {torch.cuda.device_count()}"
-            " CUDA devices"
+            f"tensor_parallel_size is {config.tensor_parallel_size}{on_nodes}, but torch finds {found} CUDA devices"
         )
-    return torch.device("cuda", rank)
+    return torch.device("cuda", rank - ranks.start)
 
 
 def _gpu_attention() -> "GpuAttention | None":
@@ -169,12 +170,12 @@ def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtyp
     """How many KV blocks the bound holds on the rank that needs most for one, the padding block included."""
     architecture, size = checkpoint.architecture, config.tensor_parallel_size
     divisions = [division(Path(config.model_path), architecture, rank, size) for rank in range(size)]
-    has = machine_bytes()
-    if config.device == "cpu" and config.kv_cache_bytes * size > has:
+    has, here = machine_bytes(), len(config.own_ranks)
+    if config.device == "cpu" and config.kv_cache_bytes * here > has:
         raise ModelLoadError(
-            f"kv_cache_bytes is {config.kv_cache_bytes} for each of {size} ranks, but there are {has} bytes of memory"
+            f"kv_cache_bytes is {config.kv_cache_bytes} for each of {here} ranks, but there are {has} bytes of memory"
         )
-    one = max(block_byte_count(here.local(architecture), config.block_token_count, dtype) for here in divisions)
+    one = max(block_byte_count(part.local(architecture), config.block_token_count, dtype) for part in divisions)
     count = config.kv_cache_bytes // one - 1
     if count < 1:
         raise ModelLoadError(

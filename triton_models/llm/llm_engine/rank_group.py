@@ -1,70 +1,75 @@
 """The first rank's view of the others: starts a process a rank, gives each every step, and ends them.
 
-Invariants: all ranks load at once; none outlives the first, whose end closes its connection; a rank that is gone,
-or does not take a step in time, is EngineBroken, at the latest with the next step.
+Invariants: all ranks load at once; none outlives the first, whose end closes its connection; a rank or node that is
+gone, or does not take a step in time, is EngineBroken, at the latest with the next step. Ranks of other nodes are
+reached through their node, which joins this one.
 """
 
-import dataclasses
-import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 
+from .child_rank import ChildRank, wait_for_answers
 from .config import EngineConfig
 from .errors import EngineBroken, ModelLoadError
+from .orders import packed, plain_works
 from .rank import LoadedRank
-from .ranks import Group
+from .ranks import LOOPBACK, Group, store_at
+from .remote_node import RemoteNode
+from .rendezvous import gather, listener
 from .step_tensors import RowWork, StepTensors
 from .weights import check_model
-
-START_TIMEOUT = timedelta(minutes=30)
-"""The bound on loading: what is slowest is reading a large model's part from a disk."""
-
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-"""The bound on how far ranks may be apart within a step."""
-
-STOP_SECONDS = 5.0
 
 
 class RankGroup:
     """The first rank, and through it all of them; it has a `Rank`'s interface."""
 
     def __init__(self, config: EngineConfig) -> None:
-        size = config.tensor_parallel_size
-        check_model(Path(config.model_path), size)
-        self._others: list[_Other] = []
+        if config.node_rank != 0:
+            raise ModelLoadError(
+                f"node_rank is {config.node_rank}: the engine is on node 0, the others join it"
+                " (`python -m llm_engine join`)"
+            )
+        check_model(Path(config.model_path), config.tensor_parallel_size)
+        self._others: list[ChildRank | RemoteNode] = []
+        self._nodes: list[RemoteNode] = []
+        self._store_server: distributed.TCPStore | None = None
+        self._fault = ""
+        timeout = timedelta(seconds=config.collective_timeout_seconds)
         try:
-            # A file that only this user can read: torch's store by TCP listens on all interfaces, and trusts everybody.
+            if config.node_count > 1:
+                self._nodes += [RemoteNode(node, link) for node, link in gather(config).items()]
+                self._others += self._nodes
+            address = self._nodes[0].here if self._nodes else LOOPBACK
+            for rank in config.own_ranks[1:]:
+                self._others.append(ChildRank(config, rank, address))
+            self.loaded = LoadedRank(config, 0)
+            wait_for_answers(self._others)
+            # A file that only this user can read: torch's store by TCP trusts everybody.
             with tempfile.TemporaryDirectory(prefix="tidegate-ranks-") as folder:
-                meeting = str(Path(folder) / "ranks")
-                for rank in range(1, size):
-                    self._others.append(_Other(config, rank, meeting))
-                self.loaded = LoadedRank(config, 0)
-                for other in self._others:
-                    other.wait_for_answer()
+                meeting: str | tuple[str, int] = str(Path(folder) / "ranks")
+                if self._nodes:
+                    self._store_server = _store_server(address)
+                    meeting = (address, self._store_server.port)
+                # Only now, so that nobody waits in a collective for one who still loads.
+                self._tell("meet", meeting)
                 group = Group(
-                    distributed.FileStore(meeting, size),
+                    store_at(meeting, config.tensor_parallel_size, timeout),
                     0,
                     column_counts=self.loaded.column_counts(),
                     device=self.loaded.device,
-                    timeout=COLLECTIVE_TIMEOUT,
+                    timeout=timeout,
+                    address=address,
                 )
             self._rank = self.loaded.ready(group)
-            for other in self._others:
-                other.wait_for_answer()
-        except BaseException:
+            wait_for_answers(self._others)
+        except BaseException as error:
+            self._fault = str(error) or type(error).__name__
             self.close()
             raise
 
@@ -79,8 +84,12 @@ class RankGroup:
 
     def forward(self, step: StepTensors, *, give_up: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """A step's logits, as a `Rank`'s; a step that others compute too is never given up."""
-        self._tell("step", step.works, step.sample_rows.tolist())
-        return self._rank.forward(step)
+        try:
+            self._tell("step", plain_works(step.works), step.sample_rows.tolist())
+            return self._rank.forward(step)
+        except EngineBroken as error:
+            self._fault = self._fault or str(error)
+            raise
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite, on all ranks."""
@@ -88,89 +97,40 @@ class RankGroup:
         self._rank.clear(blocks)
 
     def watch(self, on_broken: Callable[[str], None]) -> None:
-        """Calls back, from a thread of its own, when a rank ends that should not."""
+        """Calls back, from a thread of its own, when a rank or node ends that should not."""
+
+        def broken(message: str) -> None:
+            self._fault = self._fault or message
+            self._dismiss()
+            on_broken(message)
+
         for other in self._others:
-            other.watch(on_broken)
+            other.watch(broken)
 
     def close(self) -> None:
         """Ends the other ranks."""
+        self._dismiss()
         for other in self._others:
             other.disconnect()
         for other in self._others:
             other.end()
+        self._store_server = None
+
+    def _dismiss(self) -> None:
+        """Tells the other nodes that it ends here, and what went wrong, if anything did."""
+        for node in self._nodes:
+            node.dismiss(self._fault)
 
     def _tell(self, *words: object) -> None:
+        order = packed(*words)
         for other in self._others:
-            other.tell(words)
+            other.tell(order)
 
 
-class _Other:
-    """One other rank's process, and the connection to it."""
-
-    def __init__(self, config: EngineConfig, rank: int, meeting: str) -> None:
-        self._rank = rank
-        self._is_closing = False
-        ours, theirs = socket.socketpair()
-        self._connection = Connection(ours.detach())
-        settings = {"config": dataclasses.asdict(config), "rank": rank, "meeting": meeting}
-        with theirs:
-            self._process = subprocess.Popen(
-                [_python(), "-m", "llm_engine.rank_process", str(theirs.fileno()), json.dumps(settings)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                # The stub of Triton's backend has no PYTHONPATH; where this package lies is known here.
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *_package_paths()])},
-            )
-
-    def wait_for_answer(self) -> None:
-        """Waits until the rank has loaded, or is ready; ModelLoadError with its own words where it could not."""
-        if not self._connection.poll(START_TIMEOUT.total_seconds()):
-            raise ModelLoadError(f"rank {self._rank} has not loaded within {START_TIMEOUT}")
-        try:
-            fault = self._connection.recv()
-        except (EOFError, OSError):
-            status = self._process.wait(STOP_SECONDS)
-            raise ModelLoadError(f"rank {self._rank} ended while it loaded, with status {status}") from None
-        if fault:
-            raise ModelLoadError(f"rank {self._rank}: {fault}")
-
-    def tell(self, words: tuple[object, ...]) -> None:
-        """Hands over a step or another order."""
-        try:
-            self._connection.send(words)
-        except OSError as error:
-            raise EngineBroken(f"rank {self._rank} is gone, status {self._process.poll()}: {error}") from error
-
-    def watch(self, on_broken: Callable[[str], None]) -> None:
-        """Calls back when the process ends, unless it was told to."""
-
-        def wait() -> None:
-            status = self._process.wait()
-            if not self._is_closing:
-                on_broken(f"rank {self._rank} has ended, with status {status}")
-
-        threading.Thread(target=wait, name=f"rank-{self._rank}-watch", daemon=True).start()
-
-    def disconnect(self) -> None:
-        """Lets the process leave, which it does when its connection ends."""
-        self._is_closing = True
-        self._connection.close()
-
-    def end(self) -> None:
-        """Waits until it has left, or kills it: one that still loads does not look at its connection."""
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def _python() -> str:
-    """The interpreter: in the stub of Triton's backend, which embeds one, it is the first of PATH."""
-    if Path(sys.executable).name.startswith("python"):
-        return sys.executable
-    return shutil.which("python3") or "python3"
-
-
-def _package_paths() -> list[str]:
-    return [path for path in sys.path if path and Path(path).name == "site-packages"]
+def _store_server(address: str) -> distributed.TCPStore:
+    """Torch's store, which of itself would listen on all of the host's addresses."""
+    listening = listener(address, 0)
+    port = listening.getsockname()[1]
+    return distributed.TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )

@@ -39,6 +39,7 @@ class Group:
         store: where the ranks find each other.
         column_counts: each rank's columns in what is joined.
         timeout: the bound on a collective, which is how long the slowest rank may be behind.
+        address: where this rank listens for the others, which gloo does.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Group:
         column_counts: list[int],
         device: torch.device,
         timeout: timedelta,
+        address: str = LOOPBACK,
     ) -> None:
         self.rank, self.size = rank, len(column_counts)
         self._column_counts = column_counts
         self._timeout = timeout
-        self._group = self._guarded(lambda: _backend(store, rank, self.size, device, timeout))
+        self._group = self._guarded(lambda: _backend(store, rank, self.size, device, timeout, address))
         # NCCL's ranks meet with their first collective; after it nobody needs the store.
         self.add_up(torch.zeros(1, device=device))
 
@@ -82,8 +84,19 @@ class Group:
             raise EngineBroken(f"rank {self.rank} of {self.size} lost the others: {error}") from error
 
 
+def store_at(place: str | tuple[str, int], size: int, timeout: timedelta) -> distributed.Store:
+    """Where ranks find each other: a file of one host, or the address and port of node 0's store."""
+    store = (
+        distributed.FileStore(place, size)
+        if isinstance(place, str)
+        else distributed.TCPStore(*place, size, is_master=False, timeout=timeout, wait_for_workers=False)
+    )
+    store.set_timeout(timeout)
+    return store
+
+
 def _backend(
-    store: distributed.Store, rank: int, size: int, device: torch.device, timeout: timedelta
+    store: distributed.Store, rank: int, size: int, device: torch.device, timeout: timedelta, address: str
 ) -> distributed.Backend:
     """A group of its own: torch's global one would be shared by all engines of a process."""
     if device.type == "cuda":
@@ -93,5 +106,5 @@ def _backend(
     options = distributed.ProcessGroupGloo._Options()
     options._timeout = timeout
     # Gloo would otherwise listen where the host's name points to.
-    options._devices = [distributed.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    options._devices = [distributed.ProcessGroupGloo.create_device(hostname=address)]
     return distributed.ProcessGroupGloo(store, rank, size, options)

@@ -92,6 +92,13 @@ def check_model(model_path: Path, size: int) -> None:
         division(model_path, architecture, rank, size)
 
 
+def model_files(model_path: Path) -> list[Path]:
+    """The files that say what a model computes."""
+    if not model_path.is_dir():
+        return [model_path]
+    return [model_path / "config.json", *_weight_files(model_path)]
+
+
 def _opened(model_path: Path) -> tuple[_Source, Architecture]:
     """A model's files, read as far as their headers, and checked."""
     if model_path.is_dir():

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from tidegate.cli import config, talk
 from tidegate.text.model_files import ModelFileError, TextModel, load_text_model
@@ -38,6 +38,11 @@ class Options:
     device: str
     threads: int
     ranks: int
+    node_count: int | None = None
+    node_rank: int | None = None
+    master_address: str | None = None
+    master_port: int | None = None
+    """Several hosts, and where they meet; for what is not given, the engine looks for torchrun's variables."""
 
     @property
     def model_path(self) -> str:
@@ -87,6 +92,12 @@ def perplexity(options: Options, file: Path, output: str) -> int:
     return 0
 
 
+def join(options: Options, given: Sequence[str]) -> NoReturn:
+    """Becomes a node of an engine on another host."""
+    command, environment = _command(options, "join", given)
+    os.execve(command[0], command, environment)
+
+
 def _text_model(options: Options) -> TextModel:
     try:
         return load_text_model(options.model_path, "engine")
@@ -96,28 +107,31 @@ def _text_model(options: Options) -> TextModel:
 
 
 def _run(options: Options, command: str, given: Sequence[str]) -> dict[str, Any]:
+    words, environment = _command(options, command, [*given, "--json"])
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise EngineFailed
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _command(options: Options, command: str, given: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """What starts the engine, and its environment."""
     settings = config.load()
     python = Path(settings.triton_python)
     if not python.exists():
         talk.fail(f"{python} is not there: `make setup` builds the environment")
         raise EngineFailed
-    cache = config.home() / "cache"
     how = {
-        "model": options.model_path, "cache-dir": cache, "dtype": options.dtype, "device": options.device,
-        "threads": options.threads, "tensor-parallel-size": options.ranks,
+        "model": options.model_path, "cache-dir": config.home() / "cache", "dtype": options.dtype,
+        "device": options.device, "threads": options.threads, "tensor-parallel-size": options.ranks,
+        "node-count": options.node_count, "node-rank": options.node_rank,
+        "master-address": options.master_address, "master-port": options.master_port,
     }  # fmt: skip
-    flags = [word for name, value in how.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in how.items() if value is not None for word in (f"--{name}", str(value))]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run(
-        [python, "-m", "llm_engine", command, *flags, *given, "--json"],
-        env=environment | {"PYTHONPATH": str(ENGINE_FOLDER)},
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    if done.returncode:
-        raise EngineFailed
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    words = [str(python), "-m", "llm_engine", command, *flags, *given]
+    return words, environment | {"PYTHONPATH": str(ENGINE_FOLDER)}
 
 
 def _show(result: dict[str, Any], output: str) -> None:

@@ -196,6 +196,10 @@ def bench(**flags: Any) -> None:
 @click.option("--threads", type=click.IntRange(1, 1024), default=2, help="Of each rank. [default: 2]")
 @click.option("--tensor-parallel-size", "ranks", type=click.IntRange(1, 1024), default=1,
               help="Processes that the model is divided among. [default: 1]")  # fmt: skip
+@click.option("--node-count", type=click.IntRange(1, 1024), help="Hosts with as many of them each. [default: 1]")
+@click.option("--node-rank", type=click.IntRange(0, 1023), help="Which host this is; 0 has the engine. [default: 0]")
+@click.option("--master-address", help="Of host 0, for all hosts. [default: 127.0.0.1]")
+@click.option("--master-port", type=click.IntRange(1, 65535), help="Of host 0; with several hosts it must be given.")
 @click.pass_context
 def engine(context: click.Context, /, **flags: Any) -> None:
     """Drives the engine alone, without Triton or a mesh, to compare and to debug."""
@@ -239,6 +243,19 @@ def perplexity(options: Any, /, file: Path, output: str) -> None:
     from tidegate.cli import engine as command
 
     _of_engine(lambda: command.perplexity(options, file, output))
+
+
+@engine.command(context_settings={"ignore_unknown_options": True})
+@click.argument("given", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def join(options: Any, /, given: tuple[str, ...]) -> None:
+    """Computes with the engine on host 0, one of Triton's too, until that ends.
+
+    GIVEN are further flags of the engine, as --kv-cache-bytes: what both hosts must have alike, both are told.
+    """
+    from tidegate.cli import engine as command
+
+    _of_engine(lambda: command.join(options, given))
 
 
 def _of_engine(run: Callable[[], int]) -> None:

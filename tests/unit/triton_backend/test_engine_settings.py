@@ -17,6 +17,14 @@ def test_the_environment_wins_over_the_parameters():
     assert (config.model_path, config.max_sequences, config.thread_count) == ("a.gguf", 5, 3)
 
 
+def test_torchruns_variables_say_what_nothing_else_does():
+    environment = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NNODES": "2", "RANK": "7"}
+    parameters = {"model_path": "a.gguf", "tensor_parallel_size": "4", "master_address": "10.0.0.2"}
+    config = engine_config(parameters, environment | {"TIDEGATE_ENGINE_MASTER_PORT": "29600"})
+    assert (config.node_count, config.node_rank, config.own_ranks) == (2, 0, range(2))
+    assert (config.master_address, config.master_port) == ("10.0.0.2", 29600)
+
+
 def test_an_empty_parameter_is_the_engines_default():
     plain = engine_config({"model_path": "a.gguf"}, {})
     assert engine_config({"model_path": "a.gguf", "max_waiting": "", "dtype": " "}, {}) == plain

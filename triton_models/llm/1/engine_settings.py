@@ -1,4 +1,5 @@
 """Where the engine's settings come from: the model's config.pbtxt, and over it TIDEGATE_ENGINE_* of the environment.
+Where neither says how hosts find each other, torchrun's variables do.
 
 Pure: both come in as mappings. Invariant: a name that the engine does not know, and a value that is not of the
 setting's type, stop the load with one message that names all of them. Bounds are the engine's own to check.
@@ -16,6 +17,14 @@ ENVIRONMENT_PREFIX = "TIDEGATE_ENGINE_"
 # Parameters that Triton's own Python backend reads from config.pbtxt.
 _TRITON_PARAMETERS = frozenset({"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"})
 
+# As torchrun and what starts it on many hosts name them.
+_TORCHRUN_VARIABLES = {
+    "node_count": "NNODES",
+    "node_rank": "NODE_RANK",
+    "master_address": "MASTER_ADDR",
+    "master_port": "MASTER_PORT",
+}
+
 
 def engine_config(parameters: Mapping[str, str], environment: Mapping[str, str]) -> EngineConfig:
     """The engine's settings; an empty text means the engine's own default.
@@ -32,16 +41,21 @@ def setting_values(settings: type, parameters: Mapping[str, str], environment: M
     Args:
         settings: its annotations are the names and types; it needs a `model_path`.
         parameters: config.pbtxt's parameters by name, lower case (`kv_cache_bytes`).
-        environment: the process's; `TIDEGATE_ENGINE_KV_CACHE_BYTES` wins over the parameter.
+        environment: the process's; `TIDEGATE_ENGINE_KV_CACHE_BYTES` wins over the parameter, and that over torchrun's.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, no model path.
     """
-    texts = {name: (f"parameter {name}", text) for name, text in parameters.items() if name not in _TRITON_PARAMETERS}
+    types = {name: _plain_type(hint) for name, hint in typing.get_type_hints(settings).items()}
+    texts = {
+        name: (variable, environment[variable])
+        for name, variable in _TORCHRUN_VARIABLES.items()
+        if name in types and variable in environment
+    }
+    texts |= {name: (f"parameter {name}", text) for name, text in parameters.items() if name not in _TRITON_PARAMETERS}
     for variable, text in environment.items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             texts[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = (variable, text)
-    types = {name: _plain_type(hint) for name, hint in typing.get_type_hints(settings).items()}
     values: dict[str, object] = {}
     faults: list[str] = []
     for name, (origin, text) in texts.items():

@@ -16,4 +16,10 @@ class TritonPythonModel(TritonModel):
 
     def load_engine(self, parameters: Mapping[str, str], environment: Mapping[str, str]) -> Engine:
         """Loads the weights, which takes seconds."""
-        return llm_engine.Engine(engine_config(parameters, environment))
+        self._engine = llm_engine.Engine(engine_config(parameters, environment))
+        return self._engine
+
+    def finalize(self) -> None:
+        """Ends the other ranks too, and lets other hosts know."""
+        super().finalize()
+        self._engine.close()

@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--tensor-parallel-size", type=int, default=1)
         _add_node_flags(command)
         command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)
+        command.add_argument("--block-token-count", type=int, default=16)
+        command.add_argument("--max-context-tokens", type=int)
         command.add_argument("--step-token-budget", type=int, default=128)
         command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
         command.add_argument("--step-stretch", type=float, default=1.6)
@@ -110,6 +112,8 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         join_timeout_seconds=options.join_timeout_seconds,
         collective_timeout_seconds=options.collective_timeout_seconds,
         kv_cache_bytes=options.kv_cache_bytes,
+        block_token_count=options.block_token_count,
+        max_context_tokens=options.max_context_tokens,
         step_token_budget=options.step_token_budget,
         prefix_reuse=options.prefix_reuse,
         step_stretch=options.step_stretch,

@@ -3,6 +3,7 @@
 import json
 import pickle
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,9 @@ def test_who_is_no_node_is_sent_away_and_holds_nobody_up(make_config, beside):
         stranger.sendall(payload)
         stranger.shutdown(socket.SHUT_WR)
         strangers.append(stranger)
+    gone = connected(port)
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    gone.close()  # With a reset.
     others = [beside(join, make_config(node)) for node in (1, 2)]
     assert sorted(here.result(10)) == [1, 2]
     for other in others:

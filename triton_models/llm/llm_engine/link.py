@@ -24,6 +24,7 @@ class Link:
     """One end. Reading raises EOFError or OSError where the other end is gone."""
 
     def __init__(self, connected: socket.socket) -> None:
+        connected.settimeout(None)
         self._socket = connected
         self.here: str = connected.getsockname()[0]
         """The address of this host that the other one reaches."""

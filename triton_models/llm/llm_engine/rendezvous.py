@@ -28,6 +28,8 @@ def gather(config: EngineConfig) -> dict[int, Link]:
     meeting = _Gathering(config)
     deadline = time.monotonic() + config.join_timeout_seconds
     with listener(config.master_address, config.master_port) as listening:
+        # Who connects may be gone again before it is accepted.
+        listening.settimeout(HELLO_SECONDS)
         while meeting.missing and (seconds := deadline - time.monotonic()) > 0:
             meeting.attend(listening, seconds)
     meeting.end()
@@ -81,7 +83,7 @@ class _Gathering:
         nodes = {link.connection: node for node, link in self.links.items()}
         for ready in wait([listening, *nodes], seconds):
             if ready is listening:
-                self._meet(Link(listening.accept()[0]))
+                self._meet(listening)
             else:
                 # Nobody has anything to say before all are there.
                 self.links.pop(nodes[ready]).close()
@@ -99,7 +101,12 @@ class _Gathering:
         if fault:
             raise ModelLoadError(fault)
 
-    def _meet(self, link: Link) -> None:
+    def _meet(self, listening: socket.socket) -> None:
+        try:
+            link = Link(listening.accept()[0])
+        except OSError as error:
+            _log.warning("somebody connected, and was gone: %s", error)
+            return
         try:
             hello = link.hear_within(HELLO_SECONDS)
             fault = self._refusal(hello)
@@ -138,7 +145,6 @@ class _Gathering:
 def _joined(config: EngineConfig, hello: dict[str, object], deadline: float) -> Link:
     """One attempt."""
     connected = socket.create_connection((config.master_address, config.master_port), HELLO_SECONDS)
-    connected.settimeout(None)
     link = Link(connected)
     try:
         # On one host, who connects often enough to a port that nobody listens on reaches itself.

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -94,6 +95,20 @@ def test_a_rank_that_dies_ends_the_engine_at_once(tmp_path, make_ranks):
     with pytest.raises(EngineBroken, match="rank"):
         for _ in range(2):
             engine.step()
+
+
+def test_a_rank_that_hangs_is_given_up(tmp_path, make_ranks):
+    from llm_engine import EngineBroken, SequenceRequest
+
+    small_model().save_pretrained(tmp_path)
+    engine = make_ranks(tmp_path, 2, collective_timeout_seconds=4.0)
+    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
+    engine.step()
+    os.kill(engine._rank._others[0]._process.pid, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    with pytest.raises(EngineBroken, match="rank 0 of 2 lost the others"):
+        engine.step()
+    assert time.monotonic() - stopped_at < 10
 
 
 def test_a_rank_that_cannot_load_is_named(tmp_path, make_ranks):

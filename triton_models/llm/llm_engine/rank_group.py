@@ -40,32 +40,16 @@ class RankGroup:
         self._nodes: list[RemoteNode] = []
         self._store_server: distributed.TCPStore | None = None
         self._fault = ""
-        timeout = timedelta(seconds=config.collective_timeout_seconds)
         try:
             if config.node_count > 1:
                 self._nodes += [RemoteNode(node, link) for node, link in gather(config).items()]
                 self._others += self._nodes
             address = self._nodes[0].here if self._nodes else LOOPBACK
-            for rank in config.own_ranks[1:]:
-                self._others.append(ChildRank(config, rank, address))
+            self._others.extend(ChildRank(config, rank, address) for rank in config.own_ranks[1:])
             self.loaded = LoadedRank(config, 0)
             wait_for_answers(self._others)
-            # A file that only this user can read: torch's store by TCP trusts everybody.
-            with tempfile.TemporaryDirectory(prefix="tidegate-ranks-") as folder:
-                meeting: str | tuple[str, int] = str(Path(folder) / "ranks")
-                if self._nodes:
-                    self._store_server = _store_server(address)
-                    meeting = (address, self._store_server.port)
-                # Only now, so that nobody waits in a collective for one who still loads.
-                self._tell("meet", meeting)
-                group = Group(
-                    store_at(meeting, config.tensor_parallel_size, timeout),
-                    0,
-                    column_counts=self.loaded.column_counts(),
-                    device=self.loaded.device,
-                    timeout=timeout,
-                    address=address,
-                )
+            # Only now, so that nobody waits in a collective for one who still loads.
+            group = self._meet(config, address)
             self._rank = self.loaded.ready(group)
             wait_for_answers(self._others)
         except BaseException as error:
@@ -115,6 +99,25 @@ class RankGroup:
         for other in self._others:
             other.end()
         self._store_server = None
+
+    def _meet(self, config: EngineConfig, address: str) -> Group:
+        """Tells all ranks where they find each other, and finds them there."""
+        timeout = timedelta(seconds=config.collective_timeout_seconds)
+        # A file that only this user can read: torch's store by TCP trusts everybody.
+        with tempfile.TemporaryDirectory(prefix="tidegate-ranks-") as folder:
+            place: str | tuple[str, int] = str(Path(folder) / "ranks")
+            if self._nodes:
+                self._store_server = _store_server(address)
+                place = (address, self._store_server.port)
+            self._tell("meet", place)
+            return Group(
+                store_at(place, config.tensor_parallel_size, timeout),
+                0,
+                column_counts=self.loaded.column_counts(),
+                device=self.loaded.device,
+                timeout=timeout,
+                address=address,
+            )
 
     def _dismiss(self) -> None:
         """Tells the other nodes that it ends here, and what went wrong, if anything did."""

@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--step-token-budget", type=int, default=128)
         command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
         command.add_argument("--step-stretch", type=float, default=1.6)
+        command.add_argument("--speculation-tokens", type=int, default=0, help="drafts a step and sequence; 0: none")
+        command.add_argument("--speculation-sequences", type=int, default=2, help="no drafts while more run")
         command.add_argument("--max-sequences", type=int, default=32)
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
@@ -117,6 +119,8 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         step_token_budget=options.step_token_budget,
         prefix_reuse=options.prefix_reuse,
         step_stretch=options.step_stretch,
+        speculation_tokens=options.speculation_tokens,
+        speculation_sequences=options.speculation_sequences,
         max_sequences=options.max_sequences,
         max_waiting=1_000_000,
     )

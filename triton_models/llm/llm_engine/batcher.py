@@ -16,6 +16,9 @@ randomness; the same calls give the same plans. Invariants, between calls:
 - blocks that are needed and not free come from the least urgent paused sequence first, then, to let a
   running one grow, from the least urgent running one; whoever gives up blocks gives up all, and is
   computed again, which loses no token that is known;
+- drafts get what is left of a step's budget and of the free blocks, so that nobody waits or gives way for
+  one; blocks that a sequence has beyond its own tokens go back with the next plan, and a draft counts as
+  computed only once it is the sequence's own token;
 - a plan never exceeds the step's token budget, nor, where something decodes, the bound on tokens of
   prompts; and every running sequence whose prompt is computed gets its token in every step (decodes
   first, prompts in chunks in what is left: Sarathi-Serve, Agrawal et al., OSDI 2024; sequences join and
@@ -23,7 +26,8 @@ randomness; the same calls give the same plans. Invariants, between calls:
 """
 
 from bisect import insort
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from .block_pool import BlockPool
 from .sequence import Sequence
@@ -31,16 +35,22 @@ from .sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """Tokens `start` to `start + count` of a sequence."""
+    """Tokens `start` to `start + count` of a sequence, and after them drafts, which it may say next."""
 
     sequence: Sequence
     start: int
     count: int
+    draft_token_ids: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether the last of these tokens is the last one known, so that a new one follows it."""
         return self.start + self.count == self.sequence.token_count
+
+    @property
+    def row_count(self) -> int:
+        """Tokens that the step computes of it, drafts included."""
+        return self.count + len(self.draft_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class StepPlan:
     @property
     def token_count(self) -> int:
         """Tokens that the step computes."""
-        return sum(work.count for work in self.work)
+        return sum(work.row_count for work in self.work)
 
 
 class Batcher:
@@ -163,16 +173,45 @@ class Batcher:
         decodes = [StepWork(s, s.computed_token_count, 1) for s in self._running if _decodes(s)]
         return StepPlan((*decodes, *prefills), tuple(preempted))
 
+    def with_drafts(self, plan: StepPlan, propose: Callable[[Sequence, int], list[int]]) -> StepPlan:
+        """The plan, with drafts beside its decodes as far as there is room.
+
+        Args:
+            propose: gives a sequence's drafts, and at most so many.
+        """
+        left = self.step_token_budget - plan.token_count
+        works = list(plan.work)
+        for place, work in enumerate(works):
+            drafts = propose(work.sequence, left) if left and work.count == 1 and work.samples else []
+            missing = self._missing_block_count(work.sequence, len(drafts))
+            if drafts and self.pool.can_take(missing):
+                work.sequence.block_ids += self.pool.take(missing)
+                works[place] = replace(work, draft_token_ids=tuple(drafts))
+                left -= len(drafts)
+        return replace(plan, work=tuple(works))
+
     def commit(self, plan: StepPlan) -> None:
-        """Note that a plan's tokens are computed."""
+        """Note that a plan's tokens are computed; of its drafts that is yet to be seen."""
         for work in plan.work:
             assert work.sequence.computed_token_count == work.start
-            work.sequence.computed_token_count += work.count
-            if self.reuses_prefixes:
-                self._make_known(work)
+            self._note_computed(work.sequence, work.count)
+
+    def accept(self, sequence: Sequence, count: int) -> None:
+        """Note that so many tokens, computed as drafts in the step just committed, are the sequence's own now."""
+        self._note_computed(sequence, count)
+
+    def restart(self, sequence: Sequence) -> None:
+        """Let a running sequence be computed again from its beginning."""
+        self._running.remove(sequence)
+        insort(self._waiting, sequence, key=_urgency)
+        self._preempt(sequence)
 
     def _extend_running(self) -> list[str]:
         """Give each running sequence the blocks for its newest token, from the paused and then from the tail."""
+        for sequence in self._running:
+            needed = self.pool.blocks_for(sequence.token_count)
+            self.pool.give_back(sequence.block_ids[needed:])
+            del sequence.block_ids[needed:]
         preempted: list[str] = []
         position = 0
         while position < len(self._running):
@@ -263,14 +302,16 @@ class Batcher:
             sequence.cached_token_count = sequence.computed_token_count
             self.cached_token_total += sequence.computed_token_count
 
-    def _make_known(self, work: StepWork) -> None:
-        """Let the blocks be found that a step has filled."""
+    def _note_computed(self, sequence: Sequence, count: int) -> None:
+        """Count a sequence's next tokens as computed, and let the blocks be found that they have filled."""
         size = self.pool.block_token_count
-        first, last = work.start // size, (work.start + work.count) // size
-        if first < last:
-            keys = work.sequence.block_keys(last, size)
+        first = sequence.computed_token_count // size
+        sequence.computed_token_count += count
+        last = sequence.computed_token_count // size
+        if self.reuses_prefixes and first < last:
+            keys = sequence.block_keys(last, size)
             for index in range(first, last):
-                self.pool.know(work.sequence.block_ids[index], keys[index])
+                self.pool.know(sequence.block_ids[index], keys[index])
 
     def _pause_least_urgent(self) -> Sequence:
         """Send the least urgent running sequence back to the queue, with its blocks."""
@@ -292,8 +333,8 @@ class Batcher:
         sequence.block_ids = []
         sequence.computed_token_count = 0
 
-    def _missing_block_count(self, sequence: Sequence) -> int:
-        return self.pool.blocks_for(sequence.token_count) - len(sequence.block_ids)
+    def _missing_block_count(self, sequence: Sequence, draft_count: int = 0) -> int:
+        return self.pool.blocks_for(sequence.token_count + draft_count) - len(sequence.block_ids)
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

@@ -42,6 +42,11 @@ class EngineConfig:
     """How many times as long as the decodes alone of a wide batch a step with prompts may take, so that running answers
     keep their pace while long prompts arrive; half of `max_sequences` and more is wide. 0 leaves it to
     `step_token_budget`, as it is until such a batch was seen."""
+    speculation_tokens: int = 4
+    """Tokens that are drafted for a sequence in a step at most, from its own text, where its newest tokens stood before;
+    0 is without. Tokens are the same with and without."""
+    speculation_sequences: int = 2
+    """Drafts are made while at most so many sequences run: a wide batch has rows enough."""
     thread_count: int = 1
     """Threads that torch uses in a rank's process; it is set for the whole process."""
     prefix_reuse: bool = True
@@ -134,6 +139,8 @@ _BOUNDS = (
     ("kv_cache_bytes", 1, 1 << 44),
     ("block_token_count", 1, 1024),
     ("step_token_budget", 1, 1 << 20),
+    ("speculation_tokens", 0, 64),
+    ("speculation_sequences", 1, 4096),
     ("thread_count", 1, 1024),
     ("tensor_parallel_size", 1, 1024),
     ("node_count", 1, 1024),

@@ -2,19 +2,22 @@
 
 Owns the request's life: refused or taken, waiting, running, finished. Invariants: one thread calls
 it; every request taken ends in exactly one output with a finish reason, unless it is cancelled; a
-sequence that fails takes no other with it. Who runs next is left to `batcher.py`, the mathematics to
-`model.py`, the choice of a token to `sampler.py`. Read `Engine.step` first.
+sequence that fails takes no other with it; which tokens come does not depend on drafts. Who runs next is
+left to `batcher.py`, what is drafted to `drafts.py`, the mathematics to `model.py`, the choice of a token to
+`sampler.py`. Read `Engine.step` first.
 """
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .batcher import Batcher, StepPlan
+from .batcher import Batcher, StepPlan, StepWork
 from .block_pool import BlockPool
 from .config import EngineConfig
+from .drafts import Drafter
 from .errors import (
     DUPLICATE_ID,
     INVALID_VALUE,
@@ -57,6 +60,9 @@ class Engine:
         )
         self._grammars: JsonGrammars | ModelLoadError = _grammars(config, self.model_info)
         self._matchers: dict[str, JsonMatcher] = {}
+        self._drafter = Drafter(
+            config.speculation_tokens, context_token_count=self.model_info.context_token_count
+        )
         self._pacer = StepPacer(config.step_stretch, wide_count=-(-config.max_sequences // 2))
         self._arrival_count = 0
         self._step_count = 0
@@ -80,21 +86,22 @@ class Engine:
             return []
         started = self._clock()
         plan = self._batcher.plan(self._pacer.prompt_token_bound(self._batcher.decode_count))
+        if len(self._batcher.running) <= self.config.speculation_sequences:
+            plan = self._batcher.with_drafts(plan, self._drafter.propose)
         step = self._rank.lay_out(row_works(plan))
         prompts = [work.sequence.request_id for work in plan.work if work.count > 1]
         # Given up, a step has only written keys and values that the next one writes again.
         logits = self._rank.forward(step, give_up=lambda: any(map(is_unwanted, prompts)))
         if logits is None:
             return []
-        sequences = [plan.work[place].sequence for place in step.sampled]
-        matchers = [self._matchers.get(sequence.request_id) for sequence in sequences]
-        sampled = sample(logits, [_sampling_row(*pair) for pair in zip(sequences, matchers, strict=True)])
+        works = [plan.work[place] for place in step.sampled]
+        sampled = iter(sample(logits, [row for work in works for row in self._sampling_rows(work)]))
         self._batcher.commit(plan)
         self._count(plan)
-        outputs = [self._advance(*pair) for pair in zip(sequences, sampled, strict=True)]
+        outputs = [self._advance(work, list(islice(sampled, 1 + len(work.draft_token_ids)))) for work in works]
         self._step_seconds_last = self._clock() - started
         self._pacer.observe(*_decodes_and_prompt_tokens(plan), self._step_seconds_last)
-        return outputs
+        return [output for output in outputs if output is not None]
 
     def add(self, request: SequenceRequest) -> None:
         """Take a request, or raise RequestRefused and leave everything as it was.
@@ -161,38 +168,73 @@ class Engine:
             reuses_prefixes=self.config.prefix_reuse,
             known_block_count=pool.known_count,
             generated_token_total=self._generated_token_total,
+            drafted_token_total=self._drafter.drafted_token_total,
+            accepted_token_total=self._drafter.accepted_token_total,
             step_seconds_last=self._step_seconds_last,
             step_token_count_last=self._step_token_count_last,
         )
 
-    def _advance(self, sequence: Sequence, sampled: SampledToken) -> SequenceOutput:
-        """Append a sequence's new token, and end the sequence where it ends."""
-        if not sampled.finite:
+    def _advance(self, work: StepWork, sampled: list[SampledToken]) -> SequenceOutput | None:
+        """Append a sequence's new tokens, and end the sequence where it ends; None where the step said nothing.
+
+        Args:
+            sampled: what follows its newest token, and then each draft.
+        """
+        sequence, drafts = work.sequence, work.draft_token_ids
+        if not all(token.finite for token in sampled):
             self._rank.clear(self._batcher.spoiled_blocks(sequence))
-            return self._fail(sequence, NON_FINITE_LOGITS, "the model's logits are not finite")
+            if not drafts:
+                return self._fail(sequence, NON_FINITE_LOGITS, "the model's logits are not finite")
+            # A draft that was not to come may be the reason, and what it wrote is beside what others read.
+            self._drafter.give_up(sequence)
+            self._batcher.restart(sequence)
+            return None
         matcher = self._matchers.get(sequence.request_id)
-        stopped = sampled.token_id in sequence.stop_token_ids
-        is_whole = not stopped and matcher is not None and matcher.follow(sampled.token_id)
-        if matcher is not None and matcher.fault:
-            return self._fail(sequence, SCHEMA_TOO_COMPLEX, f"json_schema: {matcher.fault}")
-        if not stopped:
-            sequence.token_ids.append(sampled.token_id)
-            self._generated_token_total += 1
-        finish_reason = "stop" if stopped or is_whole else "length" if self._is_full(sequence) else ""
+        accepted = _equal_count(drafts, sampled)
+        new: list[SampledToken] = []
+        finish_reason = ""
+        for token in sampled[: accepted + 1]:
+            stopped = token.token_id in sequence.stop_token_ids
+            is_whole = not stopped and matcher is not None and matcher.follow(token.token_id)
+            if matcher is not None and matcher.fault:
+                return self._fail(sequence, SCHEMA_TOO_COMPLEX, f"json_schema: {matcher.fault}")
+            if not stopped:
+                sequence.token_ids.append(token.token_id)
+                new.append(token)
+            finish_reason = "stop" if stopped or is_whole else "length" if self._is_full(sequence) else ""
+            if finish_reason:
+                break
+        self._generated_token_total += len(new)
+        if drafts:
+            self._batcher.accept(sequence, min(accepted, len(new)))
+            self._drafter.learn(sequence, len(drafts), accepted)
         if finish_reason:
             self._remove(sequence.request_id)
         wants = sequence.request.sampling.logprobs is not None
         return SequenceOutput(
             request_id=sequence.request_id,
-            token_ids=[] if stopped else [sampled.token_id],
-            logprobs=None if not wants else [] if stopped else [sampled.logprob],
-            top_token_ids=None if not wants else [] if stopped else [sampled.top_token_ids],
-            top_logprobs=None if not wants else [] if stopped else [sampled.top_logprobs],
+            token_ids=[token.token_id for token in new],
+            logprobs=[token.logprob for token in new] if wants else None,
+            top_token_ids=[token.top_token_ids for token in new] if wants else None,
+            top_logprobs=[token.top_logprobs for token in new] if wants else None,
             finish_reason=finish_reason,
             prompt_token_count=sequence.prompt_token_count,
             output_token_count=sequence.output_token_count,
             cached_token_count=sequence.cached_token_count or 0,
         )
+
+    def _sampling_rows(self, work: StepWork) -> Iterator[SamplingRow]:
+        """What follows a sequence's newest token is sampled with, and then each draft, as if all before were said."""
+        sequence, drafts = work.sequence, list(work.draft_token_ids)
+        matcher = self._matchers.get(sequence.request_id)
+        for count in range(len(drafts) + 1):
+            yield SamplingRow(
+                params=sequence.request.sampling,
+                seed=sequence.seed,
+                token_ids=sequence.token_ids + drafts[:count] if count else sequence.token_ids,
+                prompt_token_count=sequence.prompt_token_count,
+                allowed=None if matcher is None else matcher.allowed(),
+            )
 
     def _fail(self, sequence: Sequence, reason: str, fault: str) -> SequenceOutput:
         """End a sequence that cannot go on; blocks that hold what is not finite were cleaned for the next owner."""
@@ -244,9 +286,9 @@ def _ranks(config: EngineConfig) -> "tuple[LoadedRank, Rank | RankGroup]":
 
 
 def _decodes_and_prompt_tokens(plan: StepPlan) -> tuple[int, int]:
-    """How many sequences of a plan decode, and how many tokens the others compute."""
-    prompts = [work.count for work in plan.work if work.count > 1]
-    return len(plan.work) - len(prompts), sum(prompts)
+    """How many rows of a plan are decodes or their drafts, which cost the same, and how many are of prompts."""
+    prompt_token_count = sum(work.count for work in plan.work if work.count > 1)
+    return plan.token_count - prompt_token_count, prompt_token_count
 
 
 def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:
@@ -277,14 +319,12 @@ def _grammars(config: EngineConfig, model: ModelInfo) -> JsonGrammars | ModelLoa
         return error
 
 
-def _sampling_row(sequence: Sequence, matcher: JsonMatcher | None) -> SamplingRow:
-    return SamplingRow(
-        params=sequence.request.sampling,
-        seed=sequence.seed,
-        token_ids=sequence.token_ids,
-        prompt_token_count=sequence.prompt_token_count,
-        allowed=None if matcher is None else matcher.allowed(),
-    )
+def _equal_count(drafts: tuple[int, ...], sampled: list[SampledToken]) -> int:
+    """How many drafts are what was sampled in their places, up to the first that is not."""
+    count = 0
+    while count < len(drafts) and sampled[count].token_id == drafts[count]:
+        count += 1
+    return count
 
 
 def _stop_token_ids(request: SequenceRequest, model: ModelInfo) -> frozenset[int]:

@@ -120,6 +120,9 @@ class EngineLoad:
     generated_token_total: int
     step_seconds_last: float
     step_token_count_last: int
+    drafted_token_total: int = 0
+    accepted_token_total: int = 0
+    """Drafted tokens that turned out to be the next ones."""
     cached_token_total: int = 0
     """Tokens whose keys and values were there already when their sequences were first admitted."""
     reuses_prefixes: bool = False

@@ -2,8 +2,8 @@
 
 Invariants: `0 <= computed_token_count < token_count` between steps, since the last token is always
 still to be computed; the blocks, in order, hold the keys and values of the first
-`computed_token_count` tokens. The batcher alone changes `computed_token_count` and `block_ids`; the
-engine alone appends tokens.
+`computed_token_count` tokens, and nothing that counts behind them. The batcher alone changes `computed_token_count` and
+`block_ids`; the engine alone appends tokens.
 """
 
 import hashlib
@@ -27,6 +27,9 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     cached_token_count: int | None = None
     """Tokens whose keys and values were there when it was first admitted; None before."""
+    draft_gain: float = 1.0
+    """Right drafts a step of late, and how many tokens it has before it drafts again: `drafts.py`'s."""
+    drafts_from: int = 0
     _block_keys: list[bytes] = field(default_factory=list)
 
     @property

@@ -1,7 +1,7 @@
 """A step plan as the tensors that the model takes.
 
 Owns the order of rows in a step: decodes first, shortest context first, so that neighbours can share
-one padded attention call; then each prompt's chunk. Invariants: a row is one token of one sequence;
+one padded attention call; then each prompt's chunk, and each decode with its drafts, which is computed like one. Invariants: a row is one token of one sequence;
 every row belongs to exactly one attention group; padding points at blocks of zeros, so that nothing
 of another sequence, not even a NaN, can reach a row.
 """
@@ -24,8 +24,8 @@ class RowWork:
     token_ids: list[int]
     block_ids: list[int]
     """All of the sequence's blocks."""
-    samples: bool
-    """Whether a token follows the last of these."""
+    sample_count: int
+    """After how many of these, the last ones, a token is chosen: none, the last known one, or that and its drafts."""
 
     @property
     def count(self) -> int:
@@ -57,7 +57,8 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """One step's input; the work `sampled[i]`, by its place in the plan, belongs to row `sample_rows[i]`."""
+    """One step's input; `sampled` names works by their places in the plan, whose sampled rows `sample_rows` are, in
+    order: as many as each work has."""
 
     works: list[RowWork]
     """What it was made of."""
@@ -97,9 +98,9 @@ def row_works(plan: StepPlan) -> list[RowWork]:
     return [
         RowWork(
             start=work.start,
-            token_ids=work.sequence.token_ids[work.start : work.start + work.count],
+            token_ids=[*work.sequence.token_ids[work.start : work.start + work.count], *work.draft_token_ids],
             block_ids=work.sequence.block_ids,
-            samples=work.samples,
+            sample_count=1 + len(work.draft_token_ids) if work.samples else 0,
         )
         for work in plan.work
     ]
@@ -112,7 +113,7 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
     ordered = [works[place] for place in order]
     decodes, prefills = ordered[: len(one)], ordered[len(one) :]
     positions = np.concatenate([np.arange(w.start, w.start + w.count) for w in ordered])
-    last_rows = np.cumsum([work.count for work in ordered]) - 1
+    ends = np.cumsum([work.count for work in ordered])
     token_ids = np.concatenate([w.token_ids for w in ordered])
     groups = list(_decode_groups(decodes, layout))
     first_row = len(decodes)
@@ -120,15 +121,15 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
         chunk = _unmasked_chunk(work, first_row, layout) if layout.reads_chunks else _group([work], first_row, layout)
         groups.append(chunk)
         first_row += work.count
-    sampling = [index for index, work in enumerate(ordered) if work.samples]
+    sampling = [np.arange(end - work.sample_count, end) for work, end in zip(ordered, ends, strict=True)]
     return StepTensors(
         works=works,
         token_ids=_moved(token_ids, layout),
         positions=_moved(positions, layout),
         slots=_moved(_slots(ordered, positions, layout), layout),
         groups=groups,
-        sample_rows=_moved(last_rows[sampling], layout),
-        sampled=[order[index] for index in sampling],
+        sample_rows=_moved(np.concatenate(sampling), layout),
+        sampled=[place for place in order if works[place].sample_count],
     )
 
 

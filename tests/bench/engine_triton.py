@@ -51,8 +51,13 @@ async def running_triton(folder: Path, settings: dict[str, object]) -> AsyncIter
         instance_name=f"bench{os.getpid()}",
         engine_environment={
             f"TIDEGATE_ENGINE_{name.upper()}": str(value)
-            # The same prompts come in every round, and each is to be computed.
-            for name, value in {"cache_dir": CACHE_FOLDER, "prefix_reuse": "false", **settings}.items()
+            # The same prompts come in every round, and each is to be computed, as is each token.
+            for name, value in {
+                "cache_dir": CACHE_FOLDER,
+                "prefix_reuse": "false",
+                "speculation_tokens": 0,
+                **settings,
+            }.items()
         },
     )
     command, environment = triton_command(server)

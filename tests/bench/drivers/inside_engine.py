@@ -134,7 +134,8 @@ def memory(options: argparse.Namespace) -> dict[str, object]:
 
 def churn(options: argparse.Namespace) -> dict[str, object]:
     """What hours of coming and going leave behind, in short: requests of all lengths, a third of which leave early."""
-    engine = _engine(options, kv_cache_bytes=1 << 27, prefix_reuse=True)
+    drafts = {"speculation_tokens": EngineConfig.speculation_tokens, "speculation_sequences": CHURN_ALIVE}
+    engine = _engine(options, kv_cache_bytes=1 << 27, prefix_reuse=True, **drafts)
     source, names = random.Random(0), itertools.count()
     alive: dict[str, None] = {}
     taken, left, grown_from = 0, 0, 0
@@ -200,7 +201,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
 
 
 def _engine(options: argparse.Namespace, **settings: int) -> Engine:
-    given = {"step_token_budget": options.step_token_budget, "prefix_reuse": False, **settings}
+    given = {"step_token_budget": options.step_token_budget, "prefix_reuse": False, "speculation_tokens": 0, **settings}
     return Engine(
         EngineConfig(
             model_path=options.model,

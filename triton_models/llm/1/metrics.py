@@ -17,6 +17,8 @@ _COUNTERS = {
     "tidegate_engine_prompt_tokens_total": "Prompt tokens computed.",
     "tidegate_engine_cached_tokens_total": "Tokens of prompts whose keys and values were there already.",
     "tidegate_engine_generated_tokens_total": "Tokens generated.",
+    "tidegate_engine_drafted_tokens_total": "Tokens drafted from a sequence's own text.",
+    "tidegate_engine_accepted_tokens_total": "Drafted tokens that were the next ones.",
 }
 
 
@@ -46,6 +48,8 @@ class LoadMetrics:
             "tidegate_engine_prompt_tokens_total": load.prompt_token_total,
             "tidegate_engine_cached_tokens_total": load.cached_token_total,
             "tidegate_engine_generated_tokens_total": load.generated_token_total,
+            "tidegate_engine_drafted_tokens_total": load.drafted_token_total,
+            "tidegate_engine_accepted_tokens_total": load.accepted_token_total,
         }
         for name, value in values.items():
             change = value - self._shown[name]

@@ -164,9 +164,10 @@ def _bench(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
     started, cpu_started = time.perf_counter(), time.process_time()
     steps = _run(engine, prompts, options.tokens, sampling)
     wall_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    generated = sum(count for _, count, _ in steps)
+    generated = sum(sum(counts) for _, counts, _ in steps)
     first_tokens = sorted(moment - started for _, _, moments in steps for moment in moments)
-    full = [seconds for seconds, count, moments in steps if count == len(prompts) and not moments]
+    full = [(seconds, sum(counts)) for seconds, counts, moments in steps if len(counts) == len(prompts) and not moments]
+    decode_seconds = sum(seconds for seconds, _ in full)
     return {
         "sequences": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
@@ -178,8 +179,10 @@ def _bench(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
         "first_token_seconds_last": round(first_tokens[-1], 4),
         "prompt_tokens_per_second": round(sum(map(len, prompts)) / first_tokens[-1], 2),
         "decode_step_count": len(full),
-        "decode_seconds": round(sum(full), 4),
-        "decode_tokens_per_second": round(len(prompts) * len(full) / sum(full), 2) if full else None,
+        "decode_seconds": round(decode_seconds, 4),
+        "decode_tokens_per_second": round(sum(count for _, count in full) / decode_seconds, 2) if full else None,
+        "drafted_tokens": engine.load.drafted_token_total,
+        "accepted_tokens": engine.load.accepted_token_total,
         "preemptions": engine.load.preemption_count,
         "weight_dtype": engine.model_info.weight_dtype,
         "compute_dtype": engine.model_info.compute_dtype,
@@ -225,8 +228,8 @@ def _prompts(engine: Engine, options: argparse.Namespace) -> list[list[int]]:
 
 def _run(
     engine: Engine, prompts: list[list[int]], tokens: int, sampling: SamplingParams
-) -> list[tuple[float, int, list[float]]]:
-    """Each step's seconds, how many tokens it gave, and the moments of the first tokens among them."""
+) -> list[tuple[float, list[int], list[float]]]:
+    """Each step's seconds, how many tokens it gave each sequence, and the moments of the first tokens among them."""
     for index, prompt in enumerate(prompts):
         engine.add(
             SequenceRequest(
@@ -240,7 +243,7 @@ def _run(
         ended = time.perf_counter()
         new = {output.request_id for output in outputs} - begun
         begun |= new
-        steps.append((ended - started, len(outputs), [ended] * len(new)))
+        steps.append((ended - started, [len(output.token_ids) for output in outputs], [ended] * len(new)))
     return steps
 
 

@@ -43,8 +43,8 @@ class EngineConfig:
     keep their pace while long prompts arrive; half of `max_sequences` and more is wide. 0 leaves it to
     `step_token_budget`, as it is until such a batch was seen."""
     speculation_tokens: int = 4
-    """Tokens that are drafted for a sequence in a step at most, from its own text, where its newest tokens stood before;
-    0 is without. Tokens are the same with and without."""
+    """Drafts a step and sequence at most: what followed where its newest tokens stood before in its own text is
+    computed beside them, and kept where it comes out again. Answers are the same as with 0, which drafts nothing."""
     speculation_sequences: int = 2
     """Drafts are made while at most so many sequences run: a wide batch has rows enough."""
     thread_count: int = 1

@@ -60,9 +60,7 @@ class Engine:
         )
         self._grammars: JsonGrammars | ModelLoadError = _grammars(config, self.model_info)
         self._matchers: dict[str, JsonMatcher] = {}
-        self._drafter = Drafter(
-            config.speculation_tokens, context_token_count=self.model_info.context_token_count
-        )
+        self._drafter = Drafter(config.speculation_tokens, context_token_count=self.model_info.context_token_count)
         self._pacer = StepPacer(config.step_stretch, wide_count=-(-config.max_sequences // 2))
         self._arrival_count = 0
         self._step_count = 0

@@ -1,9 +1,9 @@
 """A step plan as the tensors that the model takes.
 
 Owns the order of rows in a step: decodes first, shortest context first, so that neighbours can share
-one padded attention call; then each prompt's chunk, and each decode with its drafts, which is computed like one. Invariants: a row is one token of one sequence;
-every row belongs to exactly one attention group; padding points at blocks of zeros, so that nothing
-of another sequence, not even a NaN, can reach a row.
+one padded attention call; then each prompt's chunk, and each decode with its drafts, which is computed
+like one. Invariants: a row is one token of one sequence; every row belongs to exactly one attention group;
+padding points at blocks of zeros, so that nothing of another sequence, not even a NaN, can reach a row.
 """
 
 from collections.abc import Iterator

@@ -110,6 +110,8 @@ class SimulatedEngine:
         token_ids = validated_token_ids(request, self.model_info)
         if request.sampling.json_schema:
             raise RequestRefused(INVALID_VALUE, "json_schema cannot be used: a simulated engine writes no JSON")
+        if request.sampling.grammar:
+            raise RequestRefused(INVALID_VALUE, "grammar cannot be used: a simulated engine follows none")
         if self._batcher.holds(request.request_id):
             raise RequestRefused(DUPLICATE_ID, f"request_id {request.request_id!r} is in the engine already")
         if not self._batcher.can_add(request.priority):

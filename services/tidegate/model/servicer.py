@@ -145,7 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async with (
                 aclosing(events),
                 aclosing(openai_surface.bodies(request, events, record.request_id, self._unix_seconds)) as bodies,
-                in_openai_names(),
+                in_openai_names(request.grammar_field),
             ):
                 first = True
                 async for part in bodies:

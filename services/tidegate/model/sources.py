@@ -256,8 +256,8 @@ class TokenSource:
 
 
 def _refusal(word: str, message: str) -> TidegateError:
-    # What can be followed of a schema only the engine knows; all else was checked before.
-    field = "sampling.json_schema" if message.startswith("json_schema") else ""
+    # What can be followed of a schema or a grammar only the engine knows; all else was checked before.
+    field = next((f"sampling.{name}" for name in ("json_schema", "grammar") if message.startswith(name)), "")
     return TidegateError(_reason(word), message, field=field, retry_after_seconds=1.0)
 
 

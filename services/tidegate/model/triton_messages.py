@@ -26,6 +26,8 @@ ENGINE_UNAVAILABLE: Final = "ENGINE_UNAVAILABLE"
 ERROR: Final = "error"
 """The finish reason of a sequence that could not be finished."""
 
+_GRAMMAR_KINDS: Final = {inference_pb2.GRAMMAR_KIND_LARK: "lark", inference_pb2.GRAMMAR_KIND_REGEX: "regex"}
+
 
 class ArenaSlice(msgspec.Struct, frozen=True):
     """Token ids (int32) that lie in a registered shared-memory region."""
@@ -105,6 +107,9 @@ def generate_message(model_name: str, request: EngineRequest, sequence_id: str, 
         _add_array(message, "logit_bias_values", np.asarray([value for _, value in bias], "<f4"), "FP32")
     if request.sampling.json_schema:
         _add_text(message, "json_schema", request.sampling.json_schema)
+    if request.sampling.grammar:
+        _add_text(message, "grammar", request.sampling.grammar)
+        _add_text(message, "grammar_kind", _GRAMMAR_KINDS.get(request.sampling.grammar_kind, ""))
     if request.logprobs is not None:
         _add(message, "logprobs", "INT32", "<i", request.logprobs)
     if request.stop_token_ids:

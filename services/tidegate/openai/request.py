@@ -6,13 +6,13 @@ servers), or refused by name; nothing is dropped in silence. Names beyond OpenAI
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from tidegate.openai import json_fields, unsupported
 from tidegate.openai.json_fields import Fields
+from tidegate.openai.output_grammar import read_output_grammar
 from tidegate.text import request_rules as rules
 from tidegate.text.request_rules import validate_generate
 from tidegate.v1 import inference_pb2
@@ -27,9 +27,6 @@ DEFAULT_COMPLETION_TOKEN_COUNT: Final = 16
 
 ANSWER_COUNT_LIMIT: Final = 128
 """OpenAI's limit of n; more is not even a count."""
-
-RESPONSE_TYPES: Final = ("text", "json_object", "json_schema")
-ANY_OBJECT: Final = '{"type":"object"}'
 
 TOKEN_ID_CHARACTER_LIMIT: Final = 10
 
@@ -65,6 +62,8 @@ class OpenAIRequest:
     """The model as the client named it; empty for the default."""
     service_tier: str | None
     """The tier as the client named it."""
+    grammar_field: str = ""
+    """The field that asks for a schema or a grammar (`structured_outputs.regex`); empty where none does."""
 
 
 def parse_chat_completions(body: bytes) -> OpenAIRequest:
@@ -78,7 +77,6 @@ def parse_chat_completions(body: bytes) -> OpenAIRequest:
     generate.chat.messages.extend(_messages(fields))
     _read_chat_logprobs(fields, generate)
     _read_chat_max_tokens(fields, generate)
-    generate.sampling.json_schema = _response_schema(fields)
     return _finish(fields, generate, "chat")
 
 
@@ -109,13 +107,14 @@ def _finish(
     generate.stop.extend(_stop(fields))
     generate.ignore_eos = fields.boolean("ignore_eos") or False
     _read_sampling(fields, generate.sampling)
+    grammar_field = read_output_grammar(fields, generate.sampling)
     service_tier = _read_service_tier(fields, generate)
     stream = fields.boolean("stream") or False
     include_usage = _include_usage(fields, stream)
     _require_one(fields, "n")
     _read_harmless(fields)
     fields.finish(unsupported.CHAT if kind == "chat" else unsupported.COMPLETION)
-    return OpenAIRequest(generate, kind, stream, include_usage, model, service_tier)
+    return OpenAIRequest(generate, kind, stream, include_usage, model, service_tier, grammar_field)
 
 
 def _require_one(fields: Fields, name: str) -> None:
@@ -277,46 +276,6 @@ def _read_logit_bias(fields: Fields, sampling: inference_pb2.SamplingParameters)
         bias = entries.number(name, -rules.LOGIT_BIAS_LIMIT, rules.LOGIT_BIAS_LIMIT)
         if bias is not None:
             sampling.logit_bias[token_id] = bias
-
-
-def _response_schema(fields: Fields) -> str:
-    """The schema that the answer must follow; empty for none."""
-    response = fields.fields("response_format")
-    if response is None:
-        return ""
-    kind = response.string("type", rules.NAME_CHARACTER_LIMIT)
-    if kind is None:
-        json_fields.refuse_missing("response_format.type")
-    if kind not in RESPONSE_TYPES:
-        known = ", ".join(RESPONSE_TYPES)
-        json_fields.refuse_value("response_format.type", f"must be one of {known}, is {json_fields.shown(kind)}")
-    schema = ""
-    if kind == "json_object":
-        schema = ANY_OBJECT
-    elif kind == "json_schema":
-        named = response.fields("json_schema")
-        if named is None:
-            json_fields.refuse_missing("response_format.json_schema")
-        schema = _named_schema(named)
-    response.finish()
-    return schema
-
-
-def _named_schema(named: Fields) -> str:
-    if named.string("name", rules.NAME_CHARACTER_LIMIT, may_be_empty=False) is None:
-        json_fields.refuse_missing(named.path("name"))
-    named.string("description", rules.STOP_CHARACTER_LIMIT)
-    named.boolean("strict")
-    schema = named.take("schema")
-    named.finish()
-    if schema is None:
-        # OpenAI's clients may leave it out.
-        return ANY_OBJECT
-    text = json.dumps(json_fields.checked_object(schema, named.path("schema")), separators=(",", ":"))
-    if len(text) > rules.JSON_SCHEMA_BYTE_LIMIT:
-        fault = f"must have at most {rules.JSON_SCHEMA_BYTE_LIMIT} bytes, has {len(text)}"
-        json_fields.refuse_value(named.path("schema"), fault)
-    return text
 
 
 def _stop(fields: Fields) -> list[str]:

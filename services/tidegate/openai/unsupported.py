@@ -18,11 +18,6 @@ _SHARED: Final[Mapping[str, tuple[Any, ...]]] = {
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "prompt_logprobs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "priority": (0,),
     "no_stop_trim": (False,),
     "return_hidden_states": (False,),
@@ -67,5 +62,15 @@ MESSAGE: Final[Mapping[str, tuple[Any, ...]]] = {
     "annotations": ([],),
 }
 """An answer that is sent back as history has these keys, all without a value."""
+
+STRUCTURED_OUTPUTS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "json_object": (False,),
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_additional_properties": (False,),
+    # How another engine goes about it; JSON is written in one way here, without any white space of choice.
+    "disable_fallback": (True, False),
+    "disable_any_whitespace": (True, False),
+}
 
 STREAM_OPTIONS: Final[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}

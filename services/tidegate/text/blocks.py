@@ -80,13 +80,17 @@ def _sampling_bytes(sampling: inference_pb2.SamplingParameters) -> bytes:
         sampling.presence_penalty,
     )
     biases = b"".join(struct.pack("<if", *entry) for entry in sorted(sampling.logit_bias.items()))
-    bounds = _with_lengths(biases, sampling.json_schema.encode())
+    bounds = _with_lengths(biases, sampling.json_schema.encode(), *_grammar_parts(sampling))
     if temperature == 0:
         # A greedy choice does not look at the seed, nor at how many of the likeliest tokens stay.
         return struct.pack("<4f", 0.0, *penalties) + bounds
     top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
     chances = struct.pack("<4fiq2f", temperature, *penalties, sampling.top_k, sampling.seed, top_p, sampling.min_p)
     return chances + bounds
+
+
+def _grammar_parts(sampling: inference_pb2.SamplingParameters) -> tuple[bytes, ...]:
+    return (sampling.grammar.encode(), struct.pack("<i", sampling.grammar_kind)) if sampling.grammar else ()
 
 
 def _with_lengths(*parts: bytes) -> bytes:

@@ -69,28 +69,34 @@ def prepare_prompt(
 
 
 @asynccontextmanager
-async def in_openai_names() -> AsyncIterator[None]:
-    """Errors within name fields as the OpenAI surface does."""
+async def in_openai_names(grammar_field: str = "") -> AsyncIterator[None]:
+    """Errors within name fields as the OpenAI surface does.
+
+    Args:
+        grammar_field: the field in which the client asked for a schema or a grammar, which has several names there.
+    """
     try:
         yield
     except TidegateError as error:
-        _raise_in_openai_names(error)
+        _raise_in_openai_names(error, grammar_field)
 
 
-def _raise_in_openai_names(error: TidegateError) -> NoReturn:
-    field = openai_field(error.field)
+def _raise_in_openai_names(error: TidegateError, grammar_field: str = "") -> NoReturn:
+    field = openai_field(error.field, grammar_field)
     if field == error.field:
         raise error
     message = error.message.replace(f"'{error.field}'", f"'{field}'")
     raise TidegateError(error.reason, message, field=field, retry_after_seconds=error.retry_after_seconds) from error
 
 
-def openai_field(field: str) -> str:
+def openai_field(field: str, grammar_field: str = "") -> str:
     """The OpenAI name of a field of GenerateRequest."""
     if field == "text" or field.startswith("tokens.token_ids"):
         return "prompt" + field.removeprefix("text").removeprefix("tokens.token_ids")
     if field == "sampling.json_schema":
-        return "response_format"
+        return grammar_field or "response_format"
+    if field == "sampling.grammar":
+        return grammar_field or "structured_outputs"
     return re.sub(r"^(chat|sampling)\.", "", field)
 
 

@@ -22,6 +22,7 @@ REQUEST_ID_CHARACTER_LIMIT: Final = 128
 MODEL_CHARACTER_LIMIT: Final = 256
 LOGPROBS_LIMIT: Final = 20
 JSON_SCHEMA_BYTE_LIMIT: Final = 16_384
+GRAMMAR_BYTE_LIMIT: Final = 16_384
 LOGIT_BIAS_COUNT_LIMIT: Final = 1024
 LOGIT_BIAS_LIMIT: Final = 100
 MAX_TOKENS_LIMIT: Final = 2**31 - 1
@@ -38,6 +39,7 @@ def validate_generate(request: inference_pb2.GenerateRequest) -> None:
     _check_prompt(request)
     _check_sampling(request.sampling)
     _check_json_schema(request)
+    _check_grammar(request)
     if request.HasField("max_tokens") and request.max_tokens < 1:
         _refuse("max_tokens", f"must be at least 1, is {request.max_tokens}")
     if request.HasField("logprobs") and not 0 <= request.logprobs <= LOGPROBS_LIMIT:
@@ -124,6 +126,24 @@ def _check_json_schema(request: inference_pb2.GenerateRequest) -> None:
         _refuse("sampling.json_schema", "must be a JSON object")
     if request.ignore_eos:
         _refuse("ignore_eos", "must be false where the answer is JSON, which ends by itself")
+
+
+def _check_grammar(request: inference_pb2.GenerateRequest) -> None:
+    """Its length and its kind; whether it can be followed, the engine says."""
+    sampling = request.sampling
+    if not sampling.grammar:
+        if sampling.grammar_kind:
+            _refuse("sampling.grammar_kind", "needs a grammar")
+        return
+    if sampling.json_schema:
+        _refuse("sampling.grammar", "cannot be combined with a json_schema")
+    if sampling.grammar_kind not in (inference_pb2.GRAMMAR_KIND_LARK, inference_pb2.GRAMMAR_KIND_REGEX):
+        _refuse("sampling.grammar_kind", f"must be LARK or REGEX beside a grammar, is {sampling.grammar_kind}")
+    if len(sampling.grammar.encode()) > GRAMMAR_BYTE_LIMIT:
+        fault = f"must have at most {GRAMMAR_BYTE_LIMIT} bytes, has {len(sampling.grammar.encode())}"
+        _refuse("sampling.grammar", fault)
+    if request.ignore_eos:
+        _refuse("ignore_eos", "must be false where the answer follows a grammar, which ends by itself")
 
 
 def _check_range(

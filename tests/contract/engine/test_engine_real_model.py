@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,14 @@ import torch
 
 import llm_engine
 from llm_engine import SamplingParams, SequenceRequest
+from llm_engine.grammars import Grammar
 
 LOGPROBS = SamplingParams(temperature=0.0, logprobs=5)
+
+SUMS = """start: NUMBER (" " SIGN " " NUMBER){2} " = " NUMBER "."
+NUMBER: /[0-9]{1,3}/
+SIGN: "+" | "-"
+"""
 
 
 def random_prompt(count: int) -> list[int]:
@@ -63,12 +70,28 @@ def test_json_of_a_schema_is_what_transformers_would_have_said_where_there_is_a_
     prompt = [1, 504, 3575, 282, 4649, 314]
     said = run(engine, request("a", prompt, max_tokens=60, sampling=sampling, ignore_eos=False))["a"]["token_ids"]
     assert set(json.loads(engine._grammars._tokenizer.decode_str(said))) == {"name", "age"}
-    matcher = engine._grammars.matcher(sampling.json_schema, frozenset(engine.model_info.eos_token_ids), [])
+    matcher = engine._grammars.matcher(Grammar("json_schema", sampling.json_schema), frozenset(), [])
     with torch.inference_mode():
         logits = reference(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 :].float()
     for token, row in zip(said, logits, strict=False):
         assert token == int(row.masked_fill(torch.from_numpy(~matcher.allowed()), float("-inf")).argmax())
         matcher.follow(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "grammar", "expected"),
+    [
+        ("regex", "[A-Z][a-z]{2,8}, [0-9]{4}", "[A-Z][a-z]{2,8}, [0-9]{4}"),
+        ("regex", r"the\ moon|Zürich|a\.b", r"the moon|Zürich|a\.b"),
+        ("lark", SUMS, r"[0-9]+( [+-] [0-9]+){2} = [0-9]+\."),
+    ],
+)
+def test_what_a_grammar_describes_is_said_and_nothing_else(engine, kind, grammar, expected, temperature):
+    sampling = SamplingParams(temperature=temperature, seed=7, grammar=grammar, grammar_kind=kind)
+    asked = request("a", [1, 504, 3575, 282], max_tokens=60, sampling=sampling, ignore_eos=False)
+    said = engine._grammars._tokenizer.decode_str(run(engine, asked)["a"]["token_ids"])
+    assert re.fullmatch(expected, said), said
 
 
 def test_a_batch_gives_each_sequence_what_it_gets_alone(engine):

@@ -13,7 +13,7 @@ import pytest
 from tidegate.model.triton_client import EngineRefused, EngineRequest
 from tidegate.text.gguf_metadata import read_metadata
 from tidegate.text.model_files import load_text_model
-from tidegate.v1.inference_pb2 import SamplingParameters
+from tidegate.v1.inference_pb2 import GRAMMAR_KIND_REGEX, SamplingParameters
 
 ANSWER_FILE = Path(__file__).resolve().parents[3] / "triton_models" / "llm_sim" / "answer.py"
 
@@ -111,10 +111,13 @@ async def test_a_cancelled_sequence_frees_its_place_and_its_blocks(simulated, un
             await asyncio.sleep(0.01)
 
 
-async def test_a_schema_is_refused(simulated):
+async def test_a_schema_or_a_grammar_is_refused(simulated):
     schema = SamplingParameters(json_schema="{}")
     with pytest.raises(EngineRefused, match="json_schema cannot be used"):
         await tokens_of(simulated, request("schema", [9], sampling=schema))
+    grammar = SamplingParameters(grammar="a", grammar_kind=GRAMMAR_KIND_REGEX)
+    with pytest.raises(EngineRefused, match="grammar cannot be used"):
+        await tokens_of(simulated, request("grammar", [9], sampling=grammar))
 
 
 async def test_a_bad_value_is_refused_with_its_name(simulated):

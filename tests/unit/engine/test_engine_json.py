@@ -6,7 +6,7 @@ import pytest
 
 from llm_engine import RequestRefused, SamplingParams, SequenceRequest
 from llm_engine.errors import SCHEMA_TOO_COMPLEX
-from llm_engine.json_grammar import SCHEMA_BYTE_BOUND, JsonMatcher
+from llm_engine.grammars import GRAMMAR_BYTE_BOUND, OutputMatcher
 
 # Token 0 is said by nobody, 1 begins and 2 ends a text; the others are the letters that GPT-2's vocabulary has.
 LETTERS = ["<|pad|>", "<|begin|>", "<|end|>", "\u0120", *(chr(code) for code in range(34, 126))]
@@ -120,7 +120,7 @@ def test_a_folders_vocabulary_is_its_tokenizer_json(make_folder, make_engine):
         ('{"type": "thing"}', "json_schema is not supported: Invalid type: thing"),
         ('{"not": {}}', 'json_schema is not supported: Unimplemented keys: ["not"]'),
         ('{"type": "string", "pattern": "("}', "json_schema is not supported: regex parse error"),
-        (json.dumps({"title": "x" * SCHEMA_BYTE_BOUND}), f"expected at most {SCHEMA_BYTE_BOUND}"),
+        (json.dumps({"title": "x" * GRAMMAR_BYTE_BOUND}), f"expected at most {GRAMMAR_BYTE_BOUND}"),
     ],
 )
 def test_a_schema_that_cannot_be_followed_is_refused(lettered, schema, words):
@@ -171,7 +171,7 @@ def test_a_schema_that_turns_out_too_complex_ends_its_own_sequence_alone(lettere
     for each in (request("a", 1), request("b", 2)):
         engine.add(each)
     bound = engine._matchers["a"]
-    engine._matchers["a"] = JsonMatcher(TooComplex(), bound._size, bound._eos, bound._ends)
+    engine._matchers["a"] = OutputMatcher(TooComplex(), bound._size, bound._eos, bound._ends)
     outputs = []
     while engine.has_work:
         outputs += engine.step()

@@ -17,6 +17,8 @@ FIELDS = [
     "frequency_penalty", "presence_penalty", "stop", "max_tokens", "max_completion_tokens", "stream",
     "stream_options", "logprobs", "top_logprobs", "n", "best_of", "echo", "user", "service_tier", "metadata", "store",
     "tools", "tool_choice", "response_format",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "json", "regex", "choice",
+    "grammar",
     "json_schema", "schema", "logit_bias", "suffix", "modalities", "prompt_cache_key", "role",
     "content", "name", "type", "text", "include_usage", "x", "7", "07",
 ]

@@ -31,6 +31,8 @@ USER = pb.ChatMessage(role="user", content="Hi")
         sampling(temperature=0, top_k=0, top_p=1, repetition_penalty=2, frequency_penalty=-2, presence_penalty=2),
         sampling(seed=-1),
         sampling(json_schema='{"type":"object"}'),  # type: ignore[arg-type]
+        sampling(grammar="a+", grammar_kind=pb.GRAMMAR_KIND_REGEX),
+        sampling(grammar="x" * 16384, grammar_kind=pb.GRAMMAR_KIND_LARK),  # type: ignore[arg-type]
         sampling(min_p=1, logit_bias={0: -100, 7: 100}),  # type: ignore[arg-type]
         request(max_tokens=1, stop=["x"] * 16, logprobs=0, user="u" * 512, request_id="r" * 128),
         request(logprobs=20, service_class=pb.SERVICE_CLASS_BATCH, truncation=pb.TRUNCATION_POLICY_REFUSE),
@@ -66,6 +68,15 @@ def test_what_the_proto_allows_is_accepted(good: pb.GenerateRequest) -> None:
         (sampling(json_schema="[" * 9000), "sampling.json_schema"),  # type: ignore[arg-type]
         (sampling(json_schema='{"title":"' + "x" * 16384 + '"}'), "sampling.json_schema"),  # type: ignore[arg-type]
         (request(ignore_eos=True, sampling=pb.SamplingParameters(json_schema="{}")), "ignore_eos"),
+        (sampling(grammar="a"), "sampling.grammar_kind"),  # type: ignore[arg-type]
+        (sampling(grammar="a", grammar_kind=9), "sampling.grammar_kind"),  # type: ignore[arg-type]
+        (sampling(grammar_kind=pb.GRAMMAR_KIND_LARK), "sampling.grammar_kind"),
+        (sampling(grammar="a", grammar_kind=pb.GRAMMAR_KIND_LARK, json_schema="{}"), "sampling.grammar"),
+        (sampling(grammar="é" * 8193, grammar_kind=pb.GRAMMAR_KIND_LARK), "sampling.grammar"),
+        (
+            request(ignore_eos=True, sampling=pb.SamplingParameters(grammar="a", grammar_kind=pb.GRAMMAR_KIND_REGEX)),
+            "ignore_eos",
+        ),
         (sampling(min_p=1.5), "sampling.min_p"),
         (sampling(min_p=math.nan), "sampling.min_p"),
         (sampling(logit_bias={-1: 1}), "sampling.logit_bias.-1"),  # type: ignore[arg-type]

@@ -30,6 +30,8 @@ def test_every_array_reaches_the_request():
         "presence_penalty": np.array([0.75], np.float32),
         "min_p": np.array([0.125], np.float32),
         "json_schema": np.array([b'{"type":"object"}'], np.object_),
+        "grammar": np.array(["[é]".encode()], np.object_),
+        "grammar_kind": np.array([b"regex"], np.object_),
         "logit_bias_token_ids": np.array([7, 3], np.int32),
         "logit_bias_values": np.array([-100.0, 0.5], np.float32),
         "logprobs": np.array([0], np.int32),
@@ -45,6 +47,7 @@ def test_every_array_reaches_the_request():
     assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) == (1.5, -0.5, 0.75)
     assert (sampling.logprobs, sampling.min_p, sampling.logit_bias) == (0, 0.125, {7: -100.0, 3: 0.5})
     assert sampling.json_schema == '{"type":"object"}'
+    assert (sampling.grammar, sampling.grammar_kind) == ("[é]", "regex")
 
 
 @pytest.mark.parametrize(

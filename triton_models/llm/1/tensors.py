@@ -143,8 +143,9 @@ def _sampling(arrays: Arrays) -> SamplingParams:
             given[name] = int(_one(arrays, name, 0))
     if "logit_bias_token_ids" in arrays or "logit_bias_values" in arrays:
         given["logit_bias"] = _logit_bias(arrays)
-    if "json_schema" in arrays:
-        given["json_schema"] = text(arrays, "json_schema")
+    for name in ("json_schema", "grammar", "grammar_kind"):
+        if name in arrays:
+            given[name] = text(arrays, name)
     logprobs = int(_one(arrays, "logprobs", -1))
     if logprobs < -1:
         raise RequestRefused(INVALID_VALUE, f"logprobs is {logprobs}, expected -1 (none) or more")

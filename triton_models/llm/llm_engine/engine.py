@@ -27,7 +27,7 @@ from .errors import (
     ModelLoadError,
     RequestRefused,
 )
-from .json_grammar import JsonGrammars, JsonMatcher, checked_schema
+from .grammars import Grammar, Grammars, OutputMatcher
 from .layouts import parameter_count
 from .pacing import StepPacer
 from .rank import LoadedRank, Rank
@@ -58,8 +58,8 @@ class Engine:
             step_token_budget=config.step_token_budget,
             reuses_prefixes=config.prefix_reuse,
         )
-        self._grammars: JsonGrammars | ModelLoadError = _grammars(config, self.model_info)
-        self._matchers: dict[str, JsonMatcher] = {}
+        self._grammars: Grammars | ModelLoadError = _grammars(config, self.model_info)
+        self._matchers: dict[str, OutputMatcher] = {}
         self._drafter = Drafter(config.speculation_tokens, context_token_count=self.model_info.context_token_count)
         self._pacer = StepPacer(config.step_stretch, wide_count=-(-config.max_sequences // 2))
         self._arrival_count = 0
@@ -115,8 +115,8 @@ class Engine:
                 QUEUE_FULL,
                 f"{self.config.max_sequences} places to run and {self.config.max_waiting} to wait are taken",
             )
-        if request.sampling.json_schema:
-            self._matchers[request.request_id] = self._matcher(request, token_ids)
+        if (grammar := _grammar(request)) is not None:
+            self._matchers[request.request_id] = self._matcher(grammar, request, token_ids)
         seed = request.sampling.seed
         self._batcher.add(
             Sequence(
@@ -195,7 +195,9 @@ class Engine:
             stopped = token.token_id in sequence.stop_token_ids
             is_whole = not stopped and matcher is not None and matcher.follow(token.token_id)
             if matcher is not None and matcher.fault:
-                return self._fail(sequence, SCHEMA_TOO_COMPLEX, f"json_schema: {matcher.fault}")
+                grammar = _grammar(sequence.request)
+                assert grammar is not None
+                return self._fail(sequence, SCHEMA_TOO_COMPLEX, f"{grammar.field}: {matcher.fault}")
             if not stopped:
                 sequence.token_ids.append(token.token_id)
                 new.append(token)
@@ -247,12 +249,11 @@ class Engine:
             output_token_count=sequence.output_token_count,
         )
 
-    def _matcher(self, request: SequenceRequest, token_ids: list[int]) -> JsonMatcher:
+    def _matcher(self, grammar: Grammar, request: SequenceRequest, token_ids: list[int]) -> OutputMatcher:
         if isinstance(self._grammars, ModelLoadError):
-            raise RequestRefused(INVALID_VALUE, f"json_schema cannot be used with this model: {self._grammars}")
+            raise RequestRefused(INVALID_VALUE, f"{grammar.field} cannot be used with this model: {self._grammars}")
         output = token_ids[len(token_ids) - request.prior_output_count :]
-        schema = checked_schema(request.sampling.json_schema)
-        return self._grammars.matcher(schema, _stop_token_ids(request, self.model_info), output)
+        return self._grammars.matcher(grammar, _stop_token_ids(request, self.model_info), output)
 
     def _remove(self, request_id: str) -> bool:
         self._matchers.pop(request_id, None)
@@ -309,10 +310,10 @@ def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:
     )
 
 
-def _grammars(config: EngineConfig, model: ModelInfo) -> JsonGrammars | ModelLoadError:
-    """What schemas need; a model whose files do not tell its vocabulary goes without."""
+def _grammars(config: EngineConfig, model: ModelInfo) -> Grammars | ModelLoadError:
+    """What grammars need; a model whose files do not tell its vocabulary goes without."""
     try:
-        return JsonGrammars(Path(config.model_path), model)
+        return Grammars(Path(config.model_path), model)
     except ModelLoadError as error:
         return error
 
@@ -323,6 +324,14 @@ def _equal_count(drafts: tuple[int, ...], sampled: list[SampledToken]) -> int:
     while count < len(drafts) and sampled[count].token_id == drafts[count]:
         count += 1
     return count
+
+
+def _grammar(request: SequenceRequest) -> Grammar | None:
+    """What the output must follow; None where it may be any text."""
+    sampling = request.sampling
+    if sampling.json_schema:
+        return Grammar("json_schema", sampling.json_schema)
+    return Grammar(sampling.grammar_kind, sampling.grammar) if sampling.grammar else None
 
 
 def _stop_token_ids(request: SequenceRequest, model: ModelInfo) -> frozenset[int]:

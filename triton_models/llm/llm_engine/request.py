@@ -6,6 +6,9 @@ Owns the public messages. It leaves their validation to `engine.py`, which knows
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+GRAMMAR_KINDS = ("lark", "regex")
+"""What a grammar may be written in: Lark's notation as llguidance has it, or a regular expression of Rust's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -31,6 +34,11 @@ class SamplingParams:
     """Added to these tokens' logits, before the penalties; a greedy choice sees it too. 1,024 at most, -100 to 100."""
     json_schema: str = ""
     """The output is JSON that this JSON Schema, an object of 16,384 bytes at most, describes; empty: any text."""
+    grammar: str = ""
+    """The whole output is what this grammar, of 16,384 bytes at most, describes; empty: any text. Not together with
+    `json_schema`."""
+    grammar_kind: str = ""
+    """What `grammar` is written in, one of GRAMMAR_KINDS; empty where there is none."""
     logprobs: int | None = None
     """None: no log-probabilities; 0 to 20: the chosen token's, and so many of the likeliest."""
 

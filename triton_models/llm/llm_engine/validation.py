@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .errors import CONTEXT_LENGTH_EXCEEDED, INVALID_VALUE, RequestRefused
-from .request import ModelInfo, SamplingParams, SequenceRequest
+from .request import GRAMMAR_KINDS, ModelInfo, SamplingParams, SequenceRequest
 
 TOP_LOGPROBS_BOUND = 20
 TEMPERATURE_BOUND = 100.0
@@ -66,8 +66,21 @@ def _problems(request: SequenceRequest, token_ids: list[int], model: ModelInfo) 
     for token in request.stop_token_ids:
         yield from _integer("stop_token_ids", token, 0, model.vocabulary_size - 1)
     yield from _sampling_problems(request.sampling, model)
-    if request.sampling.json_schema and request.ignore_eos:
+    yield from _grammar_problems(request)
+
+
+def _grammar_problems(request: SequenceRequest) -> Iterator[str]:
+    sampling = request.sampling
+    if sampling.json_schema and sampling.grammar:
+        yield "grammar and json_schema are both given, expected one"
+    if sampling.grammar and sampling.grammar_kind not in GRAMMAR_KINDS:
+        yield f"grammar_kind is {sampling.grammar_kind!r}, expected one of {', '.join(GRAMMAR_KINDS)}"
+    if sampling.grammar_kind and not sampling.grammar:
+        yield f"grammar_kind is {sampling.grammar_kind!r}, but grammar is empty"
+    if request.ignore_eos and sampling.json_schema:
         yield "ignore_eos is True, but JSON of a json_schema ends by itself"
+    if request.ignore_eos and sampling.grammar:
+        yield "ignore_eos is True, but the output of a grammar ends by itself"
 
 
 def _sampling_problems(sampling: SamplingParams, model: ModelInfo) -> Iterator[str]:

@@ -1,12 +1,15 @@
-"""Output that is JSON of a schema: which tokens may come next.
+"""Output that a grammar describes, be it a JSON Schema, one of Lark or a regular expression: which tokens may follow.
 
 Owns the vocabulary as llguidance (Microsoft) wants it, and a matcher for each sequence, which follows what is said and
-tells what may follow. Invariants: what is allowed depends on the schema and the output alone, so an output goes on
-elsewhere as it would have here; a schema that asks for what is not supported is refused, never ignored.
+tells what may follow. Invariants: what is allowed depends on the grammar and the output alone, so an output goes on
+elsewhere as it would have here; a grammar that asks for what is not supported is refused, never ignored.
 """
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,48 +17,86 @@ from .errors import INVALID_VALUE, ModelLoadError, RequestRefused
 from .gguf_reader import GgufFile
 from .request import ModelInfo
 
-SCHEMA_BYTE_BOUND = 16_384
-"""A schema is compiled between two steps; one of this size in up to a tenth of a second."""
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+GRAMMAR_BYTE_BOUND = 16_384
+"""A grammar is compiled between two steps; one of this size in up to a tenth of a second."""
+
+ROW_ITEM_BOUND = 300
+"""How many ways to read the output a Lark grammar may keep open at once. The time of a step grows with their square or
+cube: 25 ms with so many, seconds with the 2,000 that llguidance allows."""
 
 # One way to write JSON: small models lose themselves in white space where any is allowed.
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _CONTROL_KIND = 3
 _SPECIAL_MARK = b"\xff"
 
+_FAULT_CHARACTER_BOUND = 300
+_SOURCE_LINES = re.compile(r"^ *\d+ \| .*\n?(?: +\^ *\n?)?", re.MULTILINE)
+"""The lines of a grammar that llguidance shows with a fault."""
+_REGEX_FAULT = re.compile(r"^error: (.*)", re.MULTILINE)
 
-class JsonGrammars:
-    """A model's vocabulary, ready for schemas; ModelLoadError where its files do not tell it."""
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an output must follow."""
+
+    kind: str
+    """json_schema, or one of GRAMMAR_KINDS."""
+    text: str
+
+    @property
+    def field(self) -> str:
+        """The field of SamplingParams that asks for it."""
+        return "json_schema" if self.kind == "json_schema" else "grammar"
+
+
+class Grammars:
+    """A model's vocabulary, ready for grammars; ModelLoadError where its files do not tell it."""
 
     def __init__(self, model_path: Path, model: ModelInfo) -> None:
         if not model.eos_token_ids:
             raise ModelLoadError(f"{model_path}: no token ends an output")
         # Only here, since a simulator has no use for it.
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         self._matcher_class = LLMatcher
+        self._lark_limits = LLParserLimits(max_items_in_row=ROW_ITEM_BOUND)
         self._size = model.vocabulary_size
         self._eos = np.array(model.eos_token_ids)
         self._tokenizer = _tokenizer(model_path, model)
 
-    def matcher(self, schema: str, stop_token_ids: frozenset[int], output: list[int]) -> "JsonMatcher":
-        """For a sequence that has said `output`; RequestRefused where the schema or the output cannot be."""
+    def matcher(self, grammar: Grammar, stop_token_ids: frozenset[int], output: list[int]) -> "OutputMatcher":
+        """For a sequence that has said `output`; RequestRefused where the grammar or the output cannot be."""
+        _check(grammar)
         try:
-            grammar = self._matcher_class.grammar_from_json_schema(schema, defaults=_WRITING)
-            matcher = self._matcher_class(self._tokenizer, grammar, log_level=0)
+            matcher = self._compiled(grammar)
         except ValueError as error:
-            raise _refused(str(error)) from error
+            raise _refused(grammar, str(error)) from error
         if matcher.is_error():
-            raise _refused(matcher.get_error())
+            raise _refused(grammar, matcher.get_error())
         if not matcher.consume_tokens(output):
-            raise RequestRefused(INVALID_VALUE, "json_schema does not describe the output that is to go on")
+            raise RequestRefused(INVALID_VALUE, f"{grammar.field} does not describe the output that is to go on")
         ends = np.array(sorted(stop_token_ids or self._eos.tolist()))
-        return JsonMatcher(matcher, self._size, self._eos, ends[ends < self._size])
+        return OutputMatcher(matcher, self._size, self._eos, ends[ends < self._size])
+
+    def _compiled(self, grammar: Grammar) -> "LLMatcher":
+        new = self._matcher_class
+        if grammar.kind == "json_schema":
+            compiled = new.grammar_from_json_schema(grammar.text, defaults=_WRITING)
+            return new(self._tokenizer, compiled, log_level=0)
+        if grammar.kind == "regex":
+            return new(self._tokenizer, new.grammar_from_regex(grammar.text), log_level=0)
+        assert grammar.kind == "lark", grammar.kind
+        compiled = new.grammar_from_lark(grammar.text)
+        return new(self._tokenizer, compiled, log_level=0, limits=self._lark_limits)
 
 
-class JsonMatcher:
-    """What one sequence has said of its JSON."""
+class OutputMatcher:
+    """What one sequence has said of its grammar."""
 
-    def __init__(self, matcher, size: int, eos: np.ndarray, ends: np.ndarray) -> None:  # noqa: ANN001 (llguidance's)
+    def __init__(self, matcher: "LLMatcher", size: int, eos: np.ndarray, ends: np.ndarray) -> None:
         self._matcher, self._size, self._eos, self._ends = matcher, size, eos, ends
         self.fault = ""
         """Why nothing more can be said; empty while all is well."""
@@ -76,7 +117,7 @@ class JsonMatcher:
         return mask
 
     def follow(self, token_id: int) -> bool:
-        """Take in the token that was said; True where the JSON is whole and nothing can follow."""
+        """Take in the token that was said; True where the output is whole and nothing can follow."""
         if not self._matcher.consume_token(token_id):
             self.fault = self._fault()
         return not self.fault and self._matcher.is_stopped()
@@ -96,19 +137,22 @@ class _Vocabulary:
         self._longest = max(map(len, tokens))
 
     def __call__(self, text: bytes) -> list[int]:
-        """What the schema leaves no choice about is said in the longest tokens there are."""
+        """What a grammar leaves no choice about is said in the longest tokens there are.
+
+        It ends before a byte that no token writes: llguidance then finds that nothing can follow.
+        """
         found, start = [], 0
         while start < len(text):
             pieces = (text[start : start + length] for length in range(self._longest, 0, -1))
             piece = next((piece for piece in pieces if piece in self._ids), None)
             if piece is None:
-                raise ValueError(f"no token writes the byte {text[start]}")
+                return found
             found.append(self._ids[piece])
             start += len(piece)
         return found
 
 
-def _tokenizer(model_path: Path, model: ModelInfo):  # noqa: ANN202 (llguidance's)
+def _tokenizer(model_path: Path, model: ModelInfo) -> "LLTokenizer":
     from llguidance import LLTokenizer
     from llguidance._tokenizer import TokenizerWrapper
 
@@ -149,24 +193,32 @@ def _byte_level_alphabet() -> dict[str, int]:
     return dict(zip(letters, [*printable, *others], strict=True))
 
 
-def _refused(fault: str) -> RequestRefused:
-    return RequestRefused(INVALID_VALUE, f"json_schema is not supported: {_short(fault)}")
+def _check(grammar: Grammar) -> None:
+    """RequestRefused where the text is too long, or no object where it should be a JSON Schema."""
+    field, count = grammar.field, len(grammar.text.encode())
+    if count > GRAMMAR_BYTE_BOUND:
+        raise RequestRefused(INVALID_VALUE, f"{field} has {count} bytes, expected at most {GRAMMAR_BYTE_BOUND}")
+    if grammar.kind != "json_schema":
+        return
+    try:
+        found = json.loads(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise RequestRefused(INVALID_VALUE, f"{field} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RequestRefused(INVALID_VALUE, f"{field} is not an object")
+
+
+def _refused(grammar: Grammar, fault: str) -> RequestRefused:
+    return RequestRefused(INVALID_VALUE, f"{grammar.field} is not supported: {_short(fault)}")
 
 
 def _short(text: str) -> str:
     """One line of llguidance's own words, without the state that it adds for its authors."""
-    return " ".join(text.split("<state>")[0].split())[:300]
-
-
-def checked_schema(schema: str) -> str:
-    """The schema; RequestRefused where it is not JSON of an object, or too long."""
-    if len(schema.encode()) > SCHEMA_BYTE_BOUND:
-        count = len(schema.encode())
-        raise RequestRefused(INVALID_VALUE, f"json_schema has {count} bytes, expected at most {SCHEMA_BYTE_BOUND}")
-    try:
-        found = json.loads(schema)
-    except (ValueError, RecursionError) as error:
-        raise RequestRefused(INVALID_VALUE, f"json_schema is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise RequestRefused(INVALID_VALUE, "json_schema is not an object")
-    return schema
+    if text.startswith("panic"):
+        # What follows are the places of files.
+        return "it cannot be followed"
+    text = _SOURCE_LINES.sub("", text.split("<state>")[0])
+    if len(text) > _FAULT_CHARACTER_BOUND and (error := _REGEX_FAULT.search(text)):
+        # A long expression is repeated before it is said what is wrong with it.
+        text = f"regex parse error: {error[1]}"
+    return " ".join(text.split())[:_FAULT_CHARACTER_BOUND]

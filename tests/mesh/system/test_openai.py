@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -200,6 +201,26 @@ def test_a_response_format_makes_the_answer_json_of_its_schema(client: openai.Op
     assert any_object.choices[0].message.content.startswith("{")
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"structured_outputs": {"regex": "[A-Z][a-z]{2,9} [0-9]{3}"}}, "[A-Z][a-z]{2,9} [0-9]{3}"),
+        ({"structured_outputs": {"choice": ["ebb (low)", "flood"]}}, r"ebb \(low\)|flood"),
+        ({"structured_outputs": {"grammar": 'start: N ("+" N)~2\nN: /[0-9]{1,3}/'}}, r"\d{1,3}(\+\d{1,3}){2}"),
+        ({"guided_json": {"enum": [17]}}, "17"),
+    ],
+)
+def test_structured_outputs_make_the_answer_what_they_describe(
+    client: openai.OpenAI, asked: dict[str, Any], expected: str
+) -> None:
+    fields = GREEDY | {"max_tokens": 40, "extra_body": asked}
+    chat = client.chat.completions.create(**fields).choices[0]
+    assert chat.finish_reason == "stop" and re.fullmatch(expected, chat.message.content or "")
+    prompt = {"prompt": "The tide is", **{name: value for name, value in fields.items() if name != "messages"}}
+    completion = client.completions.create(**prompt).choices[0]
+    assert completion.finish_reason == "stop" and re.fullmatch(expected, completion.text)
+
+
 @pytest.mark.parametrize(("asked", "served"), [("auto", "default"), ("flex", "flex"), ("priority", "priority")])
 def test_the_service_tier_is_that_which_served(client: openai.OpenAI, asked: str, served: str) -> None:
     fields: dict[str, Any] = GREEDY | {"max_tokens": 1, "service_tier": asked}
@@ -220,6 +241,13 @@ def test_the_service_tier_is_that_which_served(client: openai.OpenAI, asked: str
             "invalid_value",
             "response_format",
         ),
+        (
+            openai.BadRequestError,
+            {"extra_body": {"structured_outputs": {"grammar": "start: word"}}},
+            "invalid_value",
+            "structured_outputs.grammar",
+        ),
+        (openai.BadRequestError, {"extra_body": {"guided_regex": "a("}}, "invalid_value", "guided_regex"),
         (openai.BadRequestError, {"extra_body": {"colour": "red"}}, "unknown_parameter", "colour"),
         (
             openai.BadRequestError,

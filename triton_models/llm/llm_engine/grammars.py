@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 GRAMMAR_BYTE_BOUND = 16_384
-"""A grammar is compiled between two steps; one of this size in up to a tenth of a second."""
+"""A grammar is compiled between two steps; a schema of this size in up to a tenth of a second, and the
+slowest of other grammars in half of one."""
 
 ROW_ITEM_BOUND = 300
 """How many ways to read the output a Lark grammar may keep open at once. The time of a step grows with their square or
@@ -31,6 +32,12 @@ cube: 25 ms with so many, seconds with the 2,000 that llguidance allows."""
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _CONTROL_KIND = 3
 _SPECIAL_MARK = b"\xff"
+
+_LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\])+/|(?://|#)[^\n]*|<[^<>\s]+>')
+"""What of a Lark grammar is text, expressions, comments and special tokens, as llguidance tells them apart."""
+_REFUSED = re.compile(r"&|~(?!\s*\d)|%json")
+"""Intersections and complements of expressions, and schemas, which have some: twenty of them take seconds to compile,
+and each one more takes twice as long, which no limit of llguidance ends. A ~ before a number repeats."""
 
 _FAULT_CHARACTER_BOUND = 300
 _SOURCE_LINES = re.compile(r"^ *\d+ \| .*\n?(?: +\^ *\n?)?", re.MULTILINE)
@@ -198,6 +205,8 @@ def _check(grammar: Grammar) -> None:
     field, count = grammar.field, len(grammar.text.encode())
     if count > GRAMMAR_BYTE_BOUND:
         raise RequestRefused(INVALID_VALUE, f"{field} has {count} bytes, expected at most {GRAMMAR_BYTE_BOUND}")
+    if grammar.kind == "lark" and (found := _REFUSED.search(_LITERALS.sub(" ", grammar.text))):
+        raise _refused(grammar, f"{found[0]} cannot be used")
     if grammar.kind != "json_schema":
         return
     try:

@@ -22,7 +22,7 @@ from tidegate.model.triton_client import (
     TritonClient,
     TritonGone,
 )
-from tidegate.v1.inference_pb2 import SamplingParameters
+from tidegate.v1.inference_pb2 import GRAMMAR_KIND_REGEX, SamplingParameters
 
 LOAD = (3, 2, 32, 64, 90, 100, 16, 7)
 
@@ -219,6 +219,15 @@ async def test_a_reader_that_is_slow_gets_its_outputs_merged(fake, client):
         fake.bundle((message.id, [token], "", ""))
     await client.load()
     assert (await anext(outputs)).token_ids == [2, 3, 4, 5]
+
+
+async def test_a_grammar_is_sent_with_what_it_is_written_in(fake, client):
+    reading = starts(client, sampling=SamplingParameters(grammar="é+", grammar_kind=GRAMMAR_KIND_REGEX))
+    (message,) = await fake.wait_for("generate")
+    raws = dict(zip([tensor.name for tensor in message.inputs], message.raw_input_contents, strict=True))
+    assert raws["grammar"] == struct.pack("<I", 3) + "é+".encode()
+    assert raws["grammar_kind"] == struct.pack("<I", 5) + b"regex"
+    reading.cancel()
 
 
 async def test_a_refusal_raises_the_engines_reason(fake, client):

@@ -127,6 +127,10 @@ def test_refusals_name_the_field_of_either_surface(
 
 def test_openai_names_of_fields() -> None:
     assert openai_field("sampling.seed") == "seed"
+    assert openai_field("sampling.json_schema") == "response_format"
+    assert openai_field("sampling.grammar") == "structured_outputs"
+    assert openai_field("sampling.json_schema", "guided_json") == "guided_json"
+    assert openai_field("sampling.grammar", "guided_regex") == "guided_regex"
     assert openai_field("stop[3]") == "stop[3]"
     assert openai_field("") == ""
 

@@ -1,6 +1,7 @@
 """Output that a JSON Schema describes, over a tiny model that writes letters at random."""
 
 import json
+import math
 
 import pytest
 
@@ -110,6 +111,66 @@ def test_a_folders_vocabulary_is_its_tokenizer_json(make_folder, make_engine):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     tokens, reason = finish(make_engine(folder), request("a", 1))["a"]
     assert reason == "stop" and set(json.loads(text_of(tokens))) >= {"name", "age"}
+
+
+def pattern(number: int) -> dict:
+    return {"type": "string", "pattern": f"a{number}"}
+
+
+def in_each_other(count: int) -> dict:
+    found = pattern(0)
+    for number in range(1, count):
+        found = {**pattern(number), "anyOf": [found]}
+    return found
+
+
+def in_a_row(count: int) -> dict:
+    names = {f"d{number}": {**pattern(number), "$ref": f"#/$defs/d{number + 1}"} for number in range(count - 1)}
+    return {"$ref": "#/$defs/d0", "$defs": {**names, f"d{count - 1}": pattern(count)}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [pattern(number) for number in range(30)]},
+        {"allOf": [{"type": "object", "properties": {"a": pattern(number)}} for number in range(30)]},
+        in_each_other(30),
+        in_a_row(30),
+    ],
+    ids=["allOf", "properties", "anyOf", "$ref"],
+)
+def test_a_schema_whose_compilation_nothing_would_end_is_refused(lettered, schema):
+    with pytest.raises(RequestRefused, match="30 expressions where schemas are put together, expected at most 12"):
+        lettered().add(request("a", 1, schema=schema))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 10_001},
+        {"type": "number", "multipleOf": 1.00001},
+        {"type": "number", "multipleOf": 1e300},
+        {"type": "integer", "multipleOf": 10**400},
+        {"type": "number", "multipleOf": math.inf},
+        {"allOf": [{"type": "integer", "multipleOf": 103}, {"type": "integer", "multipleOf": 101}]},
+    ],
+)
+def test_a_multiple_that_would_take_long_to_compile_is_refused(lettered, schema):
+    with pytest.raises(RequestRefused, match="multipleOf is more than 10000"):
+        lettered().add(request("a", 1, schema=schema))
+
+
+def test_a_multiple_is_what_is_said(lettered):
+    for multiple in (9_973, 0.25):
+        said, reason = finish(lettered(), request("a", 1, schema={"type": "number", "multipleOf": multiple}))["a"]
+        assert float(text_of(said)) % multiple == 0 or reason == "length"
+
+
+def test_many_patterns_that_nothing_puts_together_are_taken(lettered):
+    parts = {f"p{number}": {"anyOf": [pattern(number), {"type": "null"}], "title": "P"} for number in range(30)}
+    engine = lettered()
+    engine.add(request("a", 1, schema={"type": "object", "properties": parts}))
+    assert engine.has_work
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import numpy as np
 from .errors import INVALID_VALUE, ModelLoadError, RequestRefused
 from .gguf_reader import GgufFile
 from .request import ModelInfo
+from .schema_bounds import schema_fault
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -215,6 +216,8 @@ def _check(grammar: Grammar) -> None:
         raise RequestRefused(INVALID_VALUE, f"{field} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise RequestRefused(INVALID_VALUE, f"{field} is not an object")
+    if fault := schema_fault(found):
+        raise _refused(grammar, fault)
 
 
 def _refused(grammar: Grammar, fault: str) -> RequestRefused:

@@ -182,7 +182,7 @@ def test_an_engine_is_only_on_node_0(make_engine, make_config):
 
 
 def test_an_order_is_plain_values():
-    works = [RowWork(3, [7, 8], [0, 4], True), RowWork(0, [1], [2], False)]
+    works = [RowWork(3, [7, 8], [0, 4], 2), RowWork(0, [1], [2], 0)]
     order, plain, rows = unpacked(packed("step", plain_works(works), [1]))
     assert (order, row_works(plain), rows) == ("step", works, [1])
     for thing in (works, threading.Event, print):

@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--speculation-tokens", type=int, default=0, help="drafts a step and sequence; 0: none")
         command.add_argument("--speculation-sequences", type=int, default=2, help="no drafts while more run")
         command.add_argument("--max-sequences", type=int, default=32)
+        command.add_argument("--attention-window", type=int, default=0, help="newest tokens that are seen; 0: all")
+        command.add_argument("--attention-window-from", type=int, default=4096, help="the first position with it")
+        command.add_argument("--attention-sinks", type=int, default=16, help="first tokens that are always seen")
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
@@ -121,6 +124,9 @@ def _config(options: argparse.Namespace) -> EngineConfig:
         step_stretch=options.step_stretch,
         speculation_tokens=options.speculation_tokens,
         speculation_sequences=options.speculation_sequences,
+        attention_window=options.attention_window,
+        attention_window_from=options.attention_window_from,
+        attention_sinks=options.attention_sinks,
         max_sequences=options.max_sequences,
         max_waiting=1_000_000,
     )

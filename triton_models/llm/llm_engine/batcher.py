@@ -7,6 +7,8 @@ randomness; the same calls give the same plans. Invariants, between calls:
 - a running sequence holds the blocks of all its tokens that were known when it was admitted or last
   planned; a waiting one holds none and has computed nothing, or it is *paused*: it ran, and keeps its
   blocks and what is computed until somebody needs the blocks, so that it goes on where it was;
+- with an attention window, whatever holds blocks lacks exactly those that the window hides from its next
+  token, and beyond the window's beginning a prompt holds those of its next step alone;
 - every paused sequence is less urgent than every running one: only the least urgent running one is
   paused, only for a waiting one of strictly lower priority number, and who waits is admitted strictly
   in order;
@@ -31,6 +33,7 @@ from dataclasses import dataclass, replace
 
 from .block_pool import BlockPool
 from .sequence import Sequence
+from .window import FULL, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,12 @@ class Batcher:
         max_waiting: int,
         step_token_budget: int,
         reuses_prefixes: bool = False,
+        window: Window = FULL,
     ) -> None:
         assert step_token_budget >= max_sequences
         self.pool = pool
         self.reuses_prefixes = reuses_prefixes
+        self.window = window
         self.max_sequences = max_sequences
         self.max_waiting = max_waiting
         self.step_token_budget = step_token_budget
@@ -124,7 +129,7 @@ class Batcher:
     def add(self, sequence: Sequence) -> None:
         """Put a sequence into the queue, at its place by urgency."""
         assert self.can_add(sequence.request.priority) and not self.holds(sequence.request_id)
-        assert self.pool.blocks_for(sequence.token_count) <= self.pool.block_count
+        assert self._needed_block_count(sequence, 0) <= self.pool.block_count
         self._by_id[sequence.request_id] = sequence
         insort(self._waiting, sequence, key=_urgency)
 
@@ -209,7 +214,7 @@ class Batcher:
     def _extend_running(self) -> list[str]:
         """Give each running sequence the blocks for its newest token, from the paused and then from the tail."""
         for sequence in self._running:
-            needed = self.pool.blocks_for(sequence.token_count)
+            needed = self._needed_block_count(sequence, sequence.computed_token_count)
             self.pool.give_back(sequence.block_ids[needed:])
             del sequence.block_ids[needed:]
         preempted: list[str] = []
@@ -252,8 +257,9 @@ class Batcher:
         victims: list[Sequence] = []
         rest = list(self._running)
         paused = [sequence for sequence in self._waiting if sequence is not head]
-        known = self._known_blocks(head)
-        missing = self._missing_block_count(head) - sum(map(self.pool.is_taken, known))
+        known, computed_count = self._known_blocks(head)
+        missing = self._needed_block_count(head, computed_count) - len(head.block_ids)
+        missing -= sum(map(self.pool.is_taken, known))
         while len(rest) >= self.max_sequences or self._available(paused, victims, known) < missing + len(rest):
             if not rest or rest[-1].request.priority <= head.request.priority:
                 return None
@@ -284,20 +290,21 @@ class Batcher:
         insort(self._running, head, key=_urgency)
         return preempted
 
-    def _known_blocks(self, sequence: Sequence) -> list[int]:
-        """The known blocks that a sequence without any can begin with; one token is left to compute."""
+    def _known_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
+        """The known blocks that a sequence without any can begin with, but for hidden ones, and how many tokens are
+        then computed; one is left to compute."""
         if not self.reuses_prefixes or sequence.block_ids:
-            return []
+            return [], sequence.computed_token_count
         size = self.pool.block_token_count
-        return self.pool.find(sequence.block_keys((sequence.token_count - 1) // size, size))
+        known = self.pool.find(sequence.block_keys((sequence.token_count - 1) // size, size))
+        hidden = self.window.hidden_blocks(len(known) * size, size)
+        return known[: hidden.start] + known[hidden.stop :], len(known) * size
 
     def _share_known(self, sequence: Sequence) -> None:
         """Begin with the blocks that are known."""
-        known = self._known_blocks(sequence)
+        known, sequence.computed_token_count = self._known_blocks(sequence)
         self.pool.share(known)
         sequence.block_ids += known
-        if known:
-            sequence.computed_token_count = len(known) * self.pool.block_token_count
         if sequence.cached_token_count is None:
             sequence.cached_token_count = sequence.computed_token_count
             self.cached_token_total += sequence.computed_token_count
@@ -305,13 +312,28 @@ class Batcher:
     def _note_computed(self, sequence: Sequence, count: int) -> None:
         """Count a sequence's next tokens as computed, and let the blocks be found that they have filled."""
         size = self.pool.block_token_count
+        hidden = self.window.hidden_blocks(sequence.computed_token_count, size)
         first = sequence.computed_token_count // size
         sequence.computed_token_count += count
         last = sequence.computed_token_count // size
         if self.reuses_prefixes and first < last:
             keys = sequence.block_keys(last, size)
             for index in range(first, last):
-                self.pool.know(sequence.block_ids[index], keys[index])
+                self.pool.know(sequence.block_ids[index - len(hidden)], keys[index])
+        self._give_back_hidden(sequence, len(hidden))
+
+    def _give_back_hidden(self, sequence: Sequence, before: int) -> None:
+        """Give back the blocks that the window has just left behind; known ones can still be found.
+
+        Args:
+            before: how many it had left behind already.
+        """
+        hidden = self.window.hidden_blocks(sequence.computed_token_count, self.pool.block_token_count)
+        newly = hidden[before:]
+        if newly:
+            end = hidden.start + len(newly)
+            self.pool.give_back(sequence.block_ids[hidden.start : end])
+            sequence.block_ids = sequence.block_ids[: hidden.start] + sequence.block_ids[end:]
 
     def _pause_least_urgent(self) -> Sequence:
         """Send the least urgent running sequence back to the queue, with its blocks."""
@@ -334,7 +356,14 @@ class Batcher:
         sequence.computed_token_count = 0
 
     def _missing_block_count(self, sequence: Sequence, draft_count: int = 0) -> int:
-        return self.pool.blocks_for(sequence.token_count + draft_count) - len(sequence.block_ids)
+        needed = self._needed_block_count(sequence, sequence.computed_token_count, draft_count)
+        return needed - len(sequence.block_ids)
+
+    def _needed_block_count(self, sequence: Sequence, computed_count: int, draft_count: int = 0) -> int:
+        """Blocks that it holds, when so many tokens are computed: of all its tokens that a next step may compute."""
+        reached = max(computed_count, self.window.begins_at) + self.step_token_budget
+        hidden = self.window.hidden_blocks(computed_count, self.pool.block_token_count)
+        return self.pool.blocks_for(min(sequence.token_count + draft_count, reached)) - len(hidden)
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

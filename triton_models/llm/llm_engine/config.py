@@ -52,6 +52,14 @@ class EngineConfig:
     prefix_reuse: bool = True
     """Prompts that begin alike, of the same `cache_salt`, share the keys and values of whole blocks; what nobody uses
     any more is kept until its place is wanted."""
+    attention_window: int = 0
+    """How many of the newest tokens a token far into a text sees, itself included, beside the first ones; 0: all. It
+    bounds the time and the blocks of long texts, and what lies before is forgotten."""
+    attention_window_from: int = 4096
+    """The first position whose token sees no more than that; a text that is shorter is computed as without."""
+    attention_sinks: int = 16
+    """First tokens that every token sees: models rest what they do not use of their attention on them, and without
+    them fall apart."""
     cpu_kernels: bool = True
     """On a CPU: compute by kernels that are built at the first start with the machine's C compiler, several times
     quicker for a few sequences. Without a compiler torch computes, as it does where this is off."""
@@ -103,6 +111,11 @@ class EngineConfig:
         yield from self._node_problems()
         if not (self.step_stretch == 0 or 1 < self.step_stretch <= _MOST_STRETCH):
             yield f"step_stretch is {self.step_stretch!r}, expected 0 (no bound), or more than 1, to {_MOST_STRETCH:g}"
+        if self.attention_window and not self._window_fits():
+            yield (
+                f"attention_window_from is {self.attention_window_from}, expected at least attention_window and"
+                f" attention_sinks together ({self.attention_window} + {self.attention_sinks})"
+            )
         if not self._budget_holds_every_decode():
             yield (
                 f"step_token_budget is {self.step_token_budget}, expected at least max_sequences"
@@ -129,6 +142,10 @@ class EngineConfig:
         both = (self.step_token_budget, self.max_sequences)
         return not all(type(value) is int for value in both) or both[0] >= both[1]
 
+    def _window_fits(self) -> bool:
+        three = (self.attention_window_from, self.attention_window, self.attention_sinks)
+        return not all(type(value) is int for value in three) or three[0] >= three[1] + three[2]
+
 
 _MOST_STRETCH = 1000.0
 _MOST_SECONDS = 86_400.0
@@ -141,6 +158,9 @@ _BOUNDS = (
     ("step_token_budget", 1, 1 << 20),
     ("speculation_tokens", 0, 64),
     ("speculation_sequences", 1, 4096),
+    ("attention_window", 0, 1 << 24),
+    ("attention_window_from", 1, 1 << 24),
+    ("attention_sinks", 0, 1 << 16),
     ("thread_count", 1, 1024),
     ("tensor_parallel_size", 1, 1024),
     ("node_count", 1, 1024),

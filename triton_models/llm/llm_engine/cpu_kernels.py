@@ -23,6 +23,7 @@ import torch
 
 from .blocks import GROUP_SIZE, Blocks
 from .rowwise import Norm, Rowwise
+from .window import FULL, Window
 
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -194,6 +195,9 @@ class CpuKernels:
         values_at: int,
         scale: float,
         out: torch.Tensor,
+        *,
+        hidden: torch.Tensor | None = None,
+        sinks: int = 0,
     ) -> None:
         """Attend one row a sequence to the first tokens of each: [sequences, heads, key size] to the value's size.
 
@@ -202,13 +206,15 @@ class CpuKernels:
             blocks: [sequences, any] int64, each sequence's blocks in order.
             lengths: [sequences] int64, how many tokens each row sees; `longest` is the largest.
             values_at: where a token's values begin.
+            hidden: [sequences] int64, how many tokens behind the first `sinks` of its blocks each row does not see.
         """
         count, heads, key_size = queries.shape
         splits = -(-longest // self._split)
         partials = self.room("partials", count * splits * heads * (value_size + 2))
         self._library.tidegate_attention(
             cache.dtype == torch.bfloat16, queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
-            token_size, blocks.data_ptr(), blocks.stride(0), lengths.data_ptr(), count, heads, kv_head_count, key_size,
+            token_size, blocks.data_ptr(), blocks.stride(0), lengths.data_ptr(),
+            None if hidden is None else hidden.data_ptr(), sinks, count, heads, kv_head_count, key_size,
             value_size, values_at, scale, out.data_ptr(), partials.data_ptr(), splits, self._threads,
         )  # fmt: skip
 
@@ -225,19 +231,22 @@ class CpuKernels:
         values_at: int,
         scale: float,
         out: torch.Tensor,
+        *,
+        window: Window = FULL,
     ) -> None:
         """Attend consecutive rows of one sequence, [row_count, heads, key size], each to the tokens up to its own.
 
         Args:
             blocks: [any] int64, the sequence's blocks in order.
             start: which token of the sequence the first row is; the others are as in `attend`.
+            window: what each row sees of the tokens up to its own. Blocks that it hides from all may be any.
         """
         count, heads, key_size = queries.shape
         self._library.tidegate_attend_chunk(
             cache.dtype == torch.bfloat16, self.narrowness,
             queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
-            token_size, blocks.data_ptr(), start, count, heads, kv_head_count, key_size, value_size, values_at, scale,
-            out.data_ptr(), self._threads,
+            token_size, blocks.data_ptr(), start, window.newest, window.begins_at, window.sinks, count, heads, kv_head_count,
+            key_size, value_size, values_at, scale, out.data_ptr(), self._threads,
         )  # fmt: skip
 
     def _tiles(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,8 +330,8 @@ _C_TYPES = {
 _SIGNATURES = {
     "linear": "wrpiii",
     "rotate_and_write": "pnnnnppppfpipi",
-    "attention": "ipnpnnpnpnnnnnnfppni",
-    "attend_chunk": "iipnpnnpnnnnnnnfpi",
+    "attention": "ipnpnnpnppnnnnnnnfppni",
+    "attend_chunk": "iipnpnnpnnnnnnnnnnfpi",
     "narrowness": "",
     "tile": "",
     "lanes": "",

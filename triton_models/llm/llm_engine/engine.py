@@ -38,6 +38,7 @@ from .sequence import Sequence
 from .step_tensors import row_works
 from .validation import validated_token_ids
 from .weights import TORCH_DTYPES
+from .window import window_of
 
 if TYPE_CHECKING:
     from .rank_group import RankGroup
@@ -57,6 +58,7 @@ class Engine:
             max_waiting=config.max_waiting,
             step_token_budget=config.step_token_budget,
             reuses_prefixes=config.prefix_reuse,
+            window=window_of(config),
         )
         self._grammars: Grammars | ModelLoadError = _grammars(config, self.model_info)
         self._matchers: dict[str, OutputMatcher] = {}

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .window import FULL, Window
+
 _LINES = 16  # heads and rows that a program takes at least: what a tensor core multiplies
 _PROMPT_LINES = 64  # and at most, of a prompt
 _HEADS = 16  # of those that share a KV head, as many as a program takes; a latent's keys are long, and all heads' one
@@ -44,8 +46,10 @@ class GpuAttention:
         values_at: int,
         scale: float,
         out: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        sinks: int = 0,
     ) -> None:
-        """One row a sequence; the arguments are those of `CpuKernels.attend`."""
+        """One row a sequence; the arguments are those of `CpuKernels.attend`, of which the last two hide nothing."""
         sizes = (token_size, block_token_count, kv_head_count, value_size, values_at, scale)
         _launch(queries, cache, blocks, lengths, 0, longest, out, *sizes, is_decode=True)
 
@@ -62,8 +66,9 @@ class GpuAttention:
         values_at: int,
         scale: float,
         out: torch.Tensor,
+        window: Window = FULL,
     ) -> None:
-        """Consecutive rows of one sequence; the arguments are those of `CpuKernels.attend_chunk`."""
+        """Consecutive rows of one sequence; the arguments are those of `CpuKernels.attend_chunk`, without a window."""
         sizes = (token_size, block_token_count, kv_head_count, value_size, values_at, scale)
         longest = start + queries.shape[0]
         _launch(queries, cache, blocks.unsqueeze(0), blocks, start, longest, out, *sizes, is_decode=False)

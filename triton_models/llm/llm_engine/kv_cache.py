@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .architecture import Architecture
 from .matmul import Compute
 from .step_tensors import AttentionGroup
+from .window import FULL, Window
 
 
 def block_byte_count(architecture: Architecture, block_token_count: int, dtype: torch.dtype) -> int:
@@ -33,6 +34,7 @@ class KvCache:
         block_count: int,
         block_token_count: int,
         compute: Compute,
+        window: Window = FULL,
     ) -> None:
         self.padding_block = block_count
         self._heads = architecture.kv_head_count
@@ -42,6 +44,7 @@ class KvCache:
         self._token_size = architecture.cached_token_size
         self._scale = architecture.softmax_scale
         self._block_token_count = block_token_count
+        self._window = window
         self._kernels, self._activations = compute.kernels, compute.activations
         self._attention = compute.attention
         sizes = (self._key_size, self._value_size, compute.dtype)
@@ -102,9 +105,12 @@ class KvCache:
         values_at = 0 if self._is_latent else self._heads * self._key_size
         heads = (self._heads, self._value_size, values_at, self._scale, out)
         if group.lengths is None:
-            self._attention.attend_chunk(queries, *cache, group.blocks, group.longest - group.query_count, *heads)
+            start = group.longest - group.query_count
+            self._attention.attend_chunk(queries, *cache, group.blocks, start, *heads, window=self._window)
         else:
-            self._attention.attend(queries, *cache, group.blocks, group.lengths, group.longest, *heads)
+            seen = (group.lengths, group.longest)
+            hidden = {"hidden": group.hidden, "sinks": self._window.sinks}
+            self._attention.attend(queries, *cache, group.blocks, *seen, *heads, **hidden)
 
     def _gather(self, layer: int, group: AttentionGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as views of one buffer, [sequences, kv heads, context, size] each."""

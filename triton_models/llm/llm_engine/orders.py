@@ -8,7 +8,7 @@ import pickle
 
 from .step_tensors import RowWork
 
-Work = tuple[int, list[int], list[int], bool]
+Work = tuple[int, list[int], list[int], int]
 
 
 def packed(order: str, *arguments: object) -> bytes:
@@ -23,7 +23,7 @@ def unpacked(payload: bytes) -> tuple:
 
 def plain_works(works: list[RowWork]) -> list[Work]:
     """A step's work as an order may hold it."""
-    return [(work.start, work.token_ids, work.block_ids, work.samples) for work in works]
+    return [(work.start, work.token_ids, work.block_ids, work.sample_count) for work in works]
 
 
 def row_works(works: list[Work]) -> list[RowWork]:

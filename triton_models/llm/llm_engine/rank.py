@@ -23,6 +23,7 @@ from .model import Model
 from .ranks import Alone, Group
 from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors
 from .weights import Checkpoint, load_checkpoint
+from .window import window_of
 
 if TYPE_CHECKING:
     from .gpu_attention import GpuAttention
@@ -58,7 +59,7 @@ class LoadedRank:
             dtype=self.dtype,
             activations=torch.float32 if is_cpu else self.dtype,
             kernels=kernels,
-            attention=kernels if is_cpu else _gpu_attention(),
+            attention=kernels if is_cpu else _gpu_attention(config),
         )
         self.block_count = _block_count(config, self.checkpoint, self.dtype)
         self.context_token_count = _context_token_count(config, self.checkpoint, self.block_count)
@@ -85,6 +86,7 @@ class Rank:
             block_count=loaded.block_count,
             block_token_count=config.block_token_count,
             compute=compute,
+            window=window_of(config),
         )
         self.model = Model(
             checkpoint.architecture,
@@ -101,6 +103,7 @@ class Rank:
             group_token_bound=_CPU_GROUP_TOKEN_BOUND if compute.device.type == "cpu" else _CUDA_GROUP_TOKEN_BOUND,
             reads_blocks=self.kv_cache.reads_blocks,
             reads_chunks=self.kv_cache.reads_chunks,
+            window=window_of(config),
             dtype=compute.dtype,
             device=compute.device,
         )
@@ -154,8 +157,10 @@ def _device(config: EngineConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank - ranks.start)
 
 
-def _gpu_attention() -> "GpuAttention | None":
-    """Nothing where Triton's compiler, which comes with torch's builds for CUDA, is not there."""
+def _gpu_attention(config: EngineConfig) -> "GpuAttention | None":
+    """Nothing where Triton's compiler, which comes with torch's builds for CUDA, is not there, or with a window."""
+    if config.attention_window:
+        return None
     try:
         from .gpu_attention import GpuAttention
     except ImportError as error:
@@ -189,4 +194,6 @@ def _context_token_count(config: EngineConfig, checkpoint: Checkpoint, block_cou
     asked, most = config.max_context_tokens, checkpoint.architecture.context_token_count
     if asked is not None and asked > most:
         raise ModelLoadError(f"max_context_tokens is {asked}, the model's own bound is {most}")
+    if block_count >= window_of(config).most_blocks(config.step_token_budget, config.block_token_count):
+        return asked or most
     return min(asked or most, block_count * config.block_token_count)

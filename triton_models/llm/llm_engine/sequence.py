@@ -2,8 +2,8 @@
 
 Invariants: `0 <= computed_token_count < token_count` between steps, since the last token is always
 still to be computed; the blocks, in order, hold the keys and values of the first
-`computed_token_count` tokens, and nothing that counts behind them. The batcher alone changes `computed_token_count` and
-`block_ids`; the engine alone appends tokens.
+`computed_token_count` tokens, but for blocks that an attention window hides from the next token, and nothing that
+counts behind them. The batcher alone changes `computed_token_count` and `block_ids`; the engine alone appends tokens.
 """
 
 import hashlib

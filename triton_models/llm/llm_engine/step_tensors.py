@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .batcher import StepPlan
+from .window import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class RowWork:
     """The first one's position."""
     token_ids: list[int]
     block_ids: list[int]
-    """All of the sequence's blocks."""
+    """All of the sequence's blocks, but for those that the window hides from the first of these tokens."""
     sample_count: int
     """After how many of these, the last ones, a token is chosen: none, the last known one, or that and its drafts."""
 
@@ -41,13 +42,17 @@ class AttentionGroup:
     sequence_count: int
     query_count: int
     blocks: torch.Tensor
-    """[sequence_count, block_count] int64: the sequences' blocks in order, padded."""
+    """[sequence_count, block_count] int64: the sequences' blocks in order, padded; of an unmasked chunk also hidden
+    ones, as padding."""
     longest: int
-    """Tokens that the row with the longest context sees."""
+    """Tokens that the row with the longest context sees; of an unmasked chunk, those before its end."""
     mask: torch.Tensor | None = None
     """[sequence_count, 1, group_size * query_count, context] compute dtype: 0 where a query sees a key."""
     lengths: torch.Tensor | None = None
     """[sequence_count] int64: tokens that each sees, of decodes that read blocks where they lie; without a mask."""
+    hidden: torch.Tensor | None = None
+    """[sequence_count] int64: tokens of its blocks, behind the window's first ones, that each does not see; beside
+    `lengths`."""
 
     @property
     def rows(self) -> slice:
@@ -89,6 +94,7 @@ class StepLayout:
     """Single rows attend to blocks where they lie: all decodes are one group, without a mask."""
     reads_chunks: bool
     """Prompts do, too."""
+    window: Window
     dtype: torch.dtype
     device: torch.device
 
@@ -109,7 +115,7 @@ def row_works(plan: StepPlan) -> list[RowWork]:
 def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
     """Lay out a step's tokens as rows."""
     one, several = ([place for place, work in enumerate(works) if (work.count > 1) is more] for more in (False, True))
-    order = sorted(one, key=lambda place: works[place].start) + several
+    order = sorted(one, key=lambda place: layout.window.seen_count(works[place].start)) + several
     ordered = [works[place] for place in order]
     decodes, prefills = ordered[: len(one)], ordered[len(one) :]
     positions = np.concatenate([np.arange(w.start, w.start + w.count) for w in ordered])
@@ -148,30 +154,34 @@ def _decode_groups(decodes: list[RowWork], layout: StepLayout) -> Iterator[Atten
 
 
 def _unmasked_chunk(work: RowWork, first_row: int, layout: StepLayout) -> AttentionGroup:
+    hidden = _hidden_blocks(work, layout)
+    blocks = work.block_ids[: hidden.start] + [layout.padding_block] * len(hidden) + work.block_ids[hidden.start :]
     return AttentionGroup(
         first_row=first_row,
         sequence_count=1,
         query_count=work.count,
-        blocks=_moved(np.asarray(work.block_ids), layout),
+        blocks=_moved(np.asarray(blocks), layout),
         longest=work.start + work.count,
     )
 
 
 def _unmasked_group(works: list[RowWork], layout: StepLayout) -> AttentionGroup:
     """All decodes, which stand first."""
-    longest = works[-1].start + 1
-    blocks = np.zeros((len(works), -(-longest // layout.block_token_count)), dtype=np.int64)
+    padded = [_padded(work, layout) for work in works]
+    blocks = np.zeros((len(works), max(padded) // layout.block_token_count), dtype=np.int64)
     for row, work in enumerate(works):
         used = work.block_ids[: blocks.shape[1]]
         blocks[row, : len(used)] = used
-    lengths = np.fromiter((work.start + 1 for work in works), np.int64, len(works))
+    lengths = np.array([layout.window.seen_count(work.start) for work in works])
+    held = np.array([work.start + 1 - _absent_token_count(work, layout) for work in works])
     return AttentionGroup(
         first_row=0,
         sequence_count=len(works),
         query_count=1,
         blocks=_moved(blocks, layout),
-        longest=longest,
+        longest=int(lengths[-1]),
         lengths=_moved(lengths, layout),
+        hidden=_moved(held - lengths, layout),
     )
 
 
@@ -183,9 +193,7 @@ def _group(works: list[RowWork], first_row: int, layout: StepLayout) -> Attentio
     for row, work in enumerate(works):
         used = _padded(work, layout) // layout.block_token_count
         blocks[row, :used] = work.block_ids[:used]
-    starts = torch.tensor([work.start for work in works])
-    last_seen = starts[:, None] + torch.arange(query_count)
-    hidden = torch.arange(context) > last_seen[:, :, None]
+    hidden = torch.stack([_hidden(work, context, layout) for work in works])
     mask = torch.zeros(hidden.shape, dtype=layout.dtype).masked_fill_(hidden, float("-inf"))
     mask = mask[:, None].expand(-1, layout.group_size if query_count > 1 else 1, -1, -1)
     return AttentionGroup(
@@ -198,21 +206,46 @@ def _group(works: list[RowWork], first_row: int, layout: StepLayout) -> Attentio
     )
 
 
+def _hidden(work: RowWork, context: int, layout: StepLayout) -> torch.Tensor:
+    """[query_count, context]: which of its blocks' tokens, padded, each row does not see."""
+    tokens = torch.arange(context)
+    absent = _hidden_blocks(work, layout)
+    tokens[absent.start * layout.block_token_count :] += len(absent) * layout.block_token_count
+    rows = torch.arange(work.start, work.start + work.count)[:, None]
+    hidden = tokens > rows
+    if layout.window.hidden(work.start + work.count - 1):
+        far = (tokens >= layout.window.sinks) & (tokens <= rows - layout.window.newest)
+        hidden |= far & (rows >= layout.window.begins_at)
+    return hidden
+
+
 def _slots(works: list[RowWork], positions: np.ndarray, layout: StepLayout) -> np.ndarray:
     """[row_count] int64: where each row's key and value are kept."""
     blocks = np.concatenate(
-        [np.asarray(work.block_ids)[_block_indices(work, layout.block_token_count)] for work in works]
+        [np.asarray(work.block_ids)[_block_indices(work, layout)] for work in works]
     )
     return blocks * layout.block_token_count + positions % layout.block_token_count
 
 
-def _block_indices(work: RowWork, block_token_count: int) -> np.ndarray:
-    return np.arange(work.start, work.start + work.count) // block_token_count
+def _block_indices(work: RowWork, layout: StepLayout) -> np.ndarray:
+    """Places of the rows' tokens among the work's blocks."""
+    absent = len(_hidden_blocks(work, layout))
+    return np.arange(work.start, work.start + work.count) // layout.block_token_count - absent
 
 
 def _padded(work: RowWork, layout: StepLayout) -> int:
-    """The context that the work's last token sees, in whole blocks."""
-    return -(-(work.start + work.count) // layout.block_token_count) * layout.block_token_count
+    """The context that the work's last token may see, in whole blocks, but for those that the work lacks."""
+    whole = -(-(work.start + work.count) // layout.block_token_count) * layout.block_token_count
+    return whole - _absent_token_count(work, layout)
+
+
+def _absent_token_count(work: RowWork, layout: StepLayout) -> int:
+    return len(_hidden_blocks(work, layout)) * layout.block_token_count
+
+
+def _hidden_blocks(work: RowWork, layout: StepLayout) -> range:
+    """Those of the sequence's blocks that the work lacks."""
+    return layout.window.hidden_blocks(work.start, layout.block_token_count)
 
 
 def _moved(array: np.ndarray, layout: StepLayout) -> torch.Tensor:

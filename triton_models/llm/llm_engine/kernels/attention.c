@@ -175,31 +175,34 @@ INLINE void attend_split(
         weigh(is_bf16, queries, 1, cache, offsets, shift + part, count, scores, out + part, stride);
 }
 
-/* Where the keys of `count` tokens of a sequence lie, from token `first` on, `inside` their tokens. The offsets are
- * filled up to whole LANES with the last.
+/* Where the keys of `count` tokens of a sequence lie, from token `first` on, `inside` their tokens, when behind the
+ * first `sinks` tokens `hidden` ones are not counted. The offsets are filled up to whole LANES with the last.
  */
 INLINE void find(
     const int64_t *blocks, int64_t block_tokens, int64_t token_size, int64_t inside, int64_t first, int64_t count,
-    int64_t *offsets
+    int64_t sinks, int64_t hidden, int64_t *offsets
 ) {
-    int64_t block = first / block_tokens, place = first % block_tokens, token = 0;
+    int64_t from = first < sinks ? first : first + hidden;
+    int64_t block = from / block_tokens, place = from % block_tokens, token = 0;
     for (; token < count; token++) {
+        if (first + token == sinks) block = (sinks + hidden) / block_tokens, place = (sinks + hidden) % block_tokens;
         offsets[token] = (blocks[block] * block_tokens + place) * token_size + inside;
         if (++place == block_tokens) place = 0, block++;
     }
     for (; token % LANES; token++) offsets[token] = offsets[count - 1];
 }
 
-/* Attention of one row a sequence, [sequences, heads, key_size], over the first `lengths` tokens of each.
+/* Attention of one row a sequence, [sequences, heads, key_size], over the first `lengths` tokens of each, where behind
+ * the first `sinks` the `hidden` ones are not counted.
  *
  * key_size and value_size are multiples of LANES. Long contexts are cut into splits, so that a single sequence keeps
  * all threads busy; `partials` holds a largest score, a sum and a value for each head and split.
  */
 INLINE void attention(
     int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, int64_t sequences,
-    int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out,
-    float *partials, int64_t splits, int threads
+    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, const int64_t *hidden,
+    int64_t sinks, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size,
+    int64_t values_at, float scale, float *out, float *partials, int64_t splits, int threads
 ) {
     int64_t group = heads / kv_heads, parts = (group + QUERIES - 1) / QUERIES, size = value_size + 2;
 #pragma omp parallel num_threads(threads)
@@ -218,7 +221,8 @@ INLINE void attention(
                         float *partial = partials + ((sequence * splits + split) * heads + head) * size;
                         int64_t count = left < SPLIT ? left : SPLIT, offsets[SPLIT];
                         const int64_t *of_sequence = blocks + sequence * blocks_stride;
-                        find(of_sequence, block_tokens, token_size, kv_head * key_size, first, count, offsets);
+                        find(of_sequence, block_tokens, token_size, kv_head * key_size, first, count, sinks,
+                             hidden ? hidden[sequence] : 0, offsets);
                         int64_t shift = values_at + kv_head * value_size - kv_head * key_size;
 #define CASE(n)                                                                                                   \
     case n:                                                                                                       \
@@ -251,20 +255,53 @@ INLINE void attention(
 
 void tidegate_attention(
     int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, int64_t sequences,
-    int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out,
-    float *partials, int64_t splits, int threads
+    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, const int64_t *hidden,
+    int64_t sinks, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size,
+    int64_t values_at, float scale, float *out, float *partials, int64_t splits, int threads
 ) {
     if (is_bf16)
-        attention(1, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, sequences,
-                  heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits, threads);
+        attention(1, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, hidden,
+                  sinks, sequences, heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits,
+                  threads);
     else
-        attention(0, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, sequences,
-                  heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits, threads);
+        attention(0, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, hidden,
+                  sinks, sequences, heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits,
+                  threads);
 }
 
 #define CHUNK_ROWS 64    /* tokens of a prompt that one thread takes at a time */
 #define CHUNK_SPLIT 128  /* tokens of its context whose keys and values are laid out for them */
+
+/* Rows at `begins_at` and later see the `newest` tokens, their own included, and the first `sinks`. */
+typedef struct {
+    int64_t newest, begins_at, sinks;
+} Window;
+
+/* Of a split's tokens, a row sees those before `sinks`, and from `newest` up to `end`. */
+typedef struct {
+    int64_t sinks, newest, end;
+} Seen;
+
+INLINE int64_t first_of_newest(Window window, int64_t position) {
+    return position < window.begins_at ? 0 : position - window.newest + 1;
+}
+
+/* What a row sees of `count` tokens from `first` on. */
+INLINE Seen seen_of_split(Window window, int64_t position, int64_t first, int64_t count) {
+    int64_t end = position + 1 - first < count ? position + 1 - first : count;
+    int64_t sinks = window.sinks > first ? window.sinks - first : 0;
+    int64_t newest = first_of_newest(window, position) - first;
+    if (newest < end) return (Seen){sinks, newest, end};
+    end = sinks < end ? sinks : end;
+    return (Seen){end, end, end};
+}
+
+/* How many of `count` tokens from `first` on matter to a row and to those behind it. */
+INLINE int64_t needed_of_split(Window window, int64_t position, int64_t first, int64_t count) {
+    if (first + count > first_of_newest(window, position)) return count;
+    int64_t sinks = window.sinks > first ? window.sinks - first : 0;
+    return sinks < count ? sinks : count;
+}
 
 /* Keys as [key_size][CHUNK_SPLIT], values as [CHUNK_SPLIT][width], from whole LANES of offsets. */
 INLINE void lay_out(
@@ -285,13 +322,13 @@ INLINE void lay_out(
             store(values + token * width + index, cached(is_bf16, cache, offsets[token] + shift + index));
 }
 
-/* What `rows` consecutive rows of one head get of the laid out tokens, of which the first row sees `seen`, and each
- * other row one more than the row before it, `count` at most. `largest`, `sums` and `out` carry on from split to split.
+/* What `rows` consecutive rows of one head, the first of which is token `position`, get of the laid out tokens, which
+ * are those from `split` on. `largest`, `sums` and `out` carry on from split to split.
  */
 INLINE void attend_rows(
-    int rows, const float *keys, const float *values, int64_t width, int64_t seen, int64_t count, const float *query,
-    int64_t query_stride, int64_t key_size, int64_t value_size, float scale, float *largest, float *sums, float *out,
-    int64_t out_stride
+    int rows, const float *keys, const float *values, int64_t width, Window window, int64_t position, int64_t split,
+    int64_t count, const float *query, int64_t query_stride, int64_t key_size, int64_t value_size, float scale,
+    float *largest, float *sums, float *out, int64_t out_stride
 ) {
     float weights[ROWS][CHUNK_SPLIT];
     for (int64_t first = 0; first < count; first += TILE) {
@@ -303,16 +340,18 @@ INLINE void attend_rows(
     }
     float shrink[ROWS];
     for (int row = 0; row < rows; row++) {
-        int64_t visible = seen + row < count ? seen + row : count;
+        Seen seen = seen_of_split(window, position + row, split, count);
         shrink[row] = 1;
-        if (visible > 0) {
+        if (seen.end > 0) {
             float most, sum, before = largest[row];
-            soften(weights[row], visible, before, &most, &sum);
+            for (int64_t token = seen.sinks; token < seen.newest; token++) weights[row][token] = -INFINITY;
+            soften(weights[row], seen.end, before, &most, &sum);
+            for (int64_t token = seen.sinks; token < seen.newest; token++) weights[row][token] = 0;
             shrink[row] = before == -INFINITY ? 0 : expf(before - most);
             largest[row] = most;
             sums[row] = sums[row] * shrink[row] + sum;
         }
-        for (int64_t token = visible < 0 ? 0 : visible; token < count; token++) weights[row][token] = 0;
+        for (int64_t token = seen.end < 0 ? 0 : seen.end; token < count; token++) weights[row][token] = 0;
     }
     for (int64_t first = 0; first < value_size; first += TILE) {
         Floats added[ROWS][2];
@@ -329,8 +368,8 @@ INLINE void attend_rows(
 /* Attention of one sequence's consecutive rows [rows, heads, key_size], the first of which is its token `start`. */
 INLINE void attend_chunk(
     int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t start, int64_t rows, int64_t heads, int64_t kv_heads,
-    int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
+    int64_t token_size, const int64_t *blocks, int64_t start, Window window, int64_t rows, int64_t heads,
+    int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
 ) {
     int64_t group = heads / kv_heads, width = (value_size + TILE - 1) / TILE * TILE, out_stride = heads * value_size;
     int64_t parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
@@ -351,16 +390,19 @@ INLINE void attend_chunk(
                     memset(out + row * out_stride + kv_head * group * value_size, 0, group * value_size * sizeof(float));
                 for (int64_t first = 0; first < start + end; first += CHUNK_SPLIT) {
                     int64_t left = start + end - first, count = left < CHUNK_SPLIT ? left : CHUNK_SPLIT;
+                    count = needed_of_split(window, start + begin, first, count);
+                    if (!count) continue;
                     int64_t offsets[CHUNK_SPLIT];
-                    find(blocks, block_tokens, token_size, kv_head * key_size, first, count, offsets);
+                    find(blocks, block_tokens, token_size, kv_head * key_size, first, count, 0, 0, offsets);
                     lay_out(is_bf16, cache, offsets, count, shift, key_size, value_size, width, keys, values);
                     for (int64_t head = 0; head < group; head++) {
                         for (int64_t row = begin; row < end; row += ROWS) {
                             int64_t several = end - row < ROWS ? end - row : ROWS;
+                            if (!needed_of_split(window, start + row, first, count)) continue;
                             int64_t of_all = kv_head * group + head, state = head * CHUNK_ROWS + row - begin;
 #define CASE(n)                                                                                                   \
     case n:                                                                                                       \
-        attend_rows(n, keys, values, width, start + row + 1 - first, count,                                       \
+        attend_rows(n, keys, values, width, window, start + row, first, count,                                    \
                     queries + row * query_stride + of_all * key_size, query_stride, key_size, value_size, scale,  \
                     largest + state, sums + state, out + row * out_stride + of_all * value_size, out_stride);     \
         break;
@@ -441,28 +483,34 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(_mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.99992894f)), whole);
 }
 
-/* A row's scores become its weights, relative to `after`, the largest score yet; their sum comes back. What stands
- * behind the first `visible` of `count` tokens gets none.
+/* The first `count` lanes, none of a negative count. */
+INLINE __mmask16 lanes_below(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+/* Which lanes a row sees, of those from `token` on. */
+INLINE __mmask16 seen_lanes(Seen seen, int64_t token) {
+    return lanes_below(seen.end - token) & (lanes_below(seen.sinks - token) | ~lanes_below(seen.newest - token));
+}
+
+/* A row's scores become its weights, relative to `after`, the largest score yet; their sum comes back. Of `count`
+ * tokens, those that are not seen get none.
  */
-INLINE float weigh_row(const UnitRoom *room, int64_t row, int64_t visible, int64_t count, float scale, float *largest) {
+INLINE float weigh_row(const UnitRoom *room, int64_t row, Seen seen, int64_t count, float scale, float *largest) {
     const float *scores = room->scores + row * TILE;
     const int64_t token_groups = count / UNIT_INPUTS;
     uint16_t *to = room->weights + row / UNIT_ROWS * token_groups * UNIT_NUMBERS + row % UNIT_ROWS * UNIT_INPUTS;
     __m512 most = _mm512_set1_ps(*largest), sums = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
-    for (int64_t token = 0; token < visible; token += LANES) {
-        __mmask16 seen = visible - token >= LANES ? 0xffff : (1u << (visible - token)) - 1;
+    for (int64_t token = 0; token < seen.end; token += LANES) {
         __m512 some = _mm512_loadu_ps(scores + token / TILE * 2 * UNIT_ROWS * TILE + token % TILE);
-        most = _mm512_mask_max_ps(most, seen, _mm512_mul_ps(some, factor), most);
+        most = _mm512_mask_max_ps(most, seen_lanes(seen, token), _mm512_mul_ps(some, factor), most);
     }
     *largest = _mm512_reduce_max_ps(most);
     most = _mm512_set1_ps(*largest);
     for (int64_t group = 0; group < token_groups; group++, to += UNIT_NUMBERS, scores += 2 * UNIT_ROWS * TILE) {
         __m512 halves[2];
         for (int half = 0; half < 2; half++) {
-            int64_t left = visible - group * UNIT_INPUTS - half * LANES;
-            __mmask16 seen = left >= LANES ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+            __mmask16 lanes = seen_lanes(seen, group * UNIT_INPUTS + half * LANES);
             __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(scores + half * LANES), factor, most);
-            halves[half] = _mm512_maskz_mov_ps(seen, power_of_two(power));
+            halves[half] = _mm512_maskz_mov_ps(lanes, power_of_two(power));
             sums = _mm512_add_ps(sums, halves[half]);
         }
         _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
@@ -470,14 +518,15 @@ INLINE float weigh_row(const UnitRoom *room, int64_t row, int64_t visible, int64
     return _mm512_reduce_add_ps(sums);
 }
 
-/* What at most two tiles of rows of one head get of the laid out tokens, of which the first row sees `seen`, and each
- * other one more than the row before it. `largest`, `sums` and `out` carry on from split to split.
+/* What at most two tiles of rows of one head, the first of which is token `position`, get of the laid out tokens, which
+ * are those from `split` on. `largest`, `sums` and `out` carry on from split to split.
  */
 INLINE void attend_unit_rows(
-    int is_pair, int64_t rows, const UnitRoom *room, const uint16_t *queries, int64_t seen, int64_t count,
-    int64_t key_size, int64_t value_size, float scale, float *largest, float *sums, float *out, int64_t out_stride
+    int is_pair, int64_t rows, const UnitRoom *room, const uint16_t *queries, Window window, int64_t position,
+    int64_t split, int64_t count, int64_t key_size, int64_t value_size, float scale, float *largest, float *sums,
+    float *out, int64_t out_stride
 ) {
-    int64_t key_groups = key_size / UNIT_INPUTS, token_groups = count / UNIT_INPUTS;
+    int64_t key_groups = key_size / UNIT_INPUTS, token_groups = count / UNIT_INPUTS, seen = position + 1 - split;
     int64_t used = seen + rows - 1 < count ? (seen + rows - 1 + UNIT_INPUTS - 1) / UNIT_INPUTS : token_groups;
     for (int64_t some = 0; some < used; some++) {
         begin(is_pair, 0, NULL, 0);
@@ -488,11 +537,11 @@ INLINE void attend_unit_rows(
     }
     float shrink[2 * UNIT_ROWS];
     for (int64_t row = 0; row < rows; row++) {
-        int64_t visible = seen + row < count ? seen + row : count;
+        Seen of_row = seen_of_split(window, position + row, split, count);
         float before = largest[row];
-        float sum = weigh_row(room, row, visible < 0 ? 0 : visible, count, scale, largest + row);
-        shrink[row] = visible <= 0 ? 1 : before == -INFINITY ? 0 : exp2f(before - largest[row]);
-        sums[row] = visible <= 0 ? sums[row] : sums[row] * shrink[row] + sum;
+        float sum = weigh_row(room, row, of_row, count, scale, largest + row);
+        shrink[row] = of_row.end <= 0 ? 1 : before == -INFINITY ? 0 : exp2f(before - largest[row]);
+        sums[row] = of_row.end <= 0 ? sums[row] : sums[row] * shrink[row] + sum;
     }
     float *added = room->scores;
     for (int64_t first = 0; first < value_size; first += TILE) {
@@ -512,8 +561,8 @@ INLINE void attend_unit_rows(
 /* As `attend_chunk`, of a cache in bf16; key_size and value_size are multiples of 32. */
 static void attend_chunk_on_unit(
     const float *queries, int64_t query_stride, const uint16_t *cache, int64_t block_tokens, int64_t token_size,
-    const int64_t *blocks, int64_t start, int64_t rows, int64_t heads, int64_t kv_heads, int64_t key_size,
-    int64_t value_size, int64_t values_at, float scale, float *out, int threads
+    const int64_t *blocks, int64_t start, Window window, int64_t rows, int64_t heads, int64_t kv_heads,
+    int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
 ) {
     int64_t group = heads / kv_heads, out_stride = heads * value_size, key_groups = key_size / UNIT_INPUTS;
     int64_t parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, shares = (group + UNIT_HEADS - 1) / UNIT_HEADS;
@@ -552,8 +601,10 @@ static void attend_chunk_on_unit(
                     }
                     for (int64_t first = 0; first < start + to; first += UNIT_SPLIT) {
                         int64_t left = start + to - first, found = left < UNIT_SPLIT ? left : UNIT_SPLIT;
+                        found = needed_of_split(window, start + from, first, found);
+                        if (!found) continue;
                         int64_t count = (found + UNIT_INPUTS - 1) / UNIT_INPUTS * UNIT_INPUTS, offsets[UNIT_SPLIT];
-                        find(blocks, block_tokens, token_size, kv_head * key_size, first, found, offsets);
+                        find(blocks, block_tokens, token_size, kv_head * key_size, first, found, 0, 0, offsets);
                         for (int64_t token = found; token < count; token++) offsets[token] = offsets[found - 1];
                         lay_out_for_unit(cache, offsets, count, shift, key_size, value_size, &room);
                         for (int64_t head = 0; head < taken; head++)
@@ -561,12 +612,13 @@ static void attend_chunk_on_unit(
                                 int64_t several = to - row < 2 * UNIT_ROWS ? to - row : 2 * UNIT_ROWS;
                                 int64_t state = head * CHUNK_ROWS + row - from;
                                 if (start + row + several <= first) continue;
+                                if (!needed_of_split(window, start + row, first, found)) continue;
                                 const uint16_t *of_rows =
                                     room.queries + head * of_head + (row - from) * key_groups * UNIT_INPUTS;
                                 float *result = out + row * out_stride + (first_head + head) * value_size;
 #define ROWS_OF(is_pair)                                                                                            \
-    attend_unit_rows(is_pair, several, &room, of_rows, start + row + 1 - first, count, key_size, value_size, factor, \
-                     room.largest + state, room.sums + state, result, out_stride)
+    attend_unit_rows(is_pair, several, &room, of_rows, window, start + row, first, count, key_size, value_size,     \
+                     factor, room.largest + state, room.sums + state, result, out_stride)
                                 if (several > UNIT_ROWS) ROWS_OF(1);
                                 else ROWS_OF(0);
 #undef ROWS_OF
@@ -594,23 +646,25 @@ static void attend_chunk_on_unit(
 
 void tidegate_attend_chunk(
     int is_bf16, int narrowness, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t start, int64_t rows, int64_t heads, int64_t kv_heads,
-    int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
+    int64_t token_size, const int64_t *blocks, int64_t start, int64_t newest, int64_t begins_at, int64_t sinks,
+    int64_t rows, int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at,
+    float scale, float *out, int threads
 ) {
+    Window window = {newest, begins_at, sinks};
 #if HAS_MATRIX_UNIT
     int fits = key_size % UNIT_INPUTS == 0 && value_size % UNIT_INPUTS == 0;
     if (is_bf16 && fits && narrowness == ANY_ROWS) {
-        attend_chunk_on_unit(queries, query_stride, cache, block_tokens, token_size, blocks, start, rows, heads,
+        attend_chunk_on_unit(queries, query_stride, cache, block_tokens, token_size, blocks, start, window, rows, heads,
                              kv_heads, key_size, value_size, values_at, scale, out, threads);
         return;
     }
 #endif
     if (is_bf16)
-        attend_chunk(1, queries, query_stride, cache, block_tokens, token_size, blocks, start, rows, heads, kv_heads,
-                     key_size, value_size, values_at, scale, out, threads);
+        attend_chunk(1, queries, query_stride, cache, block_tokens, token_size, blocks, start, window, rows, heads,
+                     kv_heads, key_size, value_size, values_at, scale, out, threads);
     else
-        attend_chunk(0, queries, query_stride, cache, block_tokens, token_size, blocks, start, rows, heads, kv_heads,
-                     key_size, value_size, values_at, scale, out, threads);
+        attend_chunk(0, queries, query_stride, cache, block_tokens, token_size, blocks, start, window, rows, heads,
+                     kv_heads, key_size, value_size, values_at, scale, out, threads);
 }
 
 int64_t tidegate_lanes(void) { return LANES; }

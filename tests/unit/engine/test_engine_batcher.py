@@ -13,6 +13,9 @@ from llm_engine.batcher import Batcher, StepPlan
 from llm_engine.block_pool import BlockPool
 from llm_engine.request import SequenceRequest
 from llm_engine.sequence import Sequence
+from llm_engine.window import FULL, Window
+
+WINDOWS = {"all": FULL, "six": Window(newest=6, begins_at=13, sinks=3), "four": Window(newest=4, begins_at=4, sinks=0)}
 
 
 def sequence(name: str, prompt: int, *, arrival: int = 0, priority: int = 0, tokens: int = 8) -> Sequence:
@@ -27,9 +30,11 @@ def sequence(name: str, prompt: int, *, arrival: int = 0, priority: int = 0, tok
     )
 
 
-def batcher(blocks: int = 16, *, running: int = 4, waiting: int = 8, budget: int = 8) -> Batcher:
+def batcher(
+    blocks: int = 16, *, running: int = 4, waiting: int = 8, budget: int = 8, window: Window = FULL
+) -> Batcher:
     pool = BlockPool(blocks, 4)
-    return Batcher(pool, max_sequences=running, max_waiting=waiting, step_token_budget=budget)
+    return Batcher(pool, max_sequences=running, max_waiting=waiting, step_token_budget=budget, window=window)
 
 
 def carry_out(batcher: Batcher, plan: StepPlan, right_count: int = 0) -> None:
@@ -321,12 +326,56 @@ def test_running_and_waiting_places_together_bound_what_is_held():
     assert subject.can_add()
 
 
+def test_a_window_gives_back_what_it_leaves_behind():
+    run_script(
+        """
+        add a 9
+        step: a[0:8] free=1
+        step: a[8:9] free=1
+        step: a[9:10] free=1
+        step: a[10:11] free=1
+        step: a[11:12] free=1
+        step: a[12:13] free=0
+        step: a[13:14] free=1
+        step: a[14:15] free=1
+        step: a[15:16] free=1
+        """,
+        blocks=4,
+        window=Window(newest=6, begins_at=11, sinks=3),
+    )
+
+
+def test_a_prompt_longer_than_the_pool_is_computed_within_it():
+    window = Window(newest=6, begins_at=13, sinks=3)
+    subject = batcher(window.most_blocks(8, 4), window=window)
+    subject.add(sequence("a", 200))
+    while subject.running or subject.waiting:
+        plan = subject.plan()
+        assert plan.work and not plan.preempted
+        carry_out(subject, plan)
+    assert subject.pool.taken_count == 0
+
+
+def pool_size(source: random.Random, most: int, window: Window, budget: int) -> int:
+    """Of a pool in which any sequence comes to its end."""
+    least = 6 if window is FULL else window.most_blocks(budget, 4)
+    return source.randint(least, max(most, least))
+
+
+def longest_prompt(subject: Batcher) -> int:
+    return subject.pool.block_count * 4 - 8 if subject.window is FULL else 120
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("seed", range(60))
-def test_random_runs_keep_the_invariants_and_finish_everything(seed):
+def test_random_runs_keep_the_invariants_and_finish_everything(seed, window):
     source = random.Random(seed)
     running = source.randint(1, 6)
-    subject = batcher(source.randint(6, 24), running=running, waiting=6, budget=source.randint(running, 24))
-    longest = subject.pool.block_count * 4 - 8
+    budget = source.randint(running, 24)
+    subject = batcher(
+        pool_size(source, 24, window, budget), running=running, waiting=6, budget=budget, window=window
+    )
+    longest = longest_prompt(subject)
     accepted, ended, prefix_computed = set(), set(), {}
     for moment in range(2000):
         priority = source.randint(0, 2)
@@ -363,8 +412,11 @@ def check_plan(subject: Batcher, plan: StepPlan) -> None:
     for work in plan.work:
         assert work.count > 0
         assert work.start == work.sequence.computed_token_count
-        assert work.start + work.row_count <= len(work.sequence.block_ids) * 4
+        assert work.start + work.row_count <= covered(subject, work.sequence)
         assert not work.draft_token_ids or work.sequence.pending_token_count == 1
+        if subject.window is not FULL:
+            held = len(work.sequence.block_ids)
+            assert held <= subject.window.most_blocks(subject.step_token_budget, 4)
     for each in subject.running:
         if each.pending_token_count == 1:
             assert each.request_id in names, "a decode never misses a step"
@@ -372,6 +424,11 @@ def check_plan(subject: Batcher, plan: StepPlan) -> None:
         worst = max((each.urgency for each in subject.running), default=(-1, -1))
         kept_out = {each.request_id: each.urgency for each in subject.waiting}
         assert all(kept_out[name] > worst for name in plan.preempted if name in kept_out)
+
+
+def covered(subject: Batcher, sequence: Sequence) -> int:
+    """Tokens up to which a sequence has all blocks but the hidden ones."""
+    return (len(sequence.block_ids) + len(subject.window.hidden_blocks(sequence.computed_token_count, 4))) * 4
 
 
 def check_state(subject: Batcher) -> None:
@@ -382,7 +439,7 @@ def check_state(subject: Batcher) -> None:
     assert len(running) <= subject.max_sequences
     assert not {each.request_id for each in running} & {each.request_id for each in waiting}
     assert all(each.block_ids or each.computed_token_count == 0 for each in waiting)
-    assert all(each.computed_token_count <= len(each.block_ids) * 4 for each in (*running, *paused))
+    assert all(each.computed_token_count <= covered(subject, each) for each in (*running, *paused))
     assert all(one.urgency < other.urgency for one in running for other in paused)
     assert len(running) + len(waiting) <= 2 * subject.max_sequences + subject.max_waiting
     assert all(0 < each.computed_token_count < each.token_count for each in running)
@@ -411,7 +468,7 @@ class Contents:
 
     def check_and_write(self, plan: StepPlan) -> None:
         for work in plan.work:
-            for place in range(work.start):
+            for place in set(range(work.start)) - set(self._subject.window.hidden(work.start)):
                 assert self._cells[self._cell(work.sequence, place)] == _text(work.sequence, place)
             for place in range(work.start, work.start + work.count):
                 cell = self._cell(work.sequence, place)
@@ -424,7 +481,9 @@ class Contents:
                 self._cells[cell] = work.sequence.request.cache_salt, (*work.sequence.token_ids, *drafts)
 
     def _cell(self, sequence: Sequence, place: int) -> tuple[int, int]:
-        return sequence.block_ids[place // 4], place % 4
+        hidden = self._subject.window.hidden_blocks(sequence.computed_token_count, 4)
+        index = place // 4 if place // 4 < hidden.start else place // 4 - len(hidden)
+        return sequence.block_ids[index], place % 4
 
 
 def _text(sequence: Sequence, place: int) -> tuple[str, tuple[int, ...]]:
@@ -439,9 +498,14 @@ def text(
     return Sequence(request, arrival, list(tokens), len(tokens), seed=0, stop_token_ids=frozenset())
 
 
-def reusing(blocks: int = 16, *, running: int = 4, budget: int = 16) -> Batcher:
+def reusing(blocks: int = 16, *, running: int = 4, budget: int = 16, window: Window = FULL) -> Batcher:
     return Batcher(
-        BlockPool(blocks, 4), max_sequences=running, max_waiting=8, step_token_budget=budget, reuses_prefixes=True
+        BlockPool(blocks, 4),
+        max_sequences=running,
+        max_waiting=8,
+        step_token_budget=budget,
+        reuses_prefixes=True,
+        window=window,
     )
 
 
@@ -519,6 +583,19 @@ def test_a_preempted_sequence_finds_its_blocks_again():
     assert late.cached_token_count == 0, "what it left itself is not counted"
 
 
+def test_blocks_that_a_window_left_behind_are_still_found_and_hidden_ones_are_not_taken():
+    subject = reusing(window=Window(newest=6, begins_at=13, sinks=3))
+    run_alone(subject, text("a", list(range(25)), most=1))
+    assert subject.pool.known_count == 6
+    again = text("b", [*range(24), 99], most=2)
+    subject.add(again)
+    plan = subject.plan()
+    assert again.cached_token_count == 24
+    assert subject.pool.taken_count == len(again.block_ids) == 4
+    carry_out(subject, plan)
+    assert subject.pool.taken_count == len(again.block_ids) == 3
+
+
 def test_spoiled_blocks_are_found_by_nobody_and_cleaned_by_their_last_owner():
     subject = reusing()
     subject.add(text("a", list(range(9)), most=8))
@@ -534,13 +611,15 @@ def test_spoiled_blocks_are_found_by_nobody_and_cleaned_by_their_last_owner():
     assert run_alone(subject, text("c", list(range(9)), most=1)) == [(0, 9)]
 
 
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("seed", range(60))
-def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(seed):
+def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(seed, window):
     source = random.Random(seed)
     running = source.randint(1, 6)
-    subject = reusing(source.randint(8, 30), running=running, budget=source.randint(running, 24))
+    budget = source.randint(running, 24)
+    subject = reusing(pool_size(source, 30, window, budget), running=running, budget=budget, window=window)
     contents = Contents(subject)
-    longest = subject.pool.block_count * 4 - 8
+    longest = longest_prompt(subject)
     accepted, ended, reused = set(), set(), 0
     for moment in range(3000):
         priority = source.randint(0, 2)
@@ -573,7 +652,8 @@ def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(seed):
             break
     assert accepted and ended == accepted
     assert subject.pool.taken_count == 0
-    assert reused > 0
+    # What a window leaves behind goes first where blocks are scarce.
+    assert reused > 0 or window is not FULL
 
 
 def test_prompts_beside_decodes_are_cut_to_their_bound_and_alone_they_are_not():

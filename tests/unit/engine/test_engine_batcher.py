@@ -16,6 +16,7 @@ from llm_engine.sequence import Sequence
 from llm_engine.window import FULL, Window
 
 WINDOWS = {"all": FULL, "six": Window(newest=6, begins_at=13, sinks=3), "four": Window(newest=4, begins_at=4, sinks=0)}
+RUNS = [(name, seed) for name in WINDOWS for seed in range(60 if name == "all" else 20)]
 
 
 def sequence(name: str, prompt: int, *, arrival: int = 0, priority: int = 0, tokens: int = 8) -> Sequence:
@@ -30,9 +31,7 @@ def sequence(name: str, prompt: int, *, arrival: int = 0, priority: int = 0, tok
     )
 
 
-def batcher(
-    blocks: int = 16, *, running: int = 4, waiting: int = 8, budget: int = 8, window: Window = FULL
-) -> Batcher:
+def batcher(blocks: int = 16, *, running: int = 4, waiting: int = 8, budget: int = 8, window: Window = FULL) -> Batcher:
     pool = BlockPool(blocks, 4)
     return Batcher(pool, max_sequences=running, max_waiting=waiting, step_token_budget=budget, window=window)
 
@@ -366,15 +365,12 @@ def longest_prompt(subject: Batcher) -> int:
     return subject.pool.block_count * 4 - 8 if subject.window is FULL else 120
 
 
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("seed", range(60))
-def test_random_runs_keep_the_invariants_and_finish_everything(seed, window):
-    source = random.Random(seed)
+@pytest.mark.parametrize(("name", "seed"), RUNS)
+def test_random_runs_keep_the_invariants_and_finish_everything(name, seed):
+    window, source = WINDOWS[name], random.Random(seed)
     running = source.randint(1, 6)
     budget = source.randint(running, 24)
-    subject = batcher(
-        pool_size(source, 24, window, budget), running=running, waiting=6, budget=budget, window=window
-    )
+    subject = batcher(pool_size(source, 24, window, budget), running=running, waiting=6, budget=budget, window=window)
     longest = longest_prompt(subject)
     accepted, ended, prefix_computed = set(), set(), {}
     for moment in range(2000):
@@ -611,10 +607,9 @@ def test_spoiled_blocks_are_found_by_nobody_and_cleaned_by_their_last_owner():
     assert run_alone(subject, text("c", list(range(9)), most=1)) == [(0, 9)]
 
 
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("seed", range(60))
-def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(seed, window):
-    source = random.Random(seed)
+@pytest.mark.parametrize(("name", "seed"), RUNS)
+def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(name, seed):
+    window, source = WINDOWS[name], random.Random(seed)
     running = source.randint(1, 6)
     budget = source.randint(running, 24)
     subject = reusing(pool_size(source, 30, window, budget), running=running, budget=budget, window=window)

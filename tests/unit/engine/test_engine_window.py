@@ -42,17 +42,15 @@ ARCHITECTURE = Architecture(
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    loaded = load_kernels(tmp_path_factory.mktemp("kernels"), 2)
+def kernels():
+    loaded = load_kernels(None, 2)
     assert loaded is not None
     return loaded
 
 
 def test_a_row_sees_the_first_tokens_and_the_newest():
     window = Window(newest=4, begins_at=8, sinks=2)
-    seen = [
-        sorted(set(range(position + 1)) - set(window.hidden(position))) for position in (0, 7, 8, 20)
-    ]
+    seen = [sorted(set(range(position + 1)) - set(window.hidden(position))) for position in (0, 7, 8, 20)]
     assert seen == [[0], [*range(8)], [0, 1, 5, 6, 7, 8], [0, 1, 17, 18, 19, 20]]
     assert [window.seen_count(position) for position in (0, 7, 8, 20)] == [1, 8, 6, 6]
     assert list(window.hidden_blocks(20, 4)) == [1, 2, 3]
@@ -125,10 +123,10 @@ class Texts:
     def expected(self, number: int, start: int, count: int) -> torch.Tensor:
         keys, values = self._kept[number].float().repeat_interleave(HEADS // KV_HEADS, dim=2).unbind(1)
         scores = torch.einsum("rhd,thd->hrt", self._queries[number][start : start + count], keys) * SIZE**-0.5
-        hidden = torch.ones(count, len(keys), dtype=torch.bool)
+        hidden = torch.arange(len(keys)) > torch.arange(start, start + count)[:, None]
         for row in range(count):
-            seen = set(range(start + row + 1)) - set(self._window.hidden(start + row))
-            hidden[row, list(seen)] = False
+            far = self._window.hidden(start + row)
+            hidden[row, far.start : far.stop] = True
         return torch.einsum("hrt,thd->rhd", scores.masked_fill(hidden, float("-inf")).softmax(2), values)
 
 
@@ -157,7 +155,7 @@ def test_decodes_see_what_the_window_shows(kernels, window, dtype, has_kernels):
 @pytest.mark.parametrize("window", [*WINDOWS.values(), FULL], ids=[*WINDOWS, "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_kernels", [False, True])
-@pytest.mark.parametrize(("start", "count"), [(0, 600), (3, 70), (190, 20), (331, 4), (400, 130), (598, 2)])
+@pytest.mark.parametrize(("start", "count"), [(0, 400), (190, 20), (331, 4), (450, 150)])
 def test_prompts_see_what_the_window_shows_however_they_are_cut(kernels, window, dtype, has_kernels, start, count):
     texts = Texts(dtype, kernels if has_kernels else None, window, LENGTHS)
     found = texts.attend(texts.work(0, start, count), texts.work(2, 250, 1))

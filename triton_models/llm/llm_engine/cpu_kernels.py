@@ -245,8 +245,8 @@ class CpuKernels:
         self._library.tidegate_attend_chunk(
             cache.dtype == torch.bfloat16, self.narrowness,
             queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
-            token_size, blocks.data_ptr(), start, window.newest, window.begins_at, window.sinks, count, heads, kv_head_count,
-            key_size, value_size, values_at, scale, out.data_ptr(), self._threads,
+            token_size, blocks.data_ptr(), start, window.newest, window.begins_at, window.sinks,
+            count, heads, kv_head_count, key_size, value_size, values_at, scale, out.data_ptr(), self._threads,
         )  # fmt: skip
 
     def _tiles(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,12 @@ class Drafter:
     def propose(self, sequence: Sequence, most: int) -> list[int]:
         """What may follow a sequence's tokens, `most` tokens at most; empty where that is not worth a try."""
         sampling = sequence.request.sampling
-        if sampling.json_schema or sampling.grammar or sampling.logprobs is not None or sequence.token_count < sequence.drafts_from:
+        if (
+            sampling.json_schema
+            or sampling.grammar
+            or sampling.logprobs is not None
+            or sequence.token_count < sequence.drafts_from
+        ):
             return []
         # A token follows the last draft.
         answer_left = sequence.request.max_tokens - sequence.output_token_count - 1

@@ -221,9 +221,7 @@ def _hidden(work: RowWork, context: int, layout: StepLayout) -> torch.Tensor:
 
 def _slots(works: list[RowWork], positions: np.ndarray, layout: StepLayout) -> np.ndarray:
     """[row_count] int64: where each row's key and value are kept."""
-    blocks = np.concatenate(
-        [np.asarray(work.block_ids)[_block_indices(work, layout)] for work in works]
-    )
+    blocks = np.concatenate([np.asarray(work.block_ids)[_block_indices(work, layout)] for work in works])
     return blocks * layout.block_token_count + positions % layout.block_token_count
 
 

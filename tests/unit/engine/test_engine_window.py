@@ -99,7 +99,7 @@ class Texts:
         blocks = self._blocks[number].tolist()
         hidden = self._window.hidden_blocks(start, BLOCK)
         held = blocks[: hidden.start] + blocks[hidden.stop :]
-        return RowWork(start=start, token_ids=[number] * count, block_ids=held, samples=False)
+        return RowWork(start=start, token_ids=[number] * count, block_ids=held, sample_count=0)
 
     def attend(self, *works: RowWork) -> torch.Tensor:
         """By the engine, in the order of the works, of which decodes stand first and by what they see."""

@@ -10,7 +10,7 @@ equality alone, at any temperature, and are those that single steps give. Pure. 
 from .sequence import Sequence
 
 WINDOW_TOKENS = 8192
-"""How far back a text is looked through: that takes 0.1 to 0.25 ms, and a step with such a context many times as long."""
+"""How far back a text is looked through: that takes 0.1 to 0.25 ms, a step with such a context many times as long."""
 REST_TOKENS = 32
 _LEAST_MATCH = 2
 _ENOUGH_MATCH = 4

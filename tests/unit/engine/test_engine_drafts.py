@@ -179,6 +179,20 @@ def test_answers_are_those_of_single_tokens_whatever_is_guessed(make_drafting, g
     assert accepted == drafted > 0 if wrong == 0 else 0 < accepted < drafted
 
 
+@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["by kernels", "by torch"])
+@pytest.mark.parametrize("wrong", [0.0, 0.4])
+def test_a_window_hides_from_drafts_what_it_hides_from_single_tokens(make_drafting, guess, wrong, cpu_kernels):
+    window = {"attention_window": 14, "attention_window_from": 40, "attention_sinks": 3, "cpu_kernels": cpu_kernels}
+    requests = [request(str(index), tokens, max_tokens=70) for index, tokens in enumerate(prompts(4))]
+    expected = finish(make_drafting(0, **window), *requests)
+    guess([[*each.token_ids, *expected[each.request_id][0]] for each in requests], wrong)
+    drafting = make_drafting(4, step_token_budget=40, **window)
+    assert finish(drafting, *requests) == expected
+    assert finish(drafting, *requests) == expected, "from the blocks that are known by now"
+    assert drafting.load.accepted_token_total > 50
+    assert drafting.load.free_block_count == drafting.load.total_block_count
+
+
 def test_answers_end_inside_right_guesses_as_they_do_without(make_drafting, guess):
     plain, drafting = make_drafting(0, max_context_tokens=60), make_drafting(4, max_context_tokens=60)
     whole = finish(plain, request(sampling=PEAKED, max_tokens=57))["a"][0]

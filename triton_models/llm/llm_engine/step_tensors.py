@@ -193,7 +193,7 @@ def _group(works: list[RowWork], first_row: int, layout: StepLayout) -> Attentio
     for row, work in enumerate(works):
         used = _padded(work, layout) // layout.block_token_count
         blocks[row, :used] = work.block_ids[:used]
-    hidden = torch.stack([_hidden(work, context, layout) for work in works])
+    hidden = _hidden(works, context, layout)
     mask = torch.zeros(hidden.shape, dtype=layout.dtype).masked_fill_(hidden, float("-inf"))
     mask = mask[:, None].expand(-1, layout.group_size if query_count > 1 else 1, -1, -1)
     return AttentionGroup(
@@ -206,16 +206,16 @@ def _group(works: list[RowWork], first_row: int, layout: StepLayout) -> Attentio
     )
 
 
-def _hidden(work: RowWork, context: int, layout: StepLayout) -> torch.Tensor:
-    """[query_count, context]: which of its blocks' tokens, padded, each row does not see."""
-    tokens = torch.arange(context)
-    absent = _hidden_blocks(work, layout)
-    tokens[absent.start * layout.block_token_count :] += len(absent) * layout.block_token_count
-    rows = torch.arange(work.start, work.start + work.count)[:, None]
+def _hidden(works: list[RowWork], context: int, layout: StepLayout) -> torch.Tensor:
+    """[sequence_count, query_count, context]: which of its blocks' tokens, padded, each row does not see."""
+    window, rows = layout.window, torch.tensor([work.start for work in works])[:, None, None]
+    rows = rows + torch.arange(works[0].count)[:, None]
+    tokens, kept = torch.arange(context), layout.block_token_count * _hidden_blocks(works[0], layout).start
+    absent = torch.tensor([_absent_token_count(work, layout) for work in works])
+    tokens = tokens + absent[:, None, None] * (tokens >= kept)
     hidden = tokens > rows
-    if layout.window.hidden(work.start + work.count - 1):
-        far = (tokens >= layout.window.sinks) & (tokens <= rows - layout.window.newest)
-        hidden |= far & (rows >= layout.window.begins_at)
+    if rows.max() >= window.begins_at:
+        hidden |= (rows >= window.begins_at) & (tokens >= window.sinks) & (tokens <= rows - window.newest)
     return hidden
 
 

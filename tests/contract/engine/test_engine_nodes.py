@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from small_models import SHAPES, small_model
 
 ENGINE = Path(__file__).resolve().parents[3] / "triton_models" / "llm"
-QUICK_SECONDS = 10
+SETTINGS = {"kv_cache_bytes": 1 << 22, "step_token_budget": 48, "thread_count": 1, "cpu_kernels": False}
+QUICK_SECONDS = 20
 """Far below the time-out of a collective."""
 
 
@@ -30,17 +31,17 @@ def tokens_of(count):
 
 
 @pytest.fixture
-def start_join(cache_dir):
+def start_join():
     """Node 1 of two, which ends with the test."""
     nodes = []
 
     def start(folder, size, port):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NNODES": "2", "NODE_RANK": "1"}
-        flags = {"model": folder, "cache-dir": cache_dir, "tensor-parallel-size": size, "kv-cache-bytes": 1 << 22}
+        flags = {"model": folder, "tensor-parallel-size": size, "kv-cache-bytes": 1 << 22}
         given = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         nodes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "llm_engine", "join", *given, "--threads", "1"],
+                [sys.executable, "-m", "llm_engine", "join", *given, "--threads", "1", "--no-cpu-kernels"],
                 env=os.environ | environment | {"PYTHONPATH": str(ENGINE)},
                 stderr=subprocess.PIPE,
                 text=True,
@@ -62,9 +63,8 @@ def start_both(make_engine, start_join):
     def start(folder, size):
         port = free_port()
         node = start_join(folder, size, port)
-        settings = {"kv_cache_bytes": 1 << 22, "step_token_budget": 48, "thread_count": 1}
         nodes = {"tensor_parallel_size": size, "node_count": 2, "master_port": port}
-        engines.append(make_engine(folder, **settings, **nodes))
+        engines.append(make_engine(folder, **SETTINGS, **nodes))
         return engines[-1], node
 
     yield start
@@ -98,7 +98,7 @@ def test_texts_and_logits_are_those_of_one_rank(
 ):
     model = small_model(**SHAPES["grouped"])
     model.save_pretrained(tmp_path)
-    alone = make_engine(tmp_path, kv_cache_bytes=1 << 22, step_token_budget=48, thread_count=1)
+    alone = make_engine(tmp_path, **SETTINGS)
     engine, node = start_both(tmp_path, size)
     difference = (prompt_logits(engine, tokens_of(60)) - reference_logits(model, tokens_of(60))).abs().max()
     assert difference < 1e-3

@@ -56,6 +56,21 @@ async def real_answer(ingress_url: str, model: str, api_key: str) -> tuple[str, 
     return await asyncio.to_thread(_ask, ingress_url, model, api_key)
 
 
+async def health_problem(ingress_url: str) -> str:
+    """What `GET /health` says of the mesh, as a load balancer in front of it would ask; "" where it says 200."""
+    return await asyncio.to_thread(_health_problem, ingress_url)
+
+
+def _health_problem(ingress_url: str) -> str:
+    try:
+        _get_text(f"{ingress_url}/health")
+    except urllib.error.HTTPError as error:
+        return f"/health: {error.code}, no replica has passed Envoy's health check yet"
+    except OSError as error:
+        return f"/health: {type(error).__name__}: {error}"
+    return ""
+
+
 def _ask(ingress_url: str, model: str, api_key: str) -> tuple[str, str]:
     messages = [{"role": "user", "content": FIRST_QUESTION}]
     body = {"model": model, "max_tokens": 12, "temperature": 0, "messages": messages}

@@ -210,12 +210,15 @@ async def _start(
 
 
 async def _ask_all_models(mesh: state.Mesh, key: str) -> tuple[str, str]:
-    """The usual model's answer, once the lite one has answered, too; or ("", what is wrong)."""
+    """The usual model's answer, once the lite one has answered, too, and the mesh is healthy; or ("", what is wrong)."""
     if mesh.lite_model_name:
         text, problem = await probes.real_answer(_url(mesh), mesh.lite_model_name, key)
         if not text:
             return "", problem
-    return await probes.real_answer(_url(mesh), mesh.model_name, key)
+    text, problem = await probes.real_answer(_url(mesh), mesh.model_name, key)
+    # An answer may come from a replica of which Envoy does not know yet that it is healthy.
+    problem = problem or await probes.health_problem(_url(mesh))
+    return ("", problem) if problem else (text, "")
 
 
 async def wait_for_answer(

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+import types
 
 import pytest
 from click.testing import CliRunner
@@ -78,6 +79,36 @@ async def test_an_ingress_that_refuses_is_told_of_and_not_asked_all_the_time(ref
     assert ("waiting for the first answer; the ingress says: 503 no replica is ready", 3.0) in said.waits
     assert all(later - earlier >= 0.5 for earlier, later in itertools.pairwise(asked_at))
     assert 2 <= len(asked_at) <= 3
+
+
+async def test_a_mesh_that_answers_and_is_not_healthy_yet_is_not_ready(monkeypatch):
+    health = [503, 200]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.answer(200, {"choices": [{"message": {"content": "hello"}}]})
+
+        def do_GET(self):
+            self.answer(health.pop(0) if self.path == "/health" else 404, {})
+
+        def answer(self, status, value):
+            body = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        monkeypatch.setattr(up, "_url", lambda mesh: f"http://127.0.0.1:{server.server_address[1]}")
+        mesh = types.SimpleNamespace(model_name="m", lite_model_name="")
+        answers = [await up._ask_all_models(mesh, "") for _ in range(2)]
+        server.shutdown()
+    assert answers == [("", "/health: 503, no replica has passed Envoy's health check yet"), ("hello", "")]
 
 
 async def test_the_first_answer_ends_the_wait():

@@ -210,7 +210,7 @@ async def _start(
 
 
 async def _ask_all_models(mesh: state.Mesh, key: str) -> tuple[str, str]:
-    """The usual model's answer, once the lite one has answered, too, and the mesh is healthy; or ("", what is wrong)."""
+    """The usual model's answer, once the lite one has answered, too, and all is well; or ("", what is wrong)."""
     if mesh.lite_model_name:
         text, problem = await probes.real_answer(_url(mesh), mesh.lite_model_name, key)
         if not text:

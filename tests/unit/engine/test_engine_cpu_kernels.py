@@ -120,6 +120,18 @@ def test_rows_may_lie_apart(kernels):
     assert torch.equal(kernels.linear(packed, wide[:, 7:71]), kernels.linear(packed, wide[:, 7:71].contiguous()))
 
 
+@pytest.mark.parametrize("outputs", [40, 1024])
+def test_results_may_lie_in_kept_memory(kernels, outputs):
+    packed = kernels.pack(rounded(random(outputs, 64)))
+    for count in (3, 40):
+        rows = random(count, 64)
+        for narrowness in {Narrowness.EXACT, kernels.narrowness}:
+            expected = kernels.linear(packed, rows, narrowness=narrowness)
+            kept = kernels.linear(packed, rows, room="some", narrowness=narrowness)
+            assert torch.equal(kept, expected)
+            assert kernels.linear(packed, rows, room="some", narrowness=narrowness).data_ptr() == kept.data_ptr()
+
+
 @pytest.mark.parametrize("inputs", [8, 33])
 def test_sixteen_bits_need_no_whole_vectors(kernels, inputs):
     weight = random(6, inputs).bfloat16()

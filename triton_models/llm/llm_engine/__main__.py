@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max-context-tokens", type=int)
         command.add_argument("--step-token-budget", type=int, default=128)
         command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
-        command.add_argument("--step-stretch", type=float, default=1.6)
+        command.add_argument("--step-stretch", type=float, default=1.5)
         command.add_argument("--speculation-tokens", type=int, default=0, help="drafts a step and sequence; 0: none")
         command.add_argument("--speculation-sequences", type=int, default=2, help="no drafts while more run")
         command.add_argument("--max-sequences", type=int, default=32)

@@ -38,7 +38,7 @@ class EngineConfig:
     step_token_budget: int = 128
     """Tokens computed in one step; it bounds how long a prompt can stall the running decodes. The default suits a
     CPU, where a step of 128 tokens takes a few tenths of a second; a GPU fills up at 2,048 and more."""
-    step_stretch: float = 1.6
+    step_stretch: float = 1.5
     """How many times as long as the decodes alone of a wide batch a step with prompts may take, so that running answers
     keep their pace while long prompts arrive; half of `max_sequences` and more is wide. 0 leaves it to
     `step_token_budget`, as it is until such a batch was seen."""

@@ -28,6 +28,7 @@ from .window import FULL, Window
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 _BUILD_SECONDS = 120
+_CACHE_LINE, _PAGE = 16, 1024  # in numbers of fp32
 _UNIT_INPUTS = 32  # that the matrix unit multiplies at once
 _PACKINGS = {torch.bfloat16: 16, torch.float16: 17}
 
@@ -131,7 +132,9 @@ class CpuKernels:
         if onto is not None:
             out = onto
         elif room is not None:
-            out = self.room(room, count, weight.output_size)
+            # Rows whole pages apart share a few places of a core's cache.
+            width = weight.output_size + (_CACHE_LINE if weight.output_size % _PAGE == 0 else 0)
+            out = self.room(room, count, width)[:, : weight.output_size]
         else:
             out = rows.new_empty(count, weight.output_size)
         given = _Rows(rows.data_ptr(), None, rows.stride(0), count, 0, 0.0)
@@ -139,7 +142,9 @@ class CpuKernels:
             given.norm, given.epsilon, given.before = before.weight.data_ptr(), before.epsilon, 1
         elif before is not None:
             given.before = 2
-        self._library.tidegate_linear(weight.header, given, out.data_ptr(), onto is not None, narrowness, self._threads)
+        self._library.tidegate_linear(
+            weight.header, given, out.data_ptr(), out.stride(0), onto is not None, narrowness, self._threads
+        )
         return out
 
     def rotate_and_write(
@@ -328,7 +333,7 @@ _C_TYPES = {
     "r": ctypes.POINTER(_Rows),
 }
 _SIGNATURES = {
-    "linear": "wrpiii",
+    "linear": "wrpniii",
     "rotate_and_write": "pnnnnppppfpipi",
     "attention": "ipnpnnpnppnnnnnnnfppni",
     "attend_chunk": "iipnpnnpnnnnnnnnnnfpi",

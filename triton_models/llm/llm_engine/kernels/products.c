@@ -113,12 +113,12 @@ INLINE const float *ready(const Rows *rows, int64_t row, int64_t inputs, float *
 typedef struct {
     float *numbers;
     const float *bias;
-    int64_t outputs;
+    int64_t outputs, stride;
     int adds;
 } Out;
 
 INLINE void put_one(const Out *out, int64_t row, int64_t output, float sum) {
-    float *to = out->numbers + row * out->outputs + output;
+    float *to = out->numbers + row * out->stride + output;
     if (out->bias) sum += out->bias[output];
     *to = out->adds ? *to + sum : sum;
 }
@@ -128,7 +128,7 @@ INLINE void put(const Out *out, int64_t row, int64_t first, const Floats sums[2]
     for (int half = 0; half < 2; half++) {
         int64_t begin = first + half * LANES;
         if (begin + LANES <= out->outputs) {
-            float *to = out->numbers + row * out->outputs + begin;
+            float *to = out->numbers + row * out->stride + begin;
             Floats value = sums[half];
             if (out->bias) value += load(out->bias + begin);
             if (out->adds) value += load(to);
@@ -562,8 +562,8 @@ INLINE Sums sums_of(const Out *out, int64_t tile, int64_t first, int64_t row, in
     int64_t several = count - row < 2 * UNIT_ROWS ? count - row : 2 * UNIT_ROWS;
     int is_whole = several % UNIT_ROWS == 0 && (tile + 1) * TILE <= out->outputs && !out->bias;
     return (Sums){
-        .numbers = is_whole ? out->numbers + (first + row) * out->outputs + tile * TILE : beside + row * TILE,
-        .stride = is_whole ? out->outputs : TILE,
+        .numbers = is_whole ? out->numbers + (first + row) * out->stride + tile * TILE : beside + row * TILE,
+        .stride = is_whole ? out->stride : TILE,
         .is_pair = several > UNIT_ROWS,
         .carries = is_whole && out->adds,
     };
@@ -635,8 +635,10 @@ INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, con
 /* out [rows, outputs] = rows times a weight transposed, + bias, + what is there where it `adds`. Inputs of four and
  * eight bits are whole groups; strides count numbers. A narrow product of fp16 is exact.
  */
-void tidegate_linear(const Weight *weight, const Rows *rows, float *numbers, int adds, int narrowness, int threads) {
-    Out out = {numbers, weight->bias, weight->outputs, adds};
+void tidegate_linear(
+    const Weight *weight, const Rows *rows, float *numbers, int64_t stride, int adds, int narrowness, int threads
+) {
+    Out out = {numbers, weight->bias, weight->outputs, stride, adds};
 #define EACH(kind, function) \
     case kind:               \
         function(kind, weight, rows, &out, threads); \

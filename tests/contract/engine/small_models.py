@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
 QWEN_EXPERTS = {
@@ -109,3 +112,17 @@ def small_model(*, family: str = "Llama", seed: int = 0, **changes):
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(torch.randn_like(buffer) * 0.2)
     return model
+
+
+def save_spoiled_model(folder: Path) -> None:
+    """A model as a folder, with a number that is none, which the last of several ranks reads."""
+    small_model().save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, 0] = torch.nan
+    save_file(tensors, path)
+
+
+def tokens_of(count: int) -> list[int]:
+    """A prompt of so many tokens."""
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from small_models import SHAPES, small_model
+from small_models import SHAPES, save_spoiled_model, small_model, tokens_of
 
 ENGINE = Path(__file__).resolve().parents[3] / "triton_models" / "llm"
 SETTINGS = {"kv_cache_bytes": 1 << 22, "step_token_budget": 48, "thread_count": 1, "cpu_kernels": False}
@@ -24,10 +22,6 @@ QUICK_SECONDS = 20
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
-
-
-def tokens_of(count):
-    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
 
 
 @pytest.fixture
@@ -153,11 +147,7 @@ def test_what_is_lost_ends_all_at_once(tmp_path, start_both, lose, heard, node_s
 def test_a_node_that_cannot_load_is_named(tmp_path, start_both):
     from llm_engine import ModelLoadError
 
-    small_model().save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][-1, 0] = torch.nan
-    save_file(tensors, path)
+    save_spoiled_model(tmp_path)
     with pytest.raises(ModelLoadError, match=r"node 1 at 127.0.0.1: rank 1: .*up_proj.weight holds values"):
         start_both(tmp_path, 2)
 

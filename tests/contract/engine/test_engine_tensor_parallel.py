@@ -6,9 +6,7 @@ import threading
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from small_models import LATENT, SHAPES, small_model
+from small_models import LATENT, SHAPES, save_spoiled_model, small_model, tokens_of
 
 SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True}
 
@@ -26,10 +24,6 @@ def make_ranks(make_engine):
     yield make
     for engine in engines:
         engine.close()
-
-
-def tokens_of(count):
-    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -114,11 +108,7 @@ def test_a_rank_that_hangs_is_given_up(tmp_path, make_ranks):
 def test_a_rank_that_cannot_load_is_named(tmp_path, make_ranks):
     from llm_engine import ModelLoadError
 
-    small_model().save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][-1, 0] = torch.nan
-    save_file(tensors, path)
+    save_spoiled_model(tmp_path)
     with pytest.raises(ModelLoadError, match=r"rank 1: .*model.layers.1.mlp.up_proj.weight holds values"):
         make_ranks(tmp_path, 2)
 

@@ -406,12 +406,7 @@ INLINE void attend_chunk(
                     queries + row * query_stride + of_all * key_size, query_stride, key_size, value_size, scale,  \
                     largest + state, sums + state, out + row * out_stride + of_all * value_size, out_stride);     \
         break;
-                            switch (several) {
-                                CASE(1) CASE(2) CASE(3) CASE(4)
-#if ROWS == 8
-                                CASE(5) CASE(6) CASE(7) CASE(8)
-#endif
-                            }
+                            switch (several) { FOR_EACH_COUNT(CASE) }
 #undef CASE
                         }
                     }

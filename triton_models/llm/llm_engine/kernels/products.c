@@ -183,12 +183,6 @@ INLINE void unpack(int packing, Tile tile, int64_t inputs, float *to) {
     }
 }
 
-#if ROWS == 8
-#define FOR_EACH_COUNT(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#else
-#define FOR_EACH_COUNT(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
-#endif
-
 /* One tile times all rows; `room` holds a tile as fp32. */
 INLINE void packed_tile(
     int packing, const Weight *weight, int64_t tile, const float *x, int64_t stride, int64_t rows, const Out *out,

@@ -18,6 +18,13 @@
 #define LANES 8
 #define ROWS 4
 #endif
+/* The cases of a switch over how many of ROWS there are. */
+#if ROWS == 8
+#define FOR_EACH_COUNT(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#else
+#define FOR_EACH_COUNT(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#endif
+
 #define TILE (2 * LANES) /* outputs whose weights are packed side by side */
 
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));

@@ -10,8 +10,11 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from llm_engine import cpu_kernels
 from llm_engine.blocks import Blocks, rounded
+from llm_engine.cache_layout import CacheLayout
 from llm_engine.cpu_kernels import Narrowness, load_kernels
 from llm_engine.rowwise import Norm, SwiGlu
+from llm_engine.step_tensors import AttentionGroup, StepTensors
+from llm_engine.window import FULL
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +191,14 @@ def test_what_is_not_finite_stays_so(kernels):
     assert unchanged(kernels, rows, Norm(torch.ones(64), 1e-5), 64)[1].isnan().all()
 
 
+def plain_layout(kv_heads: int, size: int, dtype: torch.dtype) -> CacheLayout:
+    return CacheLayout(dtype, 16, kv_heads, size, size, is_latent=False, scale=size**-0.5)
+
+
+def latent_layout(key_size: int, dtype: torch.dtype) -> CacheLayout:
+    return CacheLayout(dtype, 16, 1, key_size, 32, is_latent=True, scale=key_size**-0.5)
+
+
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_queries_and_keys_are_turned_and_kept(kernels, has_norms, dtype):
@@ -199,6 +210,9 @@ def test_queries_and_keys_are_turned_and_kept(kernels, has_norms, dtype):
     norms = random(heads + kv_heads, size, seed=4) if has_norms else None
     slots = torch.randperm(80, generator=torch.Generator().manual_seed(0))[:count]
     cache = torch.zeros(80, 2 * kv_heads * size, dtype=dtype)
+    layout, wide = plain_layout(kv_heads, size, dtype), torch.full((count, qkv.shape[1] + 3), 7.0)
+    wide[:, : qkv.shape[1]] = qkv
+    step = StepTensors([], positions, positions, slots, [], positions, [])
 
     by_head = qkv.view(count, -1, size)
     turning, plain = by_head.split((heads + kv_heads, kv_heads), dim=1)
@@ -208,19 +222,27 @@ def test_queries_and_keys_are_turned_and_kept(kernels, has_norms, dtype):
     cosines, sines = (table[positions].unsqueeze(1) for table in tables)
     turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=2)
 
-    kernels.rotate_and_write(qkv, (heads, kv_heads, size), tables, positions, norms, 1e-5, cache, slots)
-    assert torch.allclose(qkv.view(count, -1, size)[:, : heads + kv_heads], turned, atol=1e-5)
+    kernels.rotate_and_write(wide[:, : qkv.shape[1]], heads, tables, step, norms, 1e-5, cache, layout)
+    assert torch.allclose(wide[:, :-3].reshape(count, -1, size)[:, : heads + kv_heads], turned, atol=1e-5)
+    assert (wide[:, -3:] == 7.0).all()
     kept = torch.cat((turned[:, heads:], plain), dim=1).flatten(1)
     assert torch.allclose(cache[slots].float(), kept.to(dtype).float(), atol=1e-5 if dtype == torch.float32 else 0.02)
     untouched = torch.ones(80, dtype=torch.bool).index_fill_(0, slots, False)
     assert not cache[untouched].any()
 
 
-def attend(kernels, queries, cache, *rest, value_size: int, **others) -> torch.Tensor:
-    out = torch.full((*queries.shape[:2], value_size), float("nan"))
-    function = kernels.attend_chunk if "start" in others else kernels.attend
-    function(queries, cache, *rest, value_size=value_size, out=out, **others)
+def attend(kernels, queries, cache, layout: CacheLayout, group: AttentionGroup) -> torch.Tensor:
+    out = torch.full((*queries.shape[:2], layout.value_size), float("nan"))
+    kernels.attend(queries, cache, layout, group, FULL, out)
     return out
+
+
+def decodes(blocks: torch.Tensor, lengths: list[int]) -> AttentionGroup:
+    return AttentionGroup(0, len(lengths), 1, blocks, max(lengths), lengths=torch.tensor(lengths))
+
+
+def chunk(blocks: torch.Tensor, start: int, count: int) -> AttentionGroup:
+    return AttentionGroup(0, 1, count, blocks, start + count)
 
 
 SHARING = {"one each": (4, 4), "three": (6, 2), "five": (5, 1), "all": (9, 1)}
@@ -231,33 +253,28 @@ SHARING = {"one each": (4, 4), "three": (6, 2), "five": (5, 1), "all": (9, 1)}
 @pytest.mark.parametrize("is_latent", [False, True])
 def test_attention_is_that_of_torch(kernels, sharing, dtype, is_latent):
     heads, kv_heads = SHARING[sharing]
-    if is_latent:
-        heads, kv_heads, key_size, value_size, values_at = heads, 1, 48, 32, 0
-        token_size = key_size
-    else:
-        key_size = value_size = 80
-        values_at, token_size = kv_heads * key_size, 2 * kv_heads * key_size
-    lengths = torch.tensor([1, 16, 17, 255, 256, 257, 700])
-    blocks_each = -(-int(lengths.max()) // 16)
+    layout = latent_layout(48, dtype) if is_latent else plain_layout(kv_heads, 80, dtype)
+    kv_heads, key_size, value_size = layout.kv_head_count, layout.key_size, layout.value_size
+    values_at, token_size = layout.values_at, layout.token_size
+    lengths = [1, 16, 17, 255, 256, 257, 700]
+    blocks_each = -(-max(lengths) // 16)
     generator = torch.Generator().manual_seed(5)
     cache = random(len(lengths) * blocks_each, 16 * token_size).to(dtype)
     blocks = torch.randperm(len(cache), generator=generator).view(len(lengths), blocks_each)
     wide = random(len(lengths), heads * key_size + 5, seed=6) * 2
     queries = wide[:, : heads * key_size].unflatten(1, (heads, key_size))
-    scale = key_size**-0.5
-    terms = {"kv_head_count": kv_heads, "value_size": value_size, "values_at": values_at, "scale": scale}
 
-    found = attend(kernels, queries, cache, token_size, 16, blocks, lengths, 700, **terms)
-    for row, length in enumerate(lengths.tolist()):
+    found = attend(kernels, queries, cache, layout, decodes(blocks, lengths))
+    for row, length in enumerate(lengths):
         tokens = cache[blocks[row]].view(-1, token_size)[:length].float()
         keys = tokens[:, : kv_heads * key_size].view(length, kv_heads, key_size).repeat_interleave(heads // kv_heads, 1)
         of_values = tokens[:, values_at : values_at + kv_heads * value_size].view(length, kv_heads, value_size)
         of_values = of_values.repeat_interleave(heads // kv_heads, 1)
-        weights = (torch.einsum("hd,thd->ht", queries[row], keys) * scale).softmax(dim=1)
+        weights = (torch.einsum("hd,thd->ht", queries[row], keys) * layout.scale).softmax(dim=1)
         expected = torch.einsum("ht,thd->hd", weights, of_values)
         assert torch.allclose(found[row], expected, atol=2e-6, rtol=1e-5), length
 
-    alone = attend(kernels, queries[4:5], cache, token_size, 16, blocks[4:5], lengths[4:5], 256, **terms)
+    alone = attend(kernels, queries[4:5], cache, layout, decodes(blocks[4:5], lengths[4:5]))
     assert torch.equal(alone[0], found[4])
 
 
@@ -271,19 +288,18 @@ def test_a_prompts_attention_is_that_of_torch_however_it_is_cut(
 ):
     heads, kv_heads = SHARING[sharing]
     if is_latent:
-        kv_heads, value_size, values_at = 1, 32, 0
-        key_size = token_size = 96 if fits_unit else 48
+        layout = latent_layout(96 if fits_unit else 48, dtype)
     else:
-        key_size = value_size = 64 if fits_unit else 80
-        values_at, token_size = kv_heads * key_size, 2 * kv_heads * key_size
+        layout = plain_layout(kv_heads, 64 if fits_unit else 80, dtype)
+    kv_heads, key_size, value_size = layout.kv_head_count, layout.key_size, layout.value_size
+    values_at, token_size = layout.values_at, layout.token_size
     length = start + count
     cache = random(50, 16 * token_size).to(dtype)
     blocks = torch.randperm(50, generator=torch.Generator().manual_seed(5))[: -(-length // 16)].contiguous()
     wide = random(count, heads * key_size + 5, seed=6) * 2
     queries = wide[:, : heads * key_size].unflatten(1, (heads, key_size))
-    terms = {"kv_head_count": kv_heads, "value_size": value_size, "values_at": values_at, "scale": key_size**-0.5}
 
-    found = attend(kernels, queries, cache, token_size, 16, blocks, start=start, **terms)
+    found = attend(kernels, queries, cache, layout, chunk(blocks, start, count))
     tokens = cache[blocks].view(-1, token_size)[:length].float()
     keys = tokens[:, : kv_heads * key_size].view(length, kv_heads, key_size).repeat_interleave(heads // kv_heads, 1)
     of_values = tokens[:, values_at : values_at + kv_heads * value_size].view(length, kv_heads, value_size)
@@ -298,7 +314,7 @@ def test_a_prompts_attention_is_that_of_torch_however_it_is_cut(
 
     cut = count // 3
     parts = [
-        attend(kernels, queries[first:last], cache, token_size, 16, blocks, start=start + first, **terms)
+        attend(kernels, queries[first:last], cache, layout, chunk(blocks, start + first, last - first))
         for first, last in ((0, cut), (cut, count))
     ]
     assert torch.equal(torch.cat(parts), found)
@@ -308,10 +324,10 @@ def test_attention_reads_nothing_behind_a_sequences_end_and_keeps_nans_to_their_
     cache = random(4, 16 * 2 * 16)
     cache.view(-1, 32)[5:16] = float("nan")
     queries, blocks = random(2, 1, 16), torch.tensor([[0, 9_999], [1, 2]])
-    terms = {"kv_head_count": 1, "value_size": 16, "values_at": 16, "scale": 0.25}
-    found = attend(kernels, queries, cache, 32, 16, blocks, torch.tensor([5, 32]), 32, **terms)
+    layout = plain_layout(1, 16, torch.float32)
+    found = attend(kernels, queries, cache, layout, decodes(blocks, [5, 32]))
     assert found.isfinite().all()
-    found = attend(kernels, queries, cache, 32, 16, blocks, torch.tensor([6, 32]), 32, **terms)
+    found = attend(kernels, queries, cache, layout, decodes(blocks, [6, 32]))
     assert found[0].isnan().all()
     assert found[1].isfinite().all()
 
@@ -321,19 +337,19 @@ def test_large_scores_do_not_overflow(kernels):
     tokens = cache.view(16, 32)
     tokens[:, 16:] = torch.arange(16.0).unsqueeze(1)
     tokens[3, :16] = 1e4
-    terms = {"kv_head_count": 1, "value_size": 16, "values_at": 16, "scale": 1.0}
-    blocks = torch.tensor([[0]])
-    found = attend(kernels, torch.ones(1, 1, 16), cache, 32, 16, blocks, torch.tensor([16]), 16, **terms)
+    layout, blocks = plain_layout(1, 16, torch.float32), torch.tensor([[0]])
+    found = attend(kernels, torch.ones(1, 1, 16) * 4, cache, layout, decodes(blocks, [16]))
     assert torch.equal(found, torch.full((1, 1, 16), 3.0))
 
 
 def test_what_the_kernels_cannot_attend_to_is_known(kernels):
-    assert kernels.can_attend(64, 64, torch.float32)
-    assert not kernels.can_attend(20, 64, torch.float32)
-    assert not kernels.can_attend(64, 64, torch.float16)
-    assert kernels.can_attend_chunks(48, 48, torch.float32)
-    assert not kernels.can_attend_chunks(48, 48, torch.bfloat16)
-    assert kernels.can_attend_chunks(64, 64, torch.bfloat16) == (kernels.narrowness == Narrowness.ANY_ROWS)
+    assert kernels.can_attend(plain_layout(1, 64, torch.float32))
+    assert not kernels.can_attend(plain_layout(1, 20, torch.float32))
+    assert not kernels.can_attend(plain_layout(1, 64, torch.float16))
+    assert kernels.can_attend_chunks(plain_layout(1, 48, torch.float32))
+    assert not kernels.can_attend_chunks(plain_layout(1, 48, torch.bfloat16))
+    has_unit = kernels.narrowness == Narrowness.ANY_ROWS
+    assert kernels.can_attend_chunks(plain_layout(1, 64, torch.bfloat16)) == has_unit
 
 
 def test_the_library_is_built_once(tmp_path, monkeypatch):

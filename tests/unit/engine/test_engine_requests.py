@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_engine import RequestRefused, SamplingParams, SequenceRequest
+from llm_engine import RequestRefused, SamplingParams, SequenceRequest, model
 from llm_engine.errors import NON_FINITE_LOGITS
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -160,7 +160,8 @@ def test_cancelling_frees_at_once_whether_running_or_waiting(make_engine):
     assert not engine.cancel("running")
 
 
-def test_a_step_is_given_up_for_an_unwanted_prompt_and_the_others_lose_nothing(make_engine):
+def test_a_step_is_given_up_for_an_unwanted_prompt_and_the_others_lose_nothing(make_engine, monkeypatch):
+    monkeypatch.setattr(model, "_FEW_ROWS", 5)
     alone = finish(make_engine(), request("kept"))["kept"]["token_ids"]
     engine = make_engine()
     engine.add(request("kept"))

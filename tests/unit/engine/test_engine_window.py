@@ -113,7 +113,7 @@ class Texts:
             hidden = self._window.hidden_blocks(work.start, BLOCK)
             self.cache.layer(0)[self._blocks[work.token_ids[0]][hidden.start : hidden.stop]] = float("nan")
         for group in step.groups:
-            self.cache.attend(0, queries[group.rows], group, out[group.rows])
+            self.cache.attend(0, queries, group, out)
         self.cache.layer(0).copy_(before)
         rows = enumerate(zip(step.token_ids.tolist(), step.positions.tolist(), strict=True))
         found = {place: row for row, place in rows}

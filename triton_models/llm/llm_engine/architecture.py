@@ -128,23 +128,6 @@ class Architecture:
         return self.kv_head_count * self.head_dim
 
     @property
-    def cached_key_size(self) -> int:
-        """What is cached of a token for one KV head to find it by."""
-        return self.head_dim if self.latent is None else self.latent.kv_rank + self.latent.rope_size
-
-    @property
-    def cached_value_size(self) -> int:
-        """What is cached of a token for one KV head to give; of a latent, the key's first columns are the value."""
-        return self.head_dim if self.latent is None else self.latent.kv_rank
-
-    @property
-    def cached_token_size(self) -> int:
-        """Numbers that a layer caches of a token."""
-        if self.latent is not None:
-            return self.cached_key_size
-        return self.kv_head_count * (self.cached_key_size + self.cached_value_size)
-
-    @property
     def softmax_scale(self) -> float:
         """By what queries times keys are multiplied."""
         key_size = self.head_dim if self.latent is None else self.latent.key_size

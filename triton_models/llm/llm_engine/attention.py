@@ -41,7 +41,7 @@ class Place:
         """[row_count, head_count, key_size] to [row_count, head_count * value_size]."""
         out = self.kv_cache.room(*queries.shape[:2])
         for group in self.step.groups:
-            self.kv_cache.attend(self.layer, queries[group.rows], group, out[group.rows])
+            self.kv_cache.attend(self.layer, queries, group, out)
         return out.flatten(1)
 
 
@@ -57,28 +57,29 @@ class GroupedQueryAttention:
         kernels: CpuKernels | None,
     ) -> None:
         self._architecture = a = architecture
-        self._norm, self._qkv, self._kernels = norm, qkv, kernels
-        self._head_norms = None
+        self.norm, self.qkv, self._kernels = norm, qkv, kernels
+        self.head_norms: torch.Tensor | None = None
         if a.has_head_norms:
             of_each = [weights["query_norm"]] * a.head_count + [weights["key_norm"]] * a.kv_head_count
-            self._head_norms = torch.stack(of_each)
+            self.head_norms = torch.stack(of_each)
 
     def __call__(self, rows: torch.Tensor, place: Place) -> torch.Tensor:
         """[row_count, hidden_size], which are normed first, to [row_count, query_size]."""
         a = self._architecture
-        qkv = self._qkv(rows, before=self._norm)
+        qkv = self.qkv(rows, before=self.norm)
         if self._kernels is not None:
-            qkv = qkv.contiguous()
-            heads = (a.head_count, a.kv_head_count, a.head_dim)
-            cache, step = place.kv_cache.layer(place.layer), place.step
+            # A product by torch may be a transposed view.
+            qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+            kv_cache, step = place.kv_cache, place.step
             self._kernels.rotate_and_write(
-                qkv, heads, place.tables, step.positions, self._head_norms, a.norm_epsilon, cache, step.slots
-            )
+                qkv, a.head_count, place.tables, step, self.head_norms, a.norm_epsilon,
+                kv_cache.layer(place.layer), kv_cache.layout,
+            )  # fmt: skip
             return place.attend(qkv[:, : a.query_size].unflatten(1, (a.head_count, a.head_dim)))
         by_head = qkv.reshape(rows.shape[0], -1, a.head_dim)
         queries_keys, values = by_head.split((a.head_count + a.kv_head_count, a.kv_head_count), dim=1)
-        if self._head_norms is not None:
-            queries_keys = F.rms_norm(queries_keys, (a.head_dim,), eps=a.norm_epsilon) * self._head_norms
+        if self.head_norms is not None:
+            queries_keys = F.rms_norm(queries_keys, (a.head_dim,), eps=a.norm_epsilon) * self.head_norms
         turned = place.rotated(queries_keys)
         queries, keys = turned.split((a.head_count, a.kv_head_count), dim=1)
         place.kv_cache.write(place.layer, place.step.slots, torch.cat((keys, values), dim=1).flatten(1))

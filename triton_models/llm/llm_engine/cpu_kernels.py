@@ -15,15 +15,22 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .blocks import GROUP_SIZE, Blocks
+from .cache_layout import CacheLayout
 from .rowwise import Norm, Rowwise
-from .window import FULL, Window
+from .window import Window
+
+if TYPE_CHECKING:
+    from .kv_cache import KvCache
+    from .step_tensors import AttentionGroup, StepTensors
 
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -60,6 +67,54 @@ class _Rows(ctypes.Structure):
     ]
 
 
+class _Out(ctypes.Structure):
+    _fields_ = [("numbers", ctypes.c_void_p), ("stride", ctypes.c_int64), ("adds", ctypes.c_int64)]
+
+
+class _CacheLayout(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("is_bf16", "block_tokens", "token_size", "kv_heads", "key_size", "value_size", "values_at")
+        ),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Window(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("newest", "begins_at", "sinks")]
+
+
+class _Group(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("blocks", "lengths", "hidden")),
+        *((name, ctypes.c_int64) for name in ("blocks_stride", "first_row", "count", "longest")),
+    ]
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("cosines", "sines", "positions", "slots")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "head_norms", "cache")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "qkv", "attended", "gate_up")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "qkv_stride", "gate_up_stride", "group_count")),
+        ("groups", ctypes.POINTER(_Group)),
+        ("layout", _CacheLayout),
+        ("places", _Places),
+        ("window", _Window),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
 @dataclass(frozen=True)
 class Packed:
     """A weight and its bias in the kernels' layout; `tensors` keeps what the header points to."""
@@ -67,6 +122,39 @@ class Packed:
     header: _Weight
     tensors: tuple[torch.Tensor | None, ...]
     output_size: int
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer of a Llama-like model: the norms before attention and before the feed-forward part, those of heads where
+    it has them, [query and KV heads, size], and its products."""
+
+    attention_norm: Norm
+    mlp_norm: Norm
+    head_norms: torch.Tensor | None
+    qkv: Packed
+    output: Packed
+    gate_up: Packed
+    down: Packed
+
+
+Layers = ctypes.Array[_Layer]
+"""What `run_layers` takes; it points to the weights, which others keep."""
+
+
+def layers_of(weights: Sequence[LayerWeights]) -> Layers:
+    """A model's layers."""
+    return (_Layer * len(weights))(
+        *(
+            _Layer(
+                *(packed.header for packed in (each.qkv, each.output, each.gate_up, each.down)),
+                each.attention_norm.weight.data_ptr(),
+                each.mlp_norm.weight.data_ptr(),
+                None if each.head_norms is None else each.head_norms.data_ptr(),
+            )
+            for each in weights
+        )
+    )
 
 
 class CpuKernels:
@@ -78,7 +166,7 @@ class CpuKernels:
             function = getattr(library, f"tidegate_{name}")
             function.argtypes = [_C_TYPES[letter] for letter in types]
             function.restype = ctypes.c_int64 if not types else None
-        self._tile, self._lanes, self._split = (getattr(library, f"tidegate_{n}")() for n in ("tile", "lanes", "split"))
+        self._tile, self._lanes = library.tidegate_tile(), library.tidegate_lanes()
         self._memories: dict[str, torch.Tensor] = {}
         self._rooms: dict[str, torch.Tensor] = {}
         self.narrowness = Narrowness(library.tidegate_narrowness())
@@ -132,9 +220,7 @@ class CpuKernels:
         if onto is not None:
             out = onto
         elif room is not None:
-            # Rows whole pages apart share a few places of a core's cache.
-            width = weight.output_size + (_CACHE_LINE if weight.output_size % _PAGE == 0 else 0)
-            out = self.room(room, count, width)[:, : weight.output_size]
+            out = self._rows_room(room, count, weight.output_size)
         else:
             out = rows.new_empty(count, weight.output_size)
         given = _Rows(rows.data_ptr(), None, rows.stride(0), count, 0, 0.0)
@@ -142,117 +228,102 @@ class CpuKernels:
             given.norm, given.epsilon, given.before = before.weight.data_ptr(), before.epsilon, 1
         elif before is not None:
             given.before = 2
-        self._library.tidegate_linear(
-            weight.header, given, out.data_ptr(), out.stride(0), onto is not None, narrowness, self._threads
-        )
+        to = _Out(out.data_ptr(), out.stride(0), onto is not None)
+        self._library.tidegate_linear(weight.header, given, to, narrowness, self._threads)
         return out
 
     def rotate_and_write(
         self,
         qkv: torch.Tensor,
-        heads: tuple[int, int, int],
+        head_count: int,
         tables: tuple[torch.Tensor, torch.Tensor],
-        positions: torch.Tensor,
+        step: "StepTensors",
         norms: torch.Tensor | None,
         epsilon: float,
         cache: torch.Tensor,
-        slots: torch.Tensor,
+        layout: CacheLayout,
     ) -> None:
         """Norm and turn the queries and keys of [row_count, width] in place, and keep keys and values in the cache.
 
         Args:
-            heads: query heads, KV heads, their size.
+            head_count: of queries.
             tables: cosines and sines, [context, size / 2] each.
+            step: whose positions and slots these are.
             norms: [query and KV heads, size], or none.
-            cache: one layer's, a token's keys and values side by side.
-            slots: [row_count] int64, places of tokens in the cache.
+            cache: one layer's.
         """
-        cosines, sines = tables
         self._library.tidegate_rotate_and_write(
-            qkv.data_ptr(), qkv.shape[0], *heads, cosines.data_ptr(), sines.data_ptr(), positions.data_ptr(),
-            None if norms is None else norms.data_ptr(), epsilon, cache.data_ptr(), cache.dtype == torch.bfloat16,
-            slots.data_ptr(), self._threads,
+            _layout(layout), _places(tables, step), qkv.data_ptr(), qkv.stride(0), qkv.shape[0], head_count,
+            None if norms is None else norms.data_ptr(), epsilon, cache.data_ptr(), self._threads,
         )  # fmt: skip
 
-    def can_attend(self, key_size: int, value_size: int, dtype: torch.dtype) -> bool:
-        """Whether `attend` takes heads of such sizes from a cache of such a type."""
-        fits = key_size % self._lanes == 0 and value_size % self._lanes == 0
-        return fits and dtype in (torch.float32, torch.bfloat16)
+    def can_attend(self, layout: CacheLayout) -> bool:
+        """Whether `attend` takes single rows of sequences, with a cache like that."""
+        fits = layout.key_size % self._lanes == 0 and layout.value_size % self._lanes == 0
+        return fits and layout.dtype in (torch.float32, torch.bfloat16)
 
-    def can_attend_chunks(self, key_size: int, value_size: int, dtype: torch.dtype) -> bool:
-        """Whether `attend_chunk` takes them, and is quicker than torch."""
-        if not self.can_attend(key_size, value_size, dtype):
+    def can_attend_chunks(self, layout: CacheLayout) -> bool:
+        """Whether it takes consecutive ones, and is quicker than torch."""
+        if not self.can_attend(layout):
             return False
-        fits_unit = key_size % _UNIT_INPUTS == 0 and value_size % _UNIT_INPUTS == 0
-        return dtype == torch.float32 or (fits_unit and self.narrowness == Narrowness.ANY_ROWS)
+        fits_unit = layout.key_size % _UNIT_INPUTS == 0 and layout.value_size % _UNIT_INPUTS == 0
+        return layout.dtype == torch.float32 or (fits_unit and self.narrowness == Narrowness.ANY_ROWS)
 
     def attend(
         self,
         queries: torch.Tensor,
         cache: torch.Tensor,
-        token_size: int,
-        block_token_count: int,
-        blocks: torch.Tensor,
-        lengths: torch.Tensor,
-        longest: int,
-        kv_head_count: int,
-        value_size: int,
-        values_at: int,
-        scale: float,
+        layout: CacheLayout,
+        group: "AttentionGroup",
+        window: Window,
         out: torch.Tensor,
-        *,
-        hidden: torch.Tensor | None = None,
-        sinks: int = 0,
     ) -> None:
-        """Attend one row a sequence to the first tokens of each: [sequences, heads, key size] to the value's size.
+        """Attend a group's rows of [row_count, heads, key size], which has no mask, to the value's size.
 
         Args:
-            cache: one layer's blocks; a token takes `token_size` numbers, keys first.
-            blocks: [sequences, any] int64, each sequence's blocks in order.
-            lengths: [sequences] int64, how many tokens each row sees; `longest` is the largest.
-            values_at: where a token's values begin.
-            hidden: [sequences] int64, how many tokens behind the first `sinks` of its blocks each row does not see.
+            cache: one layer's blocks.
+            window: what each row sees of the tokens up to its own. Blocks that it hides from all of a chunk may be any.
         """
-        count, heads, key_size = queries.shape
-        splits = -(-longest // self._split)
-        partials = self.room("partials", count * splits * heads * (value_size + 2))
-        self._library.tidegate_attention(
-            cache.dtype == torch.bfloat16, queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
-            token_size, blocks.data_ptr(), blocks.stride(0), lengths.data_ptr(),
-            None if hidden is None else hidden.data_ptr(), sinks, count, heads, kv_head_count, key_size,
-            value_size, values_at, scale, out.data_ptr(), partials.data_ptr(), splits, self._threads,
+        self._library.tidegate_attend(
+            _layout(layout), _window(window), _group(group), queries.data_ptr(), queries.stride(0), queries.shape[1],
+            cache.data_ptr(), out.data_ptr(), self.narrowness, self._threads,
         )  # fmt: skip
 
-    def attend_chunk(
+    def run_layers(
         self,
-        queries: torch.Tensor,
-        cache: torch.Tensor,
-        token_size: int,
-        block_token_count: int,
-        blocks: torch.Tensor,
-        start: int,
-        kv_head_count: int,
-        value_size: int,
-        values_at: int,
-        scale: float,
-        out: torch.Tensor,
-        *,
-        window: Window = FULL,
+        layers: Layers,
+        span: range,
+        hidden: torch.Tensor,
+        head_count: int,
+        epsilon: float,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        step: "StepTensors",
+        kv_cache: "KvCache",
+        narrowness: Narrowness,
     ) -> None:
-        """Attend consecutive rows of one sequence, [row_count, heads, key size], each to the tokens up to its own.
+        """Consecutive layers of a Llama-like model in one call: [row_count, hidden_size] in place.
 
         Args:
-            blocks: [any] int64, the sequence's blocks in order.
-            start: which token of the sequence the first row is; the others are as in `attend`.
-            window: what each row sees of the tokens up to its own. Blocks that it hides from all may be any.
+            epsilon: of all norms.
+            step: whose groups have no masks.
+            narrowness: of products.
         """
-        count, heads, key_size = queries.shape
-        self._library.tidegate_attend_chunk(
-            cache.dtype == torch.bfloat16, self.narrowness,
-            queries.data_ptr(), queries.stride(0), cache.data_ptr(), block_token_count,
-            token_size, blocks.data_ptr(), start, window.newest, window.begins_at, window.sinks,
-            count, heads, kv_head_count, key_size, value_size, values_at, scale, out.data_ptr(), self._threads,
+        for index in span:
+            layers[index].cache = kv_cache.layer(index).data_ptr()
+        first, count = layers[span.start], hidden.shape[0]
+        qkv, gate_up = (self._rows_room(name, count, getattr(first, name).outputs) for name in ("qkv", "gate_up"))
+        attended = self.room("attended", count, first.output.inputs)
+        numbers = (each.data_ptr() for each in (hidden, qkv, attended, gate_up))
+        groups = (_Group * len(step.groups))(*(_group(group) for group in step.groups))
+        whole = _Step(
+            *numbers, count, head_count, qkv.stride(0), gate_up.stride(0), len(groups), groups,
+            _layout(kv_cache.layout), _places(tables, step), _window(kv_cache.window), epsilon,
         )  # fmt: skip
+        self._library.tidegate_layers(ctypes.byref(first), len(span), whole, narrowness, self._threads)
+
+    def _rows_room(self, name: str, count: int, width: int) -> torch.Tensor:
+        """A room for rows; whole pages apart they would share a few places of a core's cache."""
+        return self.room(name, count, width + (_CACHE_LINE if width % _PAGE == 0 else 0))[:, :width]
 
     def _tiles(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Words of the tile's outputs side by side, and scales of each group likewise; the last tile is filled up."""
@@ -324,23 +395,50 @@ def _build(path: Path) -> None:
         os.replace(f"{folder}/finished", path)
 
 
+def _layout(layout: CacheLayout) -> _CacheLayout:
+    is_bf16, sizes = layout.dtype == torch.bfloat16, (layout.kv_head_count, layout.key_size, layout.value_size)
+    return _CacheLayout(
+        is_bf16, layout.block_token_count, layout.token_size, *sizes, layout.values_at, layout.scale
+    )  # fmt: skip
+
+
+def _window(window: Window) -> _Window:
+    return _Window(window.newest, window.begins_at, window.sinks)
+
+
+def _group(group: "AttentionGroup") -> _Group:
+    lengths, hidden = (None if each is None else each.data_ptr() for each in (group.lengths, group.hidden))
+    count = group.sequence_count * group.query_count
+    return _Group(
+        group.blocks.data_ptr(), lengths, hidden, group.blocks.stride(0), group.first_row, count, group.longest
+    )  # fmt: skip
+
+
+def _places(tables: tuple[torch.Tensor, torch.Tensor], step: "StepTensors") -> _Places:
+    return _Places(*(each.data_ptr() for each in (*tables, step.positions, step.slots)))
+
+
 _C_TYPES = {
     "p": ctypes.c_void_p,
     "n": ctypes.c_int64,
     "i": ctypes.c_int,
     "f": ctypes.c_float,
-    "w": ctypes.POINTER(_Weight),
-    "r": ctypes.POINTER(_Rows),
-}
+    **{
+        letter: ctypes.POINTER(kind)
+        for letter, kind in {
+            "w": _Weight, "r": _Rows, "o": _Out, "c": _CacheLayout, "W": _Window, "g": _Group, "P": _Places,
+            "L": _Layer, "s": _Step,
+        }.items()
+    },
+}  # fmt: skip
 _SIGNATURES = {
-    "linear": "wrpniii",
-    "rotate_and_write": "pnnnnppppfpipi",
-    "attention": "ipnpnnpnppnnnnnnnfppni",
-    "attend_chunk": "iipnpnnpnnnnnnnnnnfpi",
+    "linear": "wroii",
+    "rotate_and_write": "cPpnnnpfpi",
+    "attend": "cWgpnnppii",
+    "layers": "Lnsii",
     "narrowness": "",
     "tile": "",
     "lanes": "",
-    "split": "",
 }
 
 assert GROUP_SIZE == 32, "kernels/products.c is written for groups of 32"

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .cache_layout import CacheLayout
+from .step_tensors import AttentionGroup
 from .window import FULL, Window
 
 _LINES = 16  # heads and rows that a program takes at least: what a tensor core multiplies
@@ -24,10 +26,10 @@ _LOG2_E = 1.4426950408889634
 
 
 class GpuAttention:
-    """`CpuKernels.attend` and `attend_chunk` on a GPU. Queries and the result have the type of activations."""
+    """`CpuKernels.attend` on a GPU. Queries and the result have the type of activations."""
 
-    def can_attend(self, key_size: int, value_size: int, dtype: torch.dtype) -> bool:
-        """Any size and type."""
+    def can_attend(self, layout: CacheLayout) -> bool:
+        """Any sizes and type."""
         return True
 
     can_attend_chunks = can_attend
@@ -36,64 +38,25 @@ class GpuAttention:
         self,
         queries: torch.Tensor,
         cache: torch.Tensor,
-        token_size: int,
-        block_token_count: int,
-        blocks: torch.Tensor,
-        lengths: torch.Tensor,
-        longest: int,
-        kv_head_count: int,
-        value_size: int,
-        values_at: int,
-        scale: float,
+        layout: CacheLayout,
+        group: AttentionGroup,
+        window: Window,
         out: torch.Tensor,
-        hidden: torch.Tensor | None = None,
-        sinks: int = 0,
     ) -> None:
-        """One row a sequence; the arguments are those of `CpuKernels.attend`, of which the last two hide nothing."""
-        sizes = (token_size, block_token_count, kv_head_count, value_size, values_at, scale)
-        _launch(queries, cache, blocks, lengths, 0, longest, out, *sizes, is_decode=True)
-
-    def attend_chunk(
-        self,
-        queries: torch.Tensor,
-        cache: torch.Tensor,
-        token_size: int,
-        block_token_count: int,
-        blocks: torch.Tensor,
-        start: int,
-        kv_head_count: int,
-        value_size: int,
-        values_at: int,
-        scale: float,
-        out: torch.Tensor,
-        window: Window = FULL,
-    ) -> None:
-        """Consecutive rows of one sequence; the arguments are those of `CpuKernels.attend_chunk`, without a window."""
-        sizes = (token_size, block_token_count, kv_head_count, value_size, values_at, scale)
-        longest = start + queries.shape[0]
-        _launch(queries, cache, blocks.unsqueeze(0), blocks, start, longest, out, *sizes, is_decode=False)
+        """The arguments are those of `CpuKernels.attend`; a window that hides anything has no kernel here."""
+        assert window is FULL
+        _launch(queries[group.rows], cache, layout, group, out[group.rows])
 
 
 def _launch(
-    queries: torch.Tensor,
-    cache: torch.Tensor,
-    blocks: torch.Tensor,
-    lengths: torch.Tensor,
-    start: int,
-    longest: int,
-    out: torch.Tensor,
-    token_size: int,
-    block_token_count: int,
-    kv_head_count: int,
-    value_size: int,
-    values_at: int,
-    scale: float,
-    *,
-    is_decode: bool,
+    queries: torch.Tensor, cache: torch.Tensor, layout: CacheLayout, group: AttentionGroup, out: torch.Tensor
 ) -> None:
     row_count, head_count, key_size = queries.shape
-    group = head_count // kv_head_count
-    heads = min(group, _HEADS)
+    sharing = head_count // layout.kv_head_count
+    is_decode, longest = group.lengths is not None, group.longest
+    blocks = group.blocks if is_decode else group.blocks.unsqueeze(0)
+    lengths = group.lengths if is_decode else group.blocks
+    heads = min(sharing, _HEADS)
     rows_of_tile = 1 if is_decode else max(1, _PROMPT_LINES // heads)
     lines = max(_LINES, triton.next_power_of_2(rows_of_tile * heads))
     tiles = triton.cdiv(row_count, rows_of_tile)
@@ -102,13 +65,14 @@ def _launch(
     whole = splits == 1
     results = out if whole else out.new_empty(splits, *out.shape, dtype=torch.float32)
     sums = queries.new_empty(splits, row_count, head_count, dtype=torch.float32)
-    _attend[(tiles, kv_head_count * triton.cdiv(group, heads), splits)](
+    _attend[(tiles, layout.kv_head_count * triton.cdiv(sharing, heads), splits)](
         queries, cache, blocks, lengths, results, sums,
-        row_count, start, queries.stride(0), blocks.stride(0), split_tokens, scale * _LOG2_E,
-        IS_DECODE=is_decode, IS_WHOLE=whole, HEADS=head_count, GROUP=group, TAKEN=heads, ROWS=rows_of_tile,
-        LINES=lines, TOKENS=_TOKENS, TOKEN_SIZE=token_size, BLOCK_TOKENS=block_token_count, VALUES_AT=values_at,
+        row_count, longest - row_count, queries.stride(0), blocks.stride(0), split_tokens, layout.scale * _LOG2_E,
+        IS_DECODE=is_decode, IS_WHOLE=whole, HEADS=head_count, GROUP=sharing, TAKEN=heads, ROWS=rows_of_tile,
+        LINES=lines, TOKENS=_TOKENS, TOKEN_SIZE=layout.token_size, BLOCK_TOKENS=layout.block_token_count,
+        VALUES_AT=layout.values_at,
         KEY=key_size, KEY_LANES=triton.next_power_of_2(key_size),
-        VALUE=value_size, VALUE_LANES=triton.next_power_of_2(value_size),
+        VALUE=layout.value_size, VALUE_LANES=triton.next_power_of_2(layout.value_size),
     )  # fmt: skip
     if not whole:
         # A split that a row does not reach has the sum -inf, and no share.

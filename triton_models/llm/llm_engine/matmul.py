@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .blocks import Blocks
-from .cpu_kernels import CpuKernels, Narrowness
+from .cpu_kernels import CpuKernels, Narrowness, Packed
 from .rowwise import Rowwise
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ class Compute:
     kernels: CpuKernels | None
     attention: "CpuKernels | GpuAttention | None" = None
     """What attends to blocks where they lie; None: they are gathered for torch."""
+
+    @property
+    def narrowness(self) -> Narrowness:
+        """Which of the kernels' products may be narrow."""
+        is_exact = self.kernels is None or self.dtype == torch.float32
+        return Narrowness.EXACT if is_exact else self.kernels.narrowness
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -61,9 +67,7 @@ class Projection:
         self._compute, self._room, kernels = compute, room, compute.kernels
         self._bias = None if bias is None else bias.to(compute.device, compute.activations)
         self._packed = None if kernels is None else kernels.pack(weight, self._bias)
-        self._narrowness = Narrowness.EXACT
-        if kernels is not None and compute.dtype != torch.float32:
-            self._narrowness = kernels.narrowness
+        self._narrowness = compute.narrowness
         # What the kernels can read is kept a second time only for products that are quicker than theirs.
         self._dense = None
         if self._packed is None or not self._takes_many_rows(weight):
@@ -99,6 +103,11 @@ class Projection:
         if self._bias is not None:
             product.add_(self._bias)
         return product if onto is None else onto.add_(product)
+
+    @property
+    def packed(self) -> Packed | None:
+        """The weight as the kernels have it; None where torch multiplies some rows."""
+        return self._packed if self._dense is None else None
 
     def _takes_many_rows(self, weight: torch.Tensor | Blocks) -> bool:
         """Whether the kernels' products are the quickest for any number of rows."""

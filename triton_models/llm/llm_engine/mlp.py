@@ -18,13 +18,13 @@ class Mlp:
     """A SwiGLU whose gate and up are one matrix."""
 
     def __init__(self, gate_up: Projection, down: Projection) -> None:
-        self._gate_up, self._down = gate_up, down
+        self.gate_up, self.down = gate_up, down
 
     def __call__(
         self, rows: torch.Tensor, *, norm: Norm | None = None, onto: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[row_count, hidden_size], both ways; the rows are normed first, and the result is added to `onto`."""
-        return self._down(self._gate_up(rows, before=norm), before=_SWIGLU, onto=onto)
+        return self.down(self.gate_up(rows, before=norm), before=_SWIGLU, onto=onto)
 
 
 class ExpertMixture:

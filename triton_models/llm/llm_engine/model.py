@@ -7,12 +7,14 @@ into the KV cache; a row depends on its own sequence alone. A layer is that of L
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .architecture import Architecture
 from .attention import GroupedQueryAttention, LatentAttention, Place
 from .blocks import Blocks
+from .cpu_kernels import Layers, LayerWeights, layers_of
 from .division import Division
 from .kv_cache import KvCache
 from .matmul import Compute, Embedding, Projection
@@ -21,6 +23,9 @@ from .ranks import Alone, Group
 from .rotary import rotary_tables
 from .rowwise import Norm
 from .step_tensors import StepTensors
+
+# A step of so many is short: nobody asks between its layers whether it is still wanted.
+_FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Model:
         weights = _Weights(tensors, compute)
         local = here.local(architecture)
         self._layers = [_layer(local, here, layer, weights) for layer in range(architecture.layer_count)]
+        self._cpu_layers = _cpu_layers(self._layers) if ranks.size == 1 and compute.kernels is not None else None
         self._final_norm = weights.norm("final_norm", architecture)
         self._output = weights.projection("output" if "output" in tensors else "embedding")
         self._embedding = Embedding(tensors["embedding"], compute)
@@ -60,24 +66,41 @@ class Model:
     ) -> torch.Tensor | None:
         """Compute a step's rows; gives the logits of its sampled rows, [sampled_count, vocabulary] fp32.
 
-        `give_up` is asked before each layer; None is the answer of a step that was given up. Of several ranks only
-        the first gets all logits, and the others must be given the same step.
+        `give_up` is asked before each layer, of a few rows once; None is the answer of a step that was given up. Of
+        several ranks only the first gets all logits, and the others must be given the same step.
         """
         hidden = self._embedded(step.token_ids)
-        # In place: fresh memory for each sum costs a prefill more than the arithmetic.
-        onto = hidden if self._ranks.size == 1 else None
-        for index, layer in enumerate(self._layers):
+        count = len(self._layers)
+        at_once = 1 if len(hidden) > _FEW_ROWS else count
+        for first in range(0, count, at_once):
             if give_up():
                 return None
-            place = Place(index, step, self._tables, kv_cache)
-            part = layer.attention_output(layer.attention(hidden, place), onto=onto)
-            if onto is None:
-                hidden += self._ranks.add_up(part)
-            part = layer.mlp(hidden, norm=layer.mlp_norm, onto=onto)
-            if onto is None:
-                hidden += self._ranks.add_up(part)
+            self._run_layers(range(first, first + at_once), hidden, step, kv_cache)
         wanted = hidden.index_select(0, step.sample_rows)
         return self._ranks.joined(self._output(wanted, before=self._final_norm).float().contiguous())
+
+    def _run_layers(self, span: range, hidden: torch.Tensor, step: StepTensors, kv_cache: KvCache) -> None:
+        """Consecutive layers, [row_count, hidden_size] in place: fresh memory for each sum costs a prefill more than
+        the arithmetic."""
+        kernels, a = self._compute.kernels, self.architecture
+        if kernels is not None and self._cpu_layers is not None and all(group.mask is None for group in step.groups):
+            kernels.run_layers(
+                self._cpu_layers, span, hidden, a.head_count, a.norm_epsilon, self._tables, step, kv_cache,
+                self._compute.narrowness,
+            )  # fmt: skip
+            return
+        for index in span:
+            layer = self._layers[index]
+            attended = layer.attention(hidden, Place(index, step, self._tables, kv_cache))
+            self._add(hidden, partial(layer.attention_output, attended))
+            self._add(hidden, partial(layer.mlp, hidden, norm=layer.mlp_norm))
+
+    def _add(self, hidden: torch.Tensor, product: Callable[..., torch.Tensor]) -> None:
+        """Add what all ranks' products give."""
+        if self._ranks.size == 1:
+            product(onto=hidden)
+        else:
+            hidden += self._ranks.add_up(product())
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[row_count, hidden_size]; a rank looks up what it has of the vocabulary, and the sum is everything."""
@@ -147,6 +170,23 @@ def _layer(architecture: Architecture, division: Division, index: int, weights: 
         mlp_norm=here.norm("mlp_norm", architecture),
         mlp=_mixture(architecture, division, here) if here.has("router") else here.mlp(),
     )
+
+
+def _cpu_layers(layers: list[_Layer]) -> Layers | None:
+    """The layers as the kernels take them; None where something of them is not theirs."""
+    found = []
+    for layer in layers:
+        attention, mlp = layer.attention, layer.mlp
+        if not isinstance(attention, GroupedQueryAttention) or not isinstance(mlp, Mlp):
+            return None
+        qkv, output, gate_up, down = (
+            product.packed for product in (attention.qkv, layer.attention_output, mlp.gate_up, mlp.down)
+        )
+        if qkv is None or output is None or gate_up is None or down is None:
+            return None
+        norms = (attention.norm, layer.mlp_norm, attention.head_norms)
+        found.append(LayerWeights(*norms, qkv=qkv, output=output, gate_up=gate_up, down=down))
+    return layers_of(found)
 
 
 def _attention(architecture: Architecture, here: _Weights) -> GroupedQueryAttention | LatentAttention:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .cache_layout import cache_layout
 from .config import EngineConfig
 from .cpu_kernels import load_kernels
 from .cuda_graphs import GraphedDecodes
 from .division import division
 from .errors import ModelLoadError
-from .kv_cache import KvCache, block_byte_count
+from .kv_cache import KvCache
 from .matmul import Compute, compute_dtype
 from .memory import enough_memory_for, machine_bytes
 from .model import Model
@@ -180,7 +181,8 @@ def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtyp
         raise ModelLoadError(
             f"kv_cache_bytes is {config.kv_cache_bytes} for each of {here} ranks, but there are {has} bytes of memory"
         )
-    one = max(block_byte_count(part.local(architecture), config.block_token_count, dtype) for part in divisions)
+    layouts = [cache_layout(part.local(architecture), config.block_token_count, dtype) for part in divisions]
+    one = max(layout.block_byte_count for layout in layouts) * architecture.layer_count
     count = config.kv_cache_bytes // one - 1
     if count < 1:
         raise ModelLoadError(

@@ -4,22 +4,23 @@
  * nor on the number of threads.
  */
 
+#include "calls.h"
 #include "unit.h"
 
-/* Turn the query and key heads of rows [rows, (heads + 2 kv_heads) * size] in place, each normed before where the
- * model has weights for it, and write keys and values into the cache at the rows' slots.
+/* Turn the query and key heads of rows [rows, (heads + 2 kv_heads) * key_size] in place, each normed before where the
+ * model has weights for it, and write keys and values into the cache at the rows' slots. A team's.
  */
-void tidegate_rotate_and_write(
-    float *qkv, int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, const float *cosines, const float *sines,
-    const int64_t *positions, const float *norms, float epsilon, void *cache, int is_bf16, const int64_t *slots,
-    int threads
+void rotate_and_write(
+    const CacheLayout *layout, const Places *places, float *qkv, int64_t stride, int64_t rows, int64_t heads,
+    const float *norms, float epsilon, void *cache
 ) {
-    int64_t width = (heads + 2 * kv_heads) * size, half = size / 2, cached = 2 * kv_heads * size;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > WORTH_THREADS)
+    int64_t size = layout->key_size, half = size / 2, cached = layout->token_size;
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        float *of_row = qkv + row * width;
-        const float *cosine = cosines + positions[row] * half, *sine = sines + positions[row] * half;
-        for (int64_t head = 0; head < heads + kv_heads; head++) {
+        float *of_row = qkv + row * stride;
+        const float *cosine = places->cosines + places->positions[row] * half;
+        const float *sine = places->sines + places->positions[row] * half;
+        for (int64_t head = 0; head < heads + layout->kv_heads; head++) {
             float *first = of_row + head * size, *second = first + half;
             if (norms) norm_row(first, norms + head * size, epsilon, first, size);
             for (int64_t index = 0; index < half; index++) {
@@ -29,13 +30,21 @@ void tidegate_rotate_and_write(
             }
         }
         const float *kept = of_row + heads * size;
-        if (is_bf16) {
-            uint16_t *to = (uint16_t *)cache + slots[row] * cached;
+        if (layout->is_bf16) {
+            uint16_t *to = (uint16_t *)cache + places->slots[row] * cached;
             for (int64_t index = 0; index < cached; index++) to[index] = to_bf16(kept[index]);
         } else {
-            memcpy((float *)cache + slots[row] * cached, kept, cached * sizeof(float));
+            memcpy((float *)cache + places->slots[row] * cached, kept, cached * sizeof(float));
         }
     }
+}
+
+void tidegate_rotate_and_write(
+    const CacheLayout *layout, const Places *places, float *qkv, int64_t stride, int64_t rows, int64_t heads,
+    const float *norms, float epsilon, void *cache, int threads
+) {
+#pragma omp parallel num_threads(threads) if (rows * stride > WORTH_THREADS)
+    rotate_and_write(layout, places, qkv, stride, rows, heads, norms, epsilon, cache);
 }
 
 INLINE Floats cached(int is_bf16, const void *cache, int64_t offset) {
@@ -179,117 +188,94 @@ INLINE void attend_split(
  * first `sinks` tokens `hidden` ones are not counted. The offsets are filled up to whole LANES with the last.
  */
 INLINE void find(
-    const int64_t *blocks, int64_t block_tokens, int64_t token_size, int64_t inside, int64_t first, int64_t count,
-    int64_t sinks, int64_t hidden, int64_t *offsets
+    const CacheLayout *layout, const int64_t *blocks, int64_t inside, int64_t first, int64_t count, int64_t sinks,
+    int64_t hidden, int64_t *offsets
 ) {
-    int64_t from = first < sinks ? first : first + hidden;
+    int64_t block_tokens = layout->block_tokens, from = first < sinks ? first : first + hidden;
     int64_t block = from / block_tokens, place = from % block_tokens, token = 0;
     for (; token < count; token++) {
         if (first + token == sinks) block = (sinks + hidden) / block_tokens, place = (sinks + hidden) % block_tokens;
-        offsets[token] = (blocks[block] * block_tokens + place) * token_size + inside;
+        offsets[token] = (blocks[block] * block_tokens + place) * layout->token_size + inside;
         if (++place == block_tokens) place = 0, block++;
     }
     for (; token % LANES; token++) offsets[token] = offsets[count - 1];
 }
 
-/* Attention of one row a sequence, [sequences, heads, key_size], over the first `lengths` tokens of each, where behind
- * the first `sinks` the `hidden` ones are not counted.
- *
- * key_size and value_size are multiples of LANES. Long contexts are cut into splits, so that a single sequence keeps
- * all threads busy; `partials` holds a largest score, a sum and a value for each head and split.
- */
-INLINE void attention(
-    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, const int64_t *hidden,
-    int64_t sinks, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size,
-    int64_t values_at, float scale, float *out, float *partials, int64_t splits, int threads
-) {
-    int64_t group = heads / kv_heads, parts = (group + QUERIES - 1) / QUERIES, size = value_size + 2;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for collapse(4) schedule(dynamic, 4)
-        for (int64_t sequence = 0; sequence < sequences; sequence++)
-            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
-                for (int64_t part = 0; part < parts; part++)
-                    for (int64_t split = 0; split < splits; split++) {
-                        int64_t first = split * SPLIT, left = lengths[sequence] - first;
-                        if (left <= 0) continue;
-                        int64_t head = kv_head * group + part * QUERIES;
-                        int64_t taken = group - part * QUERIES < QUERIES ? group - part * QUERIES : QUERIES;
-                        const float *query = queries + sequence * query_stride + head * key_size;
-                        /* [sequences, splits, heads, size] */
-                        float *partial = partials + ((sequence * splits + split) * heads + head) * size;
-                        int64_t count = left < SPLIT ? left : SPLIT, offsets[SPLIT];
-                        const int64_t *of_sequence = blocks + sequence * blocks_stride;
-                        find(of_sequence, block_tokens, token_size, kv_head * key_size, first, count, sinks,
-                             hidden ? hidden[sequence] : 0, offsets);
-                        int64_t shift = values_at + kv_head * value_size - kv_head * key_size;
-#define CASE(n)                                                                                                   \
-    case n:                                                                                                       \
-        attend_split(is_bf16, n, cache, offsets, count, shift, key_size, value_size, query, scale, partial);      \
-        break;
-                        switch (taken) { CASE(1) CASE(2) CASE(3) CASE(4) }
-#undef CASE
-                    }
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t sequence = 0; sequence < sequences; sequence++)
-            for (int64_t head = 0; head < heads; head++) {
-                float *to = out + (sequence * heads + head) * value_size, most = -INFINITY, sum = 0;
-                int64_t used = (lengths[sequence] + SPLIT - 1) / SPLIT;
-                const float *from = partials + (sequence * splits * heads + head) * size;
-                for (int64_t split = 0; split < used; split++) {
-                    float largest = from[split * heads * size];
-                    if (!(largest <= most)) most = largest;
-                }
-                memset(to, 0, value_size * sizeof(float));
-                for (int64_t split = 0; split < used; split++) {
-                    const float *partial = from + split * heads * size;
-                    float weight = expf(partial[0] - most);
-                    sum += weight * partial[1];
-                    for (int64_t index = 0; index < value_size; index++) to[index] += weight * partial[2 + index];
-                }
-                for (int64_t index = 0; index < value_size; index++) to[index] /= sum;
-            }
-    }
+INLINE int64_t shift_of(const CacheLayout *layout, int64_t kv_head) {
+    return layout->values_at + kv_head * (layout->value_size - layout->key_size);
 }
 
-void tidegate_attention(
-    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t blocks_stride, const int64_t *lengths, const int64_t *hidden,
-    int64_t sinks, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size,
-    int64_t values_at, float scale, float *out, float *partials, int64_t splits, int threads
+/* Attention of one row a sequence, [sequences, heads, key_size]. key_size and value_size are multiples of LANES. Long
+ * contexts are cut into splits, so that a single sequence keeps all threads busy; what is shared holds a largest
+ * score, a sum and a value for each head and split.
+ */
+INLINE void attend_rows_apart(
+    int is_bf16, const CacheLayout *layout, const Window *window, const Group *group, const float *queries,
+    int64_t stride, int64_t heads, const void *cache, float *out, void *shared
 ) {
-    if (is_bf16)
-        attention(1, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, hidden,
-                  sinks, sequences, heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits,
-                  threads);
-    else
-        attention(0, queries, query_stride, cache, block_tokens, token_size, blocks, blocks_stride, lengths, hidden,
-                  sinks, sequences, heads, kv_heads, key_size, value_size, values_at, scale, out, partials, splits,
-                  threads);
+    int64_t kv_heads = layout->kv_heads, key_size = layout->key_size, value_size = layout->value_size;
+    int64_t sharing = heads / kv_heads, parts = (sharing + QUERIES - 1) / QUERIES, size = value_size + 2;
+    int64_t splits = (group->longest + SPLIT - 1) / SPLIT;
+    float *partials = shared;
+#pragma omp for collapse(4) schedule(dynamic, 4)
+    for (int64_t sequence = 0; sequence < group->count; sequence++)
+        for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
+            for (int64_t part = 0; part < parts; part++)
+                for (int64_t split = 0; split < splits; split++) {
+                    int64_t first = split * SPLIT, left = group->lengths[sequence] - first;
+                    if (left <= 0) continue;
+                    int64_t head = kv_head * sharing + part * QUERIES;
+                    int64_t taken = sharing - part * QUERIES < QUERIES ? sharing - part * QUERIES : QUERIES;
+                    const float *query = queries + sequence * stride + head * key_size;
+                    /* [sequences, splits, heads, size] */
+                    float *partial = partials + ((sequence * splits + split) * heads + head) * size;
+                    int64_t count = left < SPLIT ? left : SPLIT, offsets[SPLIT], shift = shift_of(layout, kv_head);
+                    find(layout, group->blocks + sequence * group->blocks_stride, kv_head * key_size, first, count,
+                         window->sinks, group->hidden ? group->hidden[sequence] : 0, offsets);
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        attend_split(is_bf16, n, cache, offsets, count, shift, key_size, value_size, query, layout->scale, partial);   \
+        break;
+                    switch (taken) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef CASE
+                }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t sequence = 0; sequence < group->count; sequence++)
+        for (int64_t head = 0; head < heads; head++) {
+            float *to = out + (sequence * heads + head) * value_size, most = -INFINITY, sum = 0;
+            int64_t used = (group->lengths[sequence] + SPLIT - 1) / SPLIT;
+            const float *from = partials + (sequence * splits * heads + head) * size;
+            for (int64_t split = 0; split < used; split++) {
+                float largest = from[split * heads * size];
+                if (!(largest <= most)) most = largest;
+            }
+            memset(to, 0, value_size * sizeof(float));
+            for (int64_t split = 0; split < used; split++) {
+                const float *partial = from + split * heads * size;
+                float weight = expf(partial[0] - most);
+                sum += weight * partial[1];
+                for (int64_t index = 0; index < value_size; index++) to[index] += weight * partial[2 + index];
+            }
+            for (int64_t index = 0; index < value_size; index++) to[index] /= sum;
+        }
 }
 
 #define CHUNK_ROWS 64    /* tokens of a prompt that one thread takes at a time */
 #define CHUNK_SPLIT 128  /* tokens of its context whose keys and values are laid out for them */
-
-/* Rows at `begins_at` and later see the `newest` tokens, their own included, and the first `sinks`. */
-typedef struct {
-    int64_t newest, begins_at, sinks;
-} Window;
 
 /* Of a split's tokens, a row sees those before `sinks`, and from `newest` up to `end`. */
 typedef struct {
     int64_t sinks, newest, end;
 } Seen;
 
-INLINE int64_t first_of_newest(Window window, int64_t position) {
-    return position < window.begins_at ? 0 : position - window.newest + 1;
+INLINE int64_t first_of_newest(const Window *window, int64_t position) {
+    return position < window->begins_at ? 0 : position - window->newest + 1;
 }
 
 /* What a row sees of `count` tokens from `first` on. */
-INLINE Seen seen_of_split(Window window, int64_t position, int64_t first, int64_t count) {
+INLINE Seen seen_of_split(const Window *window, int64_t position, int64_t first, int64_t count) {
     int64_t end = position + 1 - first < count ? position + 1 - first : count;
-    int64_t sinks = window.sinks > first ? window.sinks - first : 0;
+    int64_t sinks = window->sinks > first ? window->sinks - first : 0;
     int64_t newest = first_of_newest(window, position) - first;
     if (newest < end) return (Seen){sinks, newest, end};
     end = sinks < end ? sinks : end;
@@ -297,9 +283,9 @@ INLINE Seen seen_of_split(Window window, int64_t position, int64_t first, int64_
 }
 
 /* How many of `count` tokens from `first` on matter to a row and to those behind it. */
-INLINE int64_t needed_of_split(Window window, int64_t position, int64_t first, int64_t count) {
+INLINE int64_t needed_of_split(const Window *window, int64_t position, int64_t first, int64_t count) {
     if (first + count > first_of_newest(window, position)) return count;
-    int64_t sinks = window.sinks > first ? window.sinks - first : 0;
+    int64_t sinks = window->sinks > first ? window->sinks - first : 0;
     return sinks < count ? sinks : count;
 }
 
@@ -326,7 +312,7 @@ INLINE void lay_out(
  * are those from `split` on. `largest`, `sums` and `out` carry on from split to split.
  */
 INLINE void attend_rows(
-    int rows, const float *keys, const float *values, int64_t width, Window window, int64_t position, int64_t split,
+    int rows, const float *keys, const float *values, int64_t width, const Window *window, int64_t position, int64_t split,
     int64_t count, const float *query, int64_t query_stride, int64_t key_size, int64_t value_size, float scale,
     float *largest, float *sums, float *out, int64_t out_stride
 ) {
@@ -365,65 +351,74 @@ INLINE void attend_rows(
     }
 }
 
-/* Attention of one sequence's consecutive rows [rows, heads, key_size], the first of which is its token `start`. */
-INLINE void attend_chunk(
-    int is_bf16, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t start, Window window, int64_t rows, int64_t heads,
-    int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
+/* Each in a function of its own: in one the compiler takes several times as long. */
+#define ROWS_APART(name, is_bf16)                                                                                   \
+    static OUTLINED void name(                                                                                      \
+        const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,  \
+        int64_t heads, const void *cache, float *out, void *shared                                                  \
+    ) {                                                                                                             \
+        attend_rows_apart(is_bf16, layout, window, group, queries, stride, heads, cache, out, shared);              \
+    }
+ROWS_APART(rows_apart_in_fp32, 0)
+ROWS_APART(rows_apart_in_bf16, 1)
+
+/* Attention of one sequence's consecutive rows, [rows, heads, key_size]. */
+static OUTLINED void attend_chunk(
+    const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,
+    int64_t heads, const void *cache, float *out, void *shared
 ) {
-    int64_t group = heads / kv_heads, width = (value_size + TILE - 1) / TILE * TILE, out_stride = heads * value_size;
-    int64_t parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-#pragma omp parallel num_threads(threads)
-    {
-        float *keys = aligned_alloc(64, key_size * CHUNK_SPLIT * sizeof(float));
-        float *values = aligned_alloc(64, width * CHUNK_SPLIT * sizeof(float));
-        float *largest = malloc(group * CHUNK_ROWS * sizeof(float));
-        float *sums = malloc(group * CHUNK_ROWS * sizeof(float));
-        memset(values, 0, width * CHUNK_SPLIT * sizeof(float));
+    int64_t kv_heads = layout->kv_heads, key_size = layout->key_size, value_size = layout->value_size;
+    int64_t sharing = heads / kv_heads, width = (value_size + TILE - 1) / TILE * TILE, out_stride = heads * value_size;
+    int64_t rows = group->count, start = group->longest - rows, parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    float *keys = aligned_alloc(64, key_size * CHUNK_SPLIT * sizeof(float));
+    float *values = aligned_alloc(64, width * CHUNK_SPLIT * sizeof(float));
+    float *largest = malloc(sharing * CHUNK_ROWS * sizeof(float));
+    float *sums = malloc(sharing * CHUNK_ROWS * sizeof(float));
+    memset(values, 0, width * CHUNK_SPLIT * sizeof(float));
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t part = 0; part < parts; part++)
-            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
-                int64_t begin = part * CHUNK_ROWS, end = begin + CHUNK_ROWS < rows ? begin + CHUNK_ROWS : rows;
-                int64_t shift = values_at + kv_head * value_size - kv_head * key_size;
-                for (int64_t index = 0; index < group * CHUNK_ROWS; index++) largest[index] = -INFINITY, sums[index] = 0;
-                for (int64_t row = begin; row < end; row++)
-                    memset(out + row * out_stride + kv_head * group * value_size, 0, group * value_size * sizeof(float));
-                for (int64_t first = 0; first < start + end; first += CHUNK_SPLIT) {
-                    int64_t left = start + end - first, count = left < CHUNK_SPLIT ? left : CHUNK_SPLIT;
-                    count = needed_of_split(window, start + begin, first, count);
-                    if (!count) continue;
-                    int64_t offsets[CHUNK_SPLIT];
-                    find(blocks, block_tokens, token_size, kv_head * key_size, first, count, 0, 0, offsets);
-                    lay_out(is_bf16, cache, offsets, count, shift, key_size, value_size, width, keys, values);
-                    for (int64_t head = 0; head < group; head++) {
-                        for (int64_t row = begin; row < end; row += ROWS) {
-                            int64_t several = end - row < ROWS ? end - row : ROWS;
-                            if (!needed_of_split(window, start + row, first, count)) continue;
-                            int64_t of_all = kv_head * group + head, state = head * CHUNK_ROWS + row - begin;
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+            int64_t begin = part * CHUNK_ROWS, end = begin + CHUNK_ROWS < rows ? begin + CHUNK_ROWS : rows;
+            int64_t shift = shift_of(layout, kv_head);
+            for (int64_t index = 0; index < sharing * CHUNK_ROWS; index++) largest[index] = -INFINITY, sums[index] = 0;
+            for (int64_t row = begin; row < end; row++)
+                memset(out + row * out_stride + kv_head * sharing * value_size, 0, sharing * value_size * sizeof(float));
+            for (int64_t first = 0; first < start + end; first += CHUNK_SPLIT) {
+                int64_t left = start + end - first, count = left < CHUNK_SPLIT ? left : CHUNK_SPLIT;
+                count = needed_of_split(window, start + begin, first, count);
+                if (!count) continue;
+                int64_t offsets[CHUNK_SPLIT];
+                find(layout, group->blocks, kv_head * key_size, first, count, 0, 0, offsets);
+                if (layout->is_bf16) lay_out(1, cache, offsets, count, shift, key_size, value_size, width, keys, values);
+                else lay_out(0, cache, offsets, count, shift, key_size, value_size, width, keys, values);
+                for (int64_t head = 0; head < sharing; head++) {
+                    for (int64_t row = begin; row < end; row += ROWS) {
+                        int64_t several = end - row < ROWS ? end - row : ROWS;
+                        if (!needed_of_split(window, start + row, first, count)) continue;
+                        int64_t of_all = kv_head * sharing + head, state = head * CHUNK_ROWS + row - begin;
 #define CASE(n)                                                                                                   \
     case n:                                                                                                       \
         attend_rows(n, keys, values, width, window, start + row, first, count,                                    \
-                    queries + row * query_stride + of_all * key_size, query_stride, key_size, value_size, scale,  \
+                    queries + row * stride + of_all * key_size, stride, key_size, value_size, layout->scale,      \
                     largest + state, sums + state, out + row * out_stride + of_all * value_size, out_stride);     \
         break;
-                            switch (several) { FOR_EACH_COUNT(CASE) }
+                        switch (several) { FOR_EACH_COUNT(CASE) }
 #undef CASE
-                        }
-                    }
-                }
-                for (int64_t head = 0; head < group; head++) {
-                    for (int64_t row = begin; row < end; row++) {
-                        float *to = out + row * out_stride + (kv_head * group + head) * value_size;
-                        float sum = sums[head * CHUNK_ROWS + row - begin];
-                        for (int64_t index = 0; index < value_size; index++) to[index] /= sum;
                     }
                 }
             }
-        free(keys);
-        free(values);
-        free(largest);
-        free(sums);
-    }
+            for (int64_t head = 0; head < sharing; head++) {
+                for (int64_t row = begin; row < end; row++) {
+                    float *to = out + row * out_stride + (kv_head * sharing + head) * value_size;
+                    float sum = sums[head * CHUNK_ROWS + row - begin];
+                    for (int64_t index = 0; index < value_size; index++) to[index] /= sum;
+                }
+            }
+        }
+    free(keys);
+    free(values);
+    free(largest);
+    free(sums);
 }
 
 #if HAS_MATRIX_UNIT
@@ -517,7 +512,7 @@ INLINE float weigh_row(const UnitRoom *room, int64_t row, Seen seen, int64_t cou
  * are those from `split` on. `largest`, `sums` and `out` carry on from split to split.
  */
 INLINE void attend_unit_rows(
-    int is_pair, int64_t rows, const UnitRoom *room, const uint16_t *queries, Window window, int64_t position,
+    int is_pair, int64_t rows, const UnitRoom *room, const uint16_t *queries, const Window *window, int64_t position,
     int64_t split, int64_t count, int64_t key_size, int64_t value_size, float scale, float *largest, float *sums,
     float *out, int64_t out_stride
 ) {
@@ -554,113 +549,122 @@ INLINE void attend_unit_rows(
 }
 
 /* As `attend_chunk`, of a cache in bf16; key_size and value_size are multiples of 32. */
-static void attend_chunk_on_unit(
-    const float *queries, int64_t query_stride, const uint16_t *cache, int64_t block_tokens, int64_t token_size,
-    const int64_t *blocks, int64_t start, Window window, int64_t rows, int64_t heads, int64_t kv_heads,
-    int64_t key_size, int64_t value_size, int64_t values_at, float scale, float *out, int threads
+static OUTLINED void attend_chunk_on_unit(
+    const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,
+    int64_t heads, const void *cache, float *out, void *shared
 ) {
-    int64_t group = heads / kv_heads, out_stride = heads * value_size, key_groups = key_size / UNIT_INPUTS;
-    int64_t parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, shares = (group + UNIT_HEADS - 1) / UNIT_HEADS;
-    int64_t of_head = CHUNK_ROWS * key_size;
-    float factor = scale * 1.44269504f;
-#pragma omp parallel num_threads(threads)
-    {
-        UnitRoom room = {
-            .keys = aligned_alloc(64, UNIT_SPLIT * key_size * sizeof(uint16_t)),
-            .values = aligned_alloc(64, UNIT_SPLIT * value_size * sizeof(uint16_t)),
-            .queries = aligned_alloc(64, UNIT_HEADS * of_head * sizeof(uint16_t)),
-            .weights = aligned_alloc(64, 2 * UNIT_ROWS * UNIT_SPLIT * sizeof(uint16_t)),
-            .scores = aligned_alloc(64, 2 * UNIT_ROWS * UNIT_SPLIT * sizeof(float)),
-            .largest = malloc(UNIT_HEADS * CHUNK_ROWS * sizeof(float)),
-            .sums = malloc(UNIT_HEADS * CHUNK_ROWS * sizeof(float)),
-        };
-        configure_unit();
+    int64_t kv_heads = layout->kv_heads, key_size = layout->key_size, value_size = layout->value_size;
+    int64_t sharing = heads / kv_heads, out_stride = heads * value_size, key_groups = key_size / UNIT_INPUTS;
+    int64_t rows = group->count, start = group->longest - rows, parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    int64_t shares = (sharing + UNIT_HEADS - 1) / UNIT_HEADS, of_head = CHUNK_ROWS * key_size;
+    float factor = layout->scale * 1.44269504f;
+    UnitRoom room = {
+        .keys = aligned_alloc(64, UNIT_SPLIT * key_size * sizeof(uint16_t)),
+        .values = aligned_alloc(64, UNIT_SPLIT * value_size * sizeof(uint16_t)),
+        .queries = aligned_alloc(64, UNIT_HEADS * of_head * sizeof(uint16_t)),
+        .weights = aligned_alloc(64, 2 * UNIT_ROWS * UNIT_SPLIT * sizeof(uint16_t)),
+        .scores = aligned_alloc(64, 2 * UNIT_ROWS * UNIT_SPLIT * sizeof(float)),
+        .largest = malloc(UNIT_HEADS * CHUNK_ROWS * sizeof(float)),
+        .sums = malloc(UNIT_HEADS * CHUNK_ROWS * sizeof(float)),
+    };
+    configure_unit();
 #pragma omp for collapse(3) schedule(dynamic)
-        for (int64_t part = 0; part < parts; part++)
-            for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
-                for (int64_t of_group = 0; of_group < shares; of_group++) {
-                    /* The longest first. */
-                    int64_t from = (parts - 1 - part) * CHUNK_ROWS;
-                    int64_t to = from + CHUNK_ROWS < rows ? from + CHUNK_ROWS : rows;
-                    int64_t first_head = kv_head * group + of_group * UNIT_HEADS;
-                    int64_t taken = group - of_group * UNIT_HEADS;
-                    if (taken > UNIT_HEADS) taken = UNIT_HEADS;
-                    int64_t shift = values_at + kv_head * value_size - kv_head * key_size;
-                    for (int64_t index = 0; index < taken * CHUNK_ROWS; index++)
-                        room.largest[index] = -INFINITY, room.sums[index] = 0;
-                    for (int64_t row = from; row < to; row++) {
-                        memset(out + row * out_stride + first_head * value_size, 0, taken * value_size * sizeof(float));
-                        for (int64_t head = 0; head < taken; head++)
-                            narrow_row_for_unit(queries + row * query_stride + (first_head + head) * key_size, key_size,
-                                                row - from, room.queries + head * of_head);
-                    }
-                    for (int64_t first = 0; first < start + to; first += UNIT_SPLIT) {
-                        int64_t left = start + to - first, found = left < UNIT_SPLIT ? left : UNIT_SPLIT;
-                        found = needed_of_split(window, start + from, first, found);
-                        if (!found) continue;
-                        int64_t count = (found + UNIT_INPUTS - 1) / UNIT_INPUTS * UNIT_INPUTS, offsets[UNIT_SPLIT];
-                        find(blocks, block_tokens, token_size, kv_head * key_size, first, found, 0, 0, offsets);
-                        for (int64_t token = found; token < count; token++) offsets[token] = offsets[found - 1];
-                        lay_out_for_unit(cache, offsets, count, shift, key_size, value_size, &room);
-                        for (int64_t head = 0; head < taken; head++)
-                            for (int64_t row = from; row < to; row += 2 * UNIT_ROWS) {
-                                int64_t several = to - row < 2 * UNIT_ROWS ? to - row : 2 * UNIT_ROWS;
-                                int64_t state = head * CHUNK_ROWS + row - from;
-                                if (start + row + several <= first) continue;
-                                if (!needed_of_split(window, start + row, first, found)) continue;
-                                const uint16_t *of_rows =
-                                    room.queries + head * of_head + (row - from) * key_groups * UNIT_INPUTS;
-                                float *result = out + row * out_stride + (first_head + head) * value_size;
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
+            for (int64_t of_group = 0; of_group < shares; of_group++) {
+                /* The longest first. */
+                int64_t from = (parts - 1 - part) * CHUNK_ROWS;
+                int64_t to = from + CHUNK_ROWS < rows ? from + CHUNK_ROWS : rows;
+                int64_t first_head = kv_head * sharing + of_group * UNIT_HEADS;
+                int64_t taken = sharing - of_group * UNIT_HEADS;
+                if (taken > UNIT_HEADS) taken = UNIT_HEADS;
+                int64_t shift = shift_of(layout, kv_head);
+                for (int64_t index = 0; index < taken * CHUNK_ROWS; index++)
+                    room.largest[index] = -INFINITY, room.sums[index] = 0;
+                for (int64_t row = from; row < to; row++) {
+                    memset(out + row * out_stride + first_head * value_size, 0, taken * value_size * sizeof(float));
+                    for (int64_t head = 0; head < taken; head++)
+                        narrow_row_for_unit(queries + row * stride + (first_head + head) * key_size, key_size,
+                                            row - from, room.queries + head * of_head);
+                }
+                for (int64_t first = 0; first < start + to; first += UNIT_SPLIT) {
+                    int64_t left = start + to - first, found = left < UNIT_SPLIT ? left : UNIT_SPLIT;
+                    found = needed_of_split(window, start + from, first, found);
+                    if (!found) continue;
+                    int64_t count = (found + UNIT_INPUTS - 1) / UNIT_INPUTS * UNIT_INPUTS, offsets[UNIT_SPLIT];
+                    find(layout, group->blocks, kv_head * key_size, first, found, 0, 0, offsets);
+                    for (int64_t token = found; token < count; token++) offsets[token] = offsets[found - 1];
+                    lay_out_for_unit(cache, offsets, count, shift, key_size, value_size, &room);
+                    for (int64_t head = 0; head < taken; head++)
+                        for (int64_t row = from; row < to; row += 2 * UNIT_ROWS) {
+                            int64_t several = to - row < 2 * UNIT_ROWS ? to - row : 2 * UNIT_ROWS;
+                            int64_t state = head * CHUNK_ROWS + row - from;
+                            if (start + row + several <= first) continue;
+                            if (!needed_of_split(window, start + row, first, found)) continue;
+                            const uint16_t *of_rows =
+                                room.queries + head * of_head + (row - from) * key_groups * UNIT_INPUTS;
+                            float *result = out + row * out_stride + (first_head + head) * value_size;
 #define ROWS_OF(is_pair)                                                                                            \
     attend_unit_rows(is_pair, several, &room, of_rows, window, start + row, first, count, key_size, value_size,     \
-                     factor, room.largest + state, room.sums + state, result, out_stride)
-                                if (several > UNIT_ROWS) ROWS_OF(1);
-                                else ROWS_OF(0);
+                 factor, room.largest + state, room.sums + state, result, out_stride)
+                            if (several > UNIT_ROWS) ROWS_OF(1);
+                            else ROWS_OF(0);
 #undef ROWS_OF
-                            }
-                    }
-                    for (int64_t head = 0; head < taken; head++)
-                        for (int64_t row = from; row < to; row++) {
-                            float *result = out + row * out_stride + (first_head + head) * value_size;
-                            float sum = room.sums[head * CHUNK_ROWS + row - from];
-                            for (int64_t index = 0; index < value_size; index++) result[index] /= sum;
                         }
                 }
-        _tile_release();
-        free(room.keys);
-        free(room.values);
-        free(room.queries);
-        free(room.weights);
-        free(room.scores);
-        free(room.largest);
-        free(room.sums);
-    }
+                for (int64_t head = 0; head < taken; head++)
+                    for (int64_t row = from; row < to; row++) {
+                        float *result = out + row * out_stride + (first_head + head) * value_size;
+                        float sum = room.sums[head * CHUNK_ROWS + row - from];
+                        for (int64_t index = 0; index < value_size; index++) result[index] /= sum;
+                    }
+            }
+    _tile_release();
+    free(room.keys);
+    free(room.values);
+    free(room.queries);
+    free(room.weights);
+    free(room.scores);
+    free(room.largest);
+    free(room.sums);
 }
 
 #endif
 
-void tidegate_attend_chunk(
-    int is_bf16, int narrowness, const float *queries, int64_t query_stride, const void *cache, int64_t block_tokens,
-    int64_t token_size, const int64_t *blocks, int64_t start, int64_t newest, int64_t begins_at, int64_t sinks,
-    int64_t rows, int64_t heads, int64_t kv_heads, int64_t key_size, int64_t value_size, int64_t values_at,
-    float scale, float *out, int threads
+int64_t attend_bytes(const CacheLayout *layout, const Group *group, int64_t heads) {
+    int64_t splits = (group->longest + SPLIT - 1) / SPLIT;
+    return group->lengths ? group->count * splits * heads * (layout->value_size + 2) * sizeof(float) : 0;
+}
+
+typedef void (*Attention)(
+    const CacheLayout *, const Window *, const Group *, const float *, int64_t, int64_t, const void *, float *, void *
+);
+
+/* Attention of a group's rows, [rows, heads, key_size], whose numbers lie `stride` apart, to [rows, heads, value_size].
+ */
+void attend(
+    const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,
+    int64_t heads, const void *cache, float *out, int narrowness, void *shared
 ) {
-    Window window = {newest, begins_at, sinks};
+    queries += group->first_row * stride;
+    out += group->first_row * heads * layout->value_size;
+    Attention run = attend_chunk;
+    if (group->lengths) run = layout->is_bf16 ? rows_apart_in_bf16 : rows_apart_in_fp32;
 #if HAS_MATRIX_UNIT
-    int fits = key_size % UNIT_INPUTS == 0 && value_size % UNIT_INPUTS == 0;
-    if (is_bf16 && fits && narrowness == ANY_ROWS) {
-        attend_chunk_on_unit(queries, query_stride, cache, block_tokens, token_size, blocks, start, window, rows, heads,
-                             kv_heads, key_size, value_size, values_at, scale, out, threads);
-        return;
-    }
+    int fits = layout->key_size % UNIT_INPUTS == 0 && layout->value_size % UNIT_INPUTS == 0;
+    if (!group->lengths && layout->is_bf16 && fits && narrowness == ANY_ROWS) run = attend_chunk_on_unit;
 #endif
-    if (is_bf16)
-        attend_chunk(1, queries, query_stride, cache, block_tokens, token_size, blocks, start, window, rows, heads,
-                     kv_heads, key_size, value_size, values_at, scale, out, threads);
-    else
-        attend_chunk(0, queries, query_stride, cache, block_tokens, token_size, blocks, start, window, rows, heads,
-                     kv_heads, key_size, value_size, values_at, scale, out, threads);
+    run(layout, window, group, queries, stride, heads, cache, out, shared);
+}
+
+void tidegate_attend(
+    const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,
+    int64_t heads, const void *cache, float *out, int narrowness, int threads
+) {
+    void *shared = shared_memory(attend_bytes(layout, group, heads));
+#pragma omp parallel num_threads(threads)
+    attend(layout, window, group, queries, stride, heads, cache, out, narrowness, shared);
+    free(shared);
 }
 
 int64_t tidegate_lanes(void) { return LANES; }
-int64_t tidegate_split(void) { return SPLIT; }

@@ -8,6 +8,7 @@
  * on the number of threads. A narrow one's depends on whether there are enough rows for the matrix unit, no more.
  */
 
+#include "calls.h"
 #include "unit.h"
 
 #if HAS_MATRIX_UNIT
@@ -29,27 +30,6 @@
 #define ROWS_AT_ONCE 512  /* that are made ready before they are multiplied, so that they stay in a core's cache */
 
 enum { FOUR_BITS = 4, EIGHT_BITS = 8, BF16 = 16, FP16 = 17 };
-enum { AS_THEY_ARE, NORMED, GATED };
-
-/* A weight [outputs, inputs]. Of four and eight bits, tiles: a word holds consecutive inputs of one output, 8 of four
- * bits or 4 of eight; the words of TILE outputs stand side by side, then come their next inputs. A group's scales are
- * TILE halves; with four bits, TILE offsets follow. Of sixteen bits, as it was read.
- */
-typedef struct {
-    const void *numbers;
-    const uint16_t *scales;
-    const float *bias;
-    int64_t outputs, inputs, packing;
-} Weight;
-
-/* Rows, and what is done with them before they are multiplied: nothing, RMSNorm with these weights, or SwiGLU. A row
- * for SwiGLU is its gates, then what they are for.
- */
-typedef struct {
-    const float *numbers, *norm;
-    int64_t stride, count, before;
-    float epsilon;
-} Rows;
 
 typedef struct {
     const uint32_t *words;
@@ -109,22 +89,22 @@ INLINE const float *ready(const Rows *rows, int64_t row, int64_t inputs, float *
     return made;
 }
 
-/* Where results go. */
+/* Where results go, beside what is the weight's. */
 typedef struct {
     float *numbers;
     const float *bias;
     int64_t outputs, stride;
     int adds;
-} Out;
+} To;
 
-INLINE void put_one(const Out *out, int64_t row, int64_t output, float sum) {
+INLINE void put_one(const To *out, int64_t row, int64_t output, float sum) {
     float *to = out->numbers + row * out->stride + output;
     if (out->bias) sum += out->bias[output];
     *to = out->adds ? *to + sum : sum;
 }
 
 /* A row's sums of one tile, whose first output is `first`. */
-INLINE void put(const Out *out, int64_t row, int64_t first, const Floats sums[2]) {
+INLINE void put(const To *out, int64_t row, int64_t first, const Floats sums[2]) {
     for (int half = 0; half < 2; half++) {
         int64_t begin = first + half * LANES;
         if (begin + LANES <= out->outputs) {
@@ -185,7 +165,7 @@ INLINE void unpack(int packing, Tile tile, int64_t inputs, float *to) {
 
 /* One tile times all rows; `room` holds a tile as fp32. */
 INLINE void packed_tile(
-    int packing, const Weight *weight, int64_t tile, const float *x, int64_t stride, int64_t rows, const Out *out,
+    int packing, const Weight *weight, int64_t tile, const float *x, int64_t stride, int64_t rows, const To *out,
     float *room
 ) {
     Floats sums[ROWS][2];
@@ -217,7 +197,7 @@ INLINE float one_from_16_bits(int packing, uint16_t from) {
 /* `outputs` rows of weights, which lie as they were read, times `rows` rows. */
 INLINE void plain_block(
     int packing, int outputs, int rows, const uint16_t *weights, const float *x, int64_t stride, int64_t inputs,
-    const Out *out, int64_t first_row, int64_t first_output
+    const To *out, int64_t first_row, int64_t first_output
 ) {
     Floats sums[PLAIN_OUTPUTS][PLAIN_ROWS] = {{{0}}};
     int64_t input = 0;
@@ -241,7 +221,7 @@ INLINE void plain_block(
 
 /* TILE outputs times all rows. */
 INLINE void plain_tile(
-    int packing, const Weight *weight, int64_t tile, const float *x, int64_t stride, int64_t rows, const Out *out
+    int packing, const Weight *weight, int64_t tile, const float *x, int64_t stride, int64_t rows, const To *out
 ) {
     int64_t inputs = weight->inputs, end = (tile + 1) * TILE < weight->outputs ? (tile + 1) * TILE : weight->outputs;
     for (int64_t output = tile * TILE; output < end;) {
@@ -261,28 +241,26 @@ INLINE void plain_tile(
     }
 }
 
-INLINE void exact_linear(int packing, const Weight *weight, const Rows *rows, const Out *out, int threads) {
+INLINE int64_t exact_bytes(const Weight *weight, int64_t rows) { return rows * weight->inputs * sizeof(float); }
+
+INLINE void exact_linear(int packing, const Weight *weight, const Rows *rows, const To *out, void *shared) {
     int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
     int is_made = rows->before != AS_THEY_ARE;
-    float *made = is_made ? malloc(count * inputs * sizeof(float)) : NULL;
+    float *made = shared;
     const float *x = is_made ? made : rows->numbers;
     int64_t stride = is_made ? inputs : rows->stride;
-#pragma omp parallel num_threads(threads)
-    {
-        if (is_made) {
+    if (is_made) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < count; row++) ready(rows, row, inputs, made + row * inputs);
-        }
-        int needs_room = packing < BF16 && count > ROWS;
-        float *room = needs_room ? aligned_alloc(64, inputs * TILE * sizeof(float)) : NULL;
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            if (packing < BF16) packed_tile(packing, weight, tile, x, stride, count, out, room);
-            else plain_tile(packing, weight, tile, x, stride, count, out);
-        }
-        free(room);
+        for (int64_t row = 0; row < count; row++) ready(rows, row, inputs, made + row * inputs);
     }
-    free(made);
+    int needs_room = packing < BF16 && count > ROWS;
+    float *room = needs_room ? aligned_alloc(64, inputs * TILE * sizeof(float)) : NULL;
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        if (packing < BF16) packed_tile(packing, weight, tile, x, stride, count, out, room);
+        else plain_tile(packing, weight, tile, x, stride, count, out);
+    }
+    free(room);
 }
 
 #if HAS_NARROW
@@ -390,7 +368,7 @@ INLINE void narrow_few_rows(int packing, int rows, Tile tile, const Narrow *x, i
 
 /* `outputs` rows of bf16 weights, which lie as they were read, times `rows` rows. */
 INLINE void narrow_plain_block(
-    int outputs, int rows, const Weight *weight, int64_t first_output, const Narrow *x, int64_t first_row, const Out *out
+    int outputs, int rows, const Weight *weight, int64_t first_output, const Narrow *x, int64_t first_row, const To *out
 ) {
     __m512 sums[PLAIN_OUTPUTS][PLAIN_ROWS];
     const uint16_t *weights = (const uint16_t *)weight->numbers + first_output * weight->inputs;
@@ -413,7 +391,7 @@ INLINE void narrow_plain_block(
             put_one(out, first_row + row, first_output + output, total((Floats)sums[output][row]));
 }
 
-INLINE void narrow_tile(int packing, const Weight *weight, int64_t tile, const Narrow *x, int64_t rows, const Out *out) {
+INLINE void narrow_tile(int packing, const Weight *weight, int64_t tile, const Narrow *x, int64_t rows, const To *out) {
     if (packing == BF16) {
         int64_t end = (tile + 1) * TILE < weight->outputs ? (tile + 1) * TILE : weight->outputs;
         for (int64_t output = tile * TILE; output < end;) {
@@ -444,23 +422,21 @@ INLINE void narrow_tile(int packing, const Weight *weight, int64_t tile, const N
     }
 }
 
-INLINE void narrow_linear(int packing, const Weight *weight, const Rows *rows, const Out *out, int threads) {
+INLINE int64_t narrow_bytes(const Weight *weight, int64_t rows) {
+    int64_t width = whole_groups(weight->inputs);
+    return rows * (width * sizeof(uint16_t) + width / GROUP * 2 * sizeof(float));
+}
+
+INLINE void narrow_linear(int packing, const Weight *weight, const Rows *rows, const To *out, void *shared) {
     int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
-    Narrow narrow = {.width = whole_groups(inputs)};
-    narrow.numbers = aligned_alloc(64, count * narrow.width * sizeof(uint16_t));
-    narrow.units = malloc(count * narrow.width / GROUP * 2 * sizeof(float));
-#pragma omp parallel num_threads(threads)
-    {
-        float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
+    Narrow narrow = {.numbers = shared, .width = whole_groups(inputs)};
+    narrow.units = (float *)(narrow.numbers + count * narrow.width);
+    float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < count; row++)
-            narrow_row(packing, ready(rows, row, inputs, made), inputs, row, &narrow);
-        free(made);
+    for (int64_t row = 0; row < count; row++) narrow_row(packing, ready(rows, row, inputs, made), inputs, row, &narrow);
+    free(made);
 #pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < tiles; tile++) narrow_tile(packing, weight, tile, &narrow, count, out);
-    }
-    free(narrow.numbers);
-    free(narrow.units);
+    for (int64_t tile = 0; tile < tiles; tile++) narrow_tile(packing, weight, tile, &narrow, count, out);
 }
 
 #endif
@@ -552,7 +528,7 @@ INLINE void unit_groups(
 }
 
 /* Of rows from `row` on: whole tiles are summed where the result is, others beside it. */
-INLINE Sums sums_of(const Out *out, int64_t tile, int64_t first, int64_t row, int64_t count, float *beside) {
+INLINE Sums sums_of(const To *out, int64_t tile, int64_t first, int64_t row, int64_t count, float *beside) {
     int64_t several = count - row < 2 * UNIT_ROWS ? count - row : 2 * UNIT_ROWS;
     int is_whole = several % UNIT_ROWS == 0 && (tile + 1) * TILE <= out->outputs && !out->bias;
     return (Sums){
@@ -565,7 +541,7 @@ INLINE Sums sums_of(const Out *out, int64_t tile, int64_t first, int64_t row, in
 
 /* One tile of a weight times `count` rows, of which the first is row `first` of the result. */
 INLINE void unit_tile(
-    int packing, const Weight *weight, int64_t tile, const uint16_t *x, int64_t first, int64_t count, const Out *out,
+    int packing, const Weight *weight, int64_t tile, const uint16_t *x, int64_t first, int64_t count, const To *out,
     uint16_t *room, float *beside
 ) {
     int64_t groups = whole_groups(weight->inputs) / GROUP, pieces = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
@@ -596,65 +572,103 @@ INLINE void unit_tile(
     }
 }
 
-INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, const Out *out, int threads) {
+/* So many rows are made ready at once, whole pairs of tiles. */
+INLINE int64_t unit_rows(int64_t count) {
+    return (count < ROWS_AT_ONCE ? count + 2 * UNIT_ROWS - 1 : ROWS_AT_ONCE) / (2 * UNIT_ROWS) * 2 * UNIT_ROWS;
+}
+
+INLINE int64_t unit_bytes(const Weight *weight, int64_t rows) {
+    return unit_rows(rows) * whole_groups(weight->inputs) * sizeof(uint16_t);
+}
+
+INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, const To *out, void *shared) {
     int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
-    int64_t groups = whole_groups(inputs) / GROUP;
-    int64_t most = (count < ROWS_AT_ONCE ? count + 2 * UNIT_ROWS - 1 : ROWS_AT_ONCE) / (2 * UNIT_ROWS) * 2 * UNIT_ROWS;
-    uint16_t *narrow = aligned_alloc(64, most * groups * GROUP * sizeof(uint16_t));
-#pragma omp parallel num_threads(threads)
-    {
-        float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
-        uint16_t *room = aligned_alloc(64, UNIT_GROUPS * 2 * UNIT_NUMBERS * sizeof(uint16_t));
-        float *beside = aligned_alloc(64, most * TILE * sizeof(float));
-        configure_unit();
-        for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
-            int64_t several = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
+    uint16_t *narrow = shared;
+    float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
+    uint16_t *room = aligned_alloc(64, UNIT_GROUPS * 2 * UNIT_NUMBERS * sizeof(uint16_t));
+    float *beside = aligned_alloc(64, unit_rows(count) * TILE * sizeof(float));
+    configure_unit();
+    for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
+        int64_t several = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < several; row++)
-                narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
+        for (int64_t row = 0; row < several; row++)
+            narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
 #pragma omp for schedule(static)
-            for (int64_t tile = 0; tile < tiles; tile++)
-                unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
-        }
-        _tile_release();
-        free(beside);
-        free(room);
-        free(made);
+        for (int64_t tile = 0; tile < tiles; tile++)
+            unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
     }
-    free(narrow);
+    _tile_release();
+    free(beside);
+    free(room);
+    free(made);
 }
 
 #endif
 
-/* out [rows, outputs] = rows times a weight transposed, + bias, + what is there where it `adds`. Inputs of four and
- * eight bits are whole groups; strides count numbers. A narrow product of fp16 is exact.
- */
-void tidegate_linear(
-    const Weight *weight, const Rows *rows, float *numbers, int64_t stride, int adds, int narrowness, int threads
-) {
-    Out out = {numbers, weight->bias, weight->outputs, stride, adds};
-#define EACH(kind, function) \
-    case kind:               \
-        function(kind, weight, rows, &out, threads); \
-        return;
+/* Which kind a product is. One with weights of fp16 is exact. */
+INLINE int kind_of(const Weight *weight, int64_t rows, int narrowness) {
+    if (weight->packing == FP16) return EXACT;
+    if (HAS_MATRIX_UNIT && narrowness == ANY_ROWS && rows >= MATRIX_ROWS) return ANY_ROWS;
+    return HAS_NARROW && narrowness != EXACT ? FEW_ROWS : EXACT;
+}
+
+int64_t linear_bytes(const Weight *weight, int64_t rows, int narrowness) {
+    switch (kind_of(weight, rows, narrowness)) {
 #if HAS_MATRIX_UNIT
-    if (narrowness == ANY_ROWS && rows->count >= MATRIX_ROWS) {
-        switch (weight->packing) {
-            EACH(FOUR_BITS, unit_linear) EACH(EIGHT_BITS, unit_linear) EACH(BF16, unit_linear)
-        }
-    }
+        case ANY_ROWS: return unit_bytes(weight, rows);
 #endif
 #if HAS_NARROW
-    if (narrowness != EXACT) {
-        switch (weight->packing) {
-            EACH(FOUR_BITS, narrow_linear) EACH(EIGHT_BITS, narrow_linear) EACH(BF16, narrow_linear)
-        }
-    }
+        case FEW_ROWS: return narrow_bytes(weight, rows);
 #endif
-    switch (weight->packing) {
-        EACH(FOUR_BITS, exact_linear) EACH(EIGHT_BITS, exact_linear) EACH(BF16, exact_linear) EACH(FP16, exact_linear)
+        default: return exact_bytes(weight, rows);
     }
-#undef EACH
+}
+
+typedef void (*Product)(const Weight *, const Rows *, const To *, void *);
+
+/* Each in a function of its own: in one the compiler takes several times as long. */
+#define PRODUCT(name, function, packing)                                                               \
+    static OUTLINED void name(const Weight *weight, const Rows *rows, const To *out, void *shared) {   \
+        function(packing, weight, rows, out, shared);                                                  \
+    }
+PRODUCT(exact_four, exact_linear, FOUR_BITS)
+PRODUCT(exact_eight, exact_linear, EIGHT_BITS)
+PRODUCT(exact_bf16, exact_linear, BF16)
+PRODUCT(exact_fp16, exact_linear, FP16)
+#if HAS_NARROW
+PRODUCT(narrow_four, narrow_linear, FOUR_BITS)
+PRODUCT(narrow_eight, narrow_linear, EIGHT_BITS)
+PRODUCT(narrow_bf16, narrow_linear, BF16)
+#endif
+#if HAS_MATRIX_UNIT
+PRODUCT(unit_four, unit_linear, FOUR_BITS)
+PRODUCT(unit_eight, unit_linear, EIGHT_BITS)
+PRODUCT(unit_bf16, unit_linear, BF16)
+#endif
+
+/* out [rows, outputs] = rows times a weight transposed, + bias, + what is there where it `adds`. Inputs of four and
+ * eight bits are whole groups; strides count numbers.
+ */
+void linear(const Weight *weight, const Rows *rows, const Out *out, int narrowness, void *shared) {
+    static const Product products[][4] = {
+        [EXACT] = {exact_four, exact_eight, exact_bf16, exact_fp16},
+#if HAS_NARROW
+        [FEW_ROWS] = {narrow_four, narrow_eight, narrow_bf16},
+#endif
+#if HAS_MATRIX_UNIT
+        [ANY_ROWS] = {unit_four, unit_eight, unit_bf16},
+#endif
+    };
+    To to = {out->numbers, weight->bias, weight->outputs, out->stride, out->adds};
+    int place = weight->packing == FOUR_BITS ? 0 : weight->packing == EIGHT_BITS ? 1 : weight->packing == BF16 ? 2 : 3;
+    products[kind_of(weight, rows->count, narrowness)][place](weight, rows, &to, shared);
+}
+
+void tidegate_linear(const Weight *weight, const Rows *rows, const Out *out, int narrowness, int threads) {
+    void *shared = shared_memory(linear_bytes(weight, rows->count, narrowness));
+#pragma omp parallel num_threads(threads)
+    linear(weight, rows, out, narrowness, shared);
+    free(shared);
 }
 
 /* EXACT where narrow products would be exact ones, FEW_ROWS where there is no matrix unit, else ANY_ROWS. The system

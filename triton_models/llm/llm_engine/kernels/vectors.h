@@ -33,6 +33,7 @@ typedef int32_t Ints __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define OUTLINED __attribute__((noinline))
 
 /* Below so many numbers, a second thread costs more than it saves. */
 #define WORTH_THREADS 16384
@@ -54,6 +55,9 @@ INLINE float total(Floats value) {
 INLINE Floats from_bf16(const uint16_t *from) {
     return (Floats)(__builtin_convertvector(*(const Halves *)from, Words) << 16);
 }
+
+/* Memory for a team of threads, which frees it when all are done. */
+INLINE void *shared_memory(int64_t bytes) { return bytes ? aligned_alloc(64, (bytes + 63) / 64 * 64) : NULL; }
 
 INLINE uint16_t to_bf16(float value) {
     uint32_t bits;

@@ -10,7 +10,10 @@ from llm_engine.step_tensors import RowWork
 
 FAMILIES = {
     "plain": ({}, ()),
-    "biases": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, ("q_proj.bias", "k_proj.bias", "v_proj.bias")),
+    "biases": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+        ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+    ),
     "head norms": ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, ("q_norm.weight", "k_norm.weight")),
 }
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96}

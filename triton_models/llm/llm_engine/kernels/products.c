@@ -278,8 +278,6 @@ typedef struct {
 #define LOW_BITS 7 /* lower bytes are from -64 to 63 */
 #define MOST_UNITS 16319
 
-INLINE int64_t whole_groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP * GROUP; }
-
 /* A group's inputs as bytes, in the order in which the weights' digits come out of their words. */
 INLINE void to_bytes(int packing, const float *from, int8_t *to, float *unit) {
     const __m512i sign = _mm512_set1_epi32(0x7fffffff);

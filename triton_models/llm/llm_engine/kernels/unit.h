@@ -21,6 +21,8 @@ enum { EXACT, FEW_ROWS, ANY_ROWS };
 
 #define UNIT_INPUTS 32 /* that are multiplied at once */
 
+INLINE int64_t whole_groups(int64_t inputs) { return (inputs + UNIT_INPUTS - 1) / UNIT_INPUTS * UNIT_INPUTS; }
+
 #if HAS_NARROW
 
 /* UNIT_INPUTS numbers as bf16; behind the row's end, zeros. */
@@ -58,7 +60,7 @@ INLINE void configure_unit(void) {
 
 /* A row for the unit, in [tiles of rows][groups][UNIT_NUMBERS] bf16. */
 INLINE void narrow_row_for_unit(const float *from, int64_t inputs, int64_t row, uint16_t *to) {
-    int64_t groups = (inputs + UNIT_INPUTS - 1) / UNIT_INPUTS;
+    int64_t groups = whole_groups(inputs) / UNIT_INPUTS;
     to += row / UNIT_ROWS * groups * UNIT_NUMBERS + row % UNIT_ROWS * UNIT_INPUTS;
     for (int64_t group = 0; group < groups; group++)
         _mm512_store_si512(to + group * UNIT_NUMBERS, narrowed(from + group * UNIT_INPUTS, inputs - group * UNIT_INPUTS));

@@ -48,9 +48,11 @@ def carry_out(batcher: Batcher, plan: StepPlan, right_count: int = 0) -> None:
             batcher.remove(each.request_id)
 
 
-def drafted(batcher: Batcher, source: random.Random) -> StepPlan:
-    """A plan with drafts of all lengths."""
-    plan = batcher.plan()
+def planned(batcher: Batcher, source: random.Random, *, drafts: bool) -> StepPlan:
+    """A plan, whose prompts may be bound; `drafts`: of all lengths."""
+    plan = batcher.plan(source.choice((None, 1, 2, 5)))
+    if not drafts:
+        return plan
     with_drafts = batcher.with_drafts(
         plan, lambda sequence, most: source.choices([0, 1, 9], k=min(most, source.randint(0, 9)))
     )
@@ -388,7 +390,7 @@ def test_random_runs_keep_the_invariants_and_finish_everything(name, seed):
         if source.random() < 0.03 and (held := [*subject.running, *subject.waiting]):
             ended.add(subject.remove(source.choice(held).request_id).request_id)
         before = {each.request_id for each in (*subject.running, *subject.waiting)}
-        plan = drafted(subject, source) if seed % 2 else subject.plan()
+        plan = planned(subject, source, drafts=bool(seed % 2))
         check_plan(subject, plan)
         assert bool(plan.work) == bool(before), "work is planned whenever there is any"
         prefix_computed |= {w.sequence.request_id: w.start + w.count for w in plan.work}
@@ -629,7 +631,7 @@ def test_random_runs_that_share_find_their_own_text_and_keep_the_counts(name, se
         if source.random() < 0.03 and (held := [*subject.running, *subject.waiting]):
             ended.add(subject.remove(source.choice(held).request_id).request_id)
         before = {each.request_id for each in (*subject.running, *subject.waiting)}
-        plan = drafted(subject, source) if seed % 2 else subject.plan()
+        plan = planned(subject, source, drafts=bool(seed % 2))
         check_plan(subject, plan)
         assert bool(plan.work) == bool(before)
         contents.check_and_write(plan)
@@ -660,6 +662,17 @@ def test_prompts_beside_decodes_are_cut_to_their_bound_and_alone_they_are_not():
     assert told(subject, subject.plan(5)).startswith("a[4:5] b[0:5] ")
     subject.remove("a")
     assert told(subject, subject.plan(5)).startswith("b[0:20] ")
+
+
+def test_a_prompt_that_would_pause_a_decode_waits_where_the_bound_is_used_up():
+    subject = batcher(blocks=64, running=3, budget=20)
+    for name in ("a", "b"):
+        subject.add(sequence(name, 4, priority=1))
+    carry_out(subject, subject.plan())
+    subject.add(sequence("c", 9, arrival=1))
+    subject.add(sequence("d", 9, arrival=2))
+    assert told(subject, subject.plan(5)).startswith("a[4:5] b[4:5] c[0:5] ")
+    assert "d" not in [each.request_id for each in subject.running]
 
 
 @pytest.mark.parametrize("bound", [1, 3])

@@ -28,7 +28,7 @@ randomness; the same calls give the same plans. Invariants, between calls:
 """
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from .block_pool import BlockPool
@@ -164,16 +164,17 @@ class Batcher:
         begun = [sequence for sequence in self._running if not _decodes(sequence)]
         while True:
             budget = self._budget(prefills)
-            head = self._next_admissible(begun, budget)
+            head = self._next_admissible(begun, prefills)
             if head is not None:
                 preempted += self._admit(head)
                 begun = [sequence for sequence in begun if sequence in self._running]
                 budget = self._budget(prefills)
-            elif begun and budget:
+            elif begun and budget > 0:
                 head = begun.pop(0)
             else:
                 break
             if not _decodes(head):
+                assert budget > 0
                 prefills.append(StepWork(head, head.computed_token_count, min(budget, head.pending_token_count)))
         decodes = [StepWork(s, s.computed_token_count, 1) for s in self._running if _decodes(s)]
         return StepPlan((*decodes, *prefills), tuple(preempted))
@@ -230,13 +231,17 @@ class Batcher:
                 preempted.append(self._preempt(self._least_urgent_paused() or self._pause_least_urgent()))
         return preempted
 
-    def _budget(self, prefills: list[StepWork]) -> int:
-        """Tokens that the step can still compute, beside the decodes and what is planned of prompts."""
+    def _budget(self, prefills: list[StepWork], paused: Iterable[Sequence] = ()) -> int:
+        """Tokens that the step can still compute, beside the decodes and what is planned of prompts.
+
+        Args:
+            paused: running sequences that would not run in it.
+        """
         planned = sum(work.count for work in prefills)
-        left = self.step_token_budget - self.decode_count - planned
+        left = self.step_token_budget - self.decode_count + sum(map(_decodes, paused)) - planned
         return left if self._prompt_token_bound is None else min(left, self._prompt_token_bound - planned)
 
-    def _next_admissible(self, begun: list[Sequence], budget: int) -> Sequence | None:
+    def _next_admissible(self, begun: list[Sequence], prefills: list[StepWork]) -> Sequence | None:
         """The first that waits, where it can run in this step and no begun prompt comes before it."""
         if not self._waiting:
             return None
@@ -246,7 +251,7 @@ class Batcher:
         victims = self._victims(head)
         if victims is None:
             return None
-        return head if budget + sum(map(_decodes, victims)) > 0 else None
+        return head if self._budget(prefills, victims) > 0 else None
 
     def _victims(self, head: Sequence) -> list[Sequence] | None:
         """Running sequences to pause for a waiting one, the least urgent first; None where it has to wait.

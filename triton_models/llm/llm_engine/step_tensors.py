@@ -120,6 +120,8 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
     ordered = [works[place] for place in order]
     decodes, prefills = ordered[: len(one)], ordered[len(one) :]
     counts, sample_counts = np.array([(work.count, work.sample_count) for work in ordered]).T
+    # The kernels write as many rows as the groups have.
+    assert counts.all(), "a work without tokens"
     ends = counts.cumsum()
     token_ids = np.fromiter(chain.from_iterable(work.token_ids for work in ordered), np.int64, ends[-1])
     groups = list(_decode_groups(decodes, layout))

@@ -45,6 +45,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+# Flags whose defaults are the engine's own, and what they say of themselves.
+_ENGINE_DEFAULTS = {
+    "dtype": None,
+    "device": None,
+    "tensor_parallel_size": None,
+    "kv_cache_bytes": None,
+    "block_token_count": None,
+    "step_token_budget": None,
+    "step_stretch": None,
+    "speculation_sequences": "no drafts while more run",
+    "max_sequences": None,
+    "attention_window": "newest tokens that are seen; 0: all",
+    "attention_window_from": "the first position with it",
+    "attention_sinks": "first tokens that are always seen",
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llm_engine")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -66,24 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, bench, perplexity, join):
         command.add_argument("--model", required=True, help="GGUF file or Hugging Face folder")
         command.add_argument("--cache-dir")
-        command.add_argument("--dtype", default="fp32")
-        command.add_argument("--device", default="cpu")
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--no-cpu-kernels", action="store_true", help="let torch compute everything")
-        command.add_argument("--tensor-parallel-size", type=int, default=1)
+        for name, words in _ENGINE_DEFAULTS.items():
+            default = getattr(EngineConfig, name)
+            command.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=words)
         _add_node_flags(command)
-        command.add_argument("--kv-cache-bytes", type=int, default=512 << 20)
-        command.add_argument("--block-token-count", type=int, default=16)
         command.add_argument("--max-context-tokens", type=int)
-        command.add_argument("--step-token-budget", type=int, default=128)
         command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
-        command.add_argument("--step-stretch", type=float, default=1.5)
         command.add_argument("--speculation-tokens", type=int, default=0, help="drafts a step and sequence; 0: none")
-        command.add_argument("--speculation-sequences", type=int, default=2, help="no drafts while more run")
-        command.add_argument("--max-sequences", type=int, default=32)
-        command.add_argument("--attention-window", type=int, default=0, help="newest tokens that are seen; 0: all")
-        command.add_argument("--attention-window-from", type=int, default=4096, help="the first position with it")
-        command.add_argument("--attention-sinks", type=int, default=16, help="first tokens that are always seen")
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 

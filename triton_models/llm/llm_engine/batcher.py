@@ -163,17 +163,16 @@ class Batcher:
         prefills: list[StepWork] = []
         begun = [sequence for sequence in self._running if not _decodes(sequence)]
         while True:
-            budget = self._budget(prefills)
             head = self._next_admissible(begun, prefills)
             if head is not None:
                 preempted += self._admit(head)
                 begun = [sequence for sequence in begun if sequence in self._running]
-                budget = self._budget(prefills)
-            elif begun and budget > 0:
+            elif begun and self._budget(prefills) > 0:
                 head = begun.pop(0)
             else:
                 break
             if not _decodes(head):
+                budget = self._budget(prefills)
                 assert budget > 0
                 prefills.append(StepWork(head, head.computed_token_count, min(budget, head.pending_token_count)))
         decodes = [StepWork(s, s.computed_token_count, 1) for s in self._running if _decodes(s)]

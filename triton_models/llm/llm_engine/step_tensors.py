@@ -130,12 +130,11 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
         chunk = _unmasked_chunk(work, first_row, layout) if layout.reads_chunks else _group([work], first_row, layout)
         groups.append(chunk)
         first_row += work.count
-    positions = _ranges(np.array([work.start for work in ordered]), counts)
     return StepTensors(
         works=works,
         token_ids=_moved(token_ids, layout),
-        positions=_moved(positions, layout),
-        slots=_moved(_slots(ordered, layout) + positions % layout.block_token_count, layout),
+        positions=_moved(_ranges(np.array([work.start for work in ordered]), counts), layout),
+        slots=_moved(_slots(ordered, layout), layout),
         groups=groups,
         sample_rows=_moved(_ranges(ends - sample_counts, sample_counts), layout),
         sampled=[place for place in order if works[place].sample_count],
@@ -229,12 +228,12 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _slots(works: list[RowWork], layout: StepLayout) -> np.ndarray:
-    """[row_count] int64: where the block begins in which each row's key and value are kept."""
-    size, blocks = layout.block_token_count, []
+    """[row_count] int64: where each row's key and value are kept."""
+    size, slots = layout.block_token_count, []
     for work in works:
-        absent = len(_hidden_blocks(work, layout))
-        blocks += [work.block_ids[place // size - absent] for place in range(work.start, work.start + work.count)]
-    return np.array(blocks) * size
+        absent, positions = len(_hidden_blocks(work, layout)), range(work.start, work.start + work.count)
+        slots += [work.block_ids[place // size - absent] * size + place % size for place in positions]
+    return np.array(slots)
 
 
 def _padded(work: RowWork, layout: StepLayout) -> int:

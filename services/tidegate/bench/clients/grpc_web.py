@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Final
 from urllib.parse import unquote
 
-import aiohttp
+import httptools
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
-from tidegate.bench.clients import messages, web_session
+from tidegate.bench.clients import http1, messages
 from tidegate.bench.clients.answer import CLASS_HEADER, Answer, Ask
 from tidegate.bench.ledger import Ending
 from tidegate.bench.targets import Target
@@ -39,62 +39,71 @@ class GrpcWebClient:
     def __init__(self, target: Target, clock: Callable[[], float]) -> None:
         self._target = target
         self._clock = clock
-        self._url = f"http://{target.address}{messages.METHOD}"
         base = {"content-type": "application/grpc-web+proto", "x-grpc-web": "1", "accept-encoding": "identity"}
         self._headers = {tenant: base | {"authorization": f"Bearer {key}"} for tenant, key in target.api_keys.items()}
         self._base_headers = base
-        self._session: aiohttp.ClientSession | None = None
+        self._connections = http1.Connections(target.address)
 
     async def start(self) -> None:
-        """Opens the session."""
-        await web_session.require_listener(self._target.address)
-        self._session = web_session.open_session()
+        """Opens the first connection."""
+        await self._connections.start()
 
     async def ask(self, ask: Ask, answer: Answer) -> None:
         """One stream to its end."""
-        assert self._session is not None
         message = messages.encoded(ask, self._target.model)
         headers = self._headers.get(ask.tenant, self._base_headers) | {
             "grpc-timeout": f"{max(1, int(ask.timeout_seconds * 1000))}m",
             CLASS_HEADER: ask.service_class,
         }
+        body = b"\0" + len(message).to_bytes(4, "big") + message
         try:
-            async with self._session.post(
-                self._url, data=b"\0" + len(message).to_bytes(4, "big") + message, headers=headers
-            ) as response:
-                answer.request_id = response.headers.get("x-request-id", "")
-                if "grpc-status" in response.headers:
-                    note_trailers(response.headers, answer)
-                elif response.status != 200:
-                    answer.fail(f"HTTP {response.status}")
-                else:
-                    await self._read(response.content, answer)
-        except (aiohttp.ClientError, OSError, DecodeError) as error:
+            await self._connections.post(messages.METHOD, headers, body, _Stream(answer, self._clock))
+        except (httptools.HttpParserError, OSError, DecodeError) as error:
             answer.fail(f"{type(error).__name__}: {error}")
         if answer.ending is None:
             answer.fail("the stream ended without its last event")
 
-    async def _read(self, content: aiohttp.StreamReader, answer: Answer) -> None:
-        rest = b""
-        async for chunk in content.iter_any():
-            rest = rest + chunk if rest else chunk
-            begin = 0
-            while len(rest) - begin >= _HEAD_BYTES:
-                end = begin + _HEAD_BYTES + int.from_bytes(rest[begin + 1 : begin + _HEAD_BYTES], "big")
-                if len(rest) < end:
-                    break
-                content_bytes = rest[begin + _HEAD_BYTES : end]
-                if rest[begin] & _TRAILERS:
-                    note_trailers(_lines(content_bytes), answer)
-                else:
-                    messages.note(content_bytes, answer, self._clock)
-                begin = end
-            rest = rest[begin:]
-
     async def close(self) -> None:
         """Ends all connections."""
-        if self._session is not None:
-            await self._session.close()
+        self._connections.close()
+
+
+class _Stream:
+    """Takes a response apart, frame by frame."""
+
+    def __init__(self, answer: Answer, clock: Callable[[], float]) -> None:
+        self._answer = answer
+        self._clock = clock
+        self._rest = b""
+        self._has_frames = False
+
+    def head(self, status: int, headers: http1.Headers) -> None:
+        """Where it is refused at once, that is all."""
+        self._answer.request_id = headers.get("x-request-id", "")
+        if "grpc-status" in headers:
+            note_trailers(headers, self._answer)
+        elif status != 200:
+            self._answer.fail(f"HTTP {status}")
+        else:
+            self._has_frames = True
+
+    def content(self, chunk: bytes) -> None:
+        """Notes the frames that are whole."""
+        if not self._has_frames:
+            return
+        rest = self._rest + chunk if self._rest else chunk
+        begin = 0
+        while len(rest) - begin >= _HEAD_BYTES:
+            end = begin + _HEAD_BYTES + int.from_bytes(rest[begin + 1 : begin + _HEAD_BYTES], "big")
+            if len(rest) < end:
+                break
+            content = rest[begin + _HEAD_BYTES : end]
+            if rest[begin] & _TRAILERS:
+                note_trailers(_lines(content), self._answer)
+            else:
+                messages.note(content, self._answer, self._clock)
+            begin = end
+        self._rest = rest[begin:]
 
 
 def note_trailers(trailers: Mapping[str, str], answer: Answer) -> None:
@@ -111,7 +120,7 @@ def note_trailers(trailers: Mapping[str, str], answer: Answer) -> None:
     elif code == _DEADLINE_EXCEEDED:
         answer.ending = Ending.DEADLINE_EXCEEDED
     elif code == _RESOURCE_EXHAUSTED:
-        answer.refuse("RESOURCE_EXHAUSTED", web_session.retry_after_seconds(trailers), text)
+        answer.refuse("RESOURCE_EXHAUSTED", http1.retry_after_seconds(trailers), text)
     else:
         answer.fail(f"gRPC status {code}: {text}")
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-import aiohttp
+import httptools
 import msgspec
 
-from tidegate.bench.clients import web_session
+from tidegate.bench.clients import http1
 from tidegate.bench.clients.answer import CLASS_HEADER, Answer, Ask
 from tidegate.bench.ledger import Ending
 from tidegate.bench.targets import Target
@@ -58,41 +58,27 @@ class SseClient:
     def __init__(self, target: Target, clock: Callable[[], float]) -> None:
         self._target = target
         self._clock = clock
-        self._url = f"http://{target.address}{target.http_path}"
         self.wants_text = target.http_path.endswith("/chat/completions")
-        self._session: aiohttp.ClientSession | None = None
+        self._connections = http1.Connections(target.address)
 
     async def start(self) -> None:
-        """Opens the session."""
-        await web_session.require_listener(self._target.address)
-        self._session = web_session.open_session()
+        """Opens the first connection."""
+        await self._connections.start()
 
     async def ask(self, ask: Ask, answer: Answer) -> None:
         """One stream to its end."""
-        assert self._session is not None
-        body = msgspec.json.encode(self._body(ask))
+        body, stream = msgspec.json.encode(self._body(ask)), _Stream(answer, self._clock)
         try:
-            async with self._session.post(self._url, data=body, headers=self._headers(ask)) as response:
-                answer.request_id = response.headers.get("x-request-id", "")
-                if response.status == 200:
-                    answer.accepted = self._clock()
-                    read_events(await self._read(response.content, answer), answer)
-                else:
-                    note_error(
-                        response.status,
-                        await response.content.read(_LARGEST_ERROR_BYTES),
-                        web_session.retry_after_seconds(response.headers),
-                        answer,
-                    )
-        except (aiohttp.ClientError, OSError) as error:
+            await self._connections.post(self._target.http_path, self._headers(ask), body, stream)
+            stream.finish()
+        except (httptools.HttpParserError, OSError) as error:
             answer.fail(f"{type(error).__name__}: {error}")
         if answer.ending is None:
             answer.fail("the stream ended without [DONE]")
 
     async def close(self) -> None:
         """Ends all connections."""
-        if self._session is not None:
-            await self._session.close()
+        self._connections.close()
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         prompt: dict[str, Any] = (
@@ -122,16 +108,45 @@ class SseClient:
         key = self._target.api_keys.get(ask.tenant)
         return headers | {"authorization": f"Bearer {key}"} if key else headers
 
-    async def _read(self, content: aiohttp.StreamReader, answer: Answer) -> bytes:
-        chunks = []
-        async for chunk in content.iter_any():
-            if answer.first_token is None:
-                if _has_text(chunk):
-                    answer.first_token = answer.last_token = self._clock()
-            elif any(mark in chunk for mark in _TEXTS):
-                answer.last_token = self._clock()
-            chunks.append(chunk)
-        return b"".join(chunks)
+
+class _Stream:
+    """Keeps the bytes of a response and notes when they came."""
+
+    def __init__(self, answer: Answer, clock: Callable[[], float]) -> None:
+        self._answer = answer
+        self._clock = clock
+        self._status = 0
+        self._retry_after_seconds: float | None = None
+        self._chunks: list[bytes] = []
+        self._byte_count = 0
+
+    def head(self, status: int, headers: http1.Headers) -> None:
+        """Accepted or not."""
+        self._answer.request_id = headers.get("x-request-id", "")
+        self._status = status
+        self._retry_after_seconds = http1.retry_after_seconds(headers)
+        if status == 200:
+            self._answer.accepted = self._clock()
+
+    def content(self, chunk: bytes) -> None:
+        """A piece of the events, or of the error."""
+        if self._status != 200:
+            chunk = chunk[: _LARGEST_ERROR_BYTES - self._byte_count]
+            self._byte_count += len(chunk)
+        elif self._answer.first_token is None:
+            if _has_text(chunk):
+                self._answer.first_token = self._answer.last_token = self._clock()
+        elif any(mark in chunk for mark in _TEXTS):
+            self._answer.last_token = self._clock()
+        self._chunks.append(chunk)
+
+    def finish(self) -> None:
+        """Reads what was kept."""
+        content = b"".join(self._chunks)
+        if self._status == 200:
+            read_events(content, self._answer)
+        else:
+            note_error(self._status, content, self._retry_after_seconds, self._answer)
 
 
 def read_events(stream: bytes, answer: Answer) -> None:

@@ -117,6 +117,15 @@ def test_a_row_comes_out_the_same_in_any_company(kernels, folder, kind):
     assert torch.equal(together, load_kernels(folder, 2).linear(packed, rows))
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("count", [5, 70, 300, 600])
+def test_narrow_rows_come_out_the_same_on_any_number_of_threads(kernels, folder, kind, count):
+    packed = kernels.pack(WEIGHTS[kind](70, 576))
+    rows = random(count, 576)
+    found = kernels.linear(packed, rows, narrowness=kernels.narrowness)
+    assert torch.equal(found, load_kernels(folder, 2).linear(packed, rows, narrowness=kernels.narrowness))
+
+
 def test_rows_may_lie_apart(kernels):
     packed = kernels.pack(rounded(random(40, 64)))
     wide = random(5, 200)

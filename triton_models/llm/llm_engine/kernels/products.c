@@ -12,6 +12,7 @@
 #include "unit.h"
 
 #if HAS_MATRIX_UNIT
+#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,6 +29,7 @@
 #define UNIT_GROUPS 9 /* whose weights are unpacked at a time, so that they and the rows stay in a core's first cache */
 #define MATRIX_ROWS 12    /* from so many on the matrix unit is quicker */
 #define ROWS_AT_ONCE 512  /* that are made ready before they are multiplied, so that they stay in a core's cache */
+#define OWN_ROWS 128      /* of each thread, from which on it shares none with the others */
 
 enum { FOUR_BITS = 4, EIGHT_BITS = 8, BF16 = 16, FP16 = 17 };
 
@@ -515,13 +517,21 @@ INLINE void unit_pair(
     end(is_pair, sums->numbers, sums->stride);
 }
 
-/* `count` unpacked groups of weights times at most two tiles of rows, the second `next` numbers behind the first. */
+/* `count` unpacked groups of weights times at most two tiles of rows, the second `next` numbers behind the first. The
+ * weights are in a core's first cache; the rows are not, and are asked for one group ahead.
+ */
 INLINE void unit_groups(
     int is_pair, const uint16_t *x, int64_t next, const uint16_t *weights, int64_t count, const Sums *sums
 ) {
     begin(is_pair, sums->carries, sums->numbers, sums->stride);
-    for (int64_t group = 0; group < count; group++)
-        multiply(is_pair, x + group * UNIT_NUMBERS, next, weights + 2 * group * UNIT_NUMBERS);
+    for (int64_t group = 0; group < count; group++, x += UNIT_NUMBERS) {
+        for (int row = 0; row < UNIT_ROWS; row++) {
+            const uint16_t *ahead = x + UNIT_NUMBERS + row * UNIT_INPUTS;
+            __builtin_prefetch(ahead);
+            if (is_pair) __builtin_prefetch(ahead + next);
+        }
+        multiply(is_pair, x, next, weights + 2 * group * UNIT_NUMBERS);
+    }
     end(is_pair, sums->numbers, sums->stride);
 }
 
@@ -579,21 +589,40 @@ INLINE int64_t unit_bytes(const Weight *weight, int64_t rows) {
     return unit_rows(rows) * whole_groups(weight->inputs) * sizeof(uint16_t);
 }
 
+/* Where there are rows enough, each thread makes its own ready, and waits for nobody. */
 INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, const To *out, void *shared) {
-    int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
-    uint16_t *narrow = shared;
+    int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE;
+    int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), begin = 0, end = rows->count;
+    int is_alone = end >= team * OWN_ROWS;
+    if (is_alone) {
+        int64_t pairs = (end + 2 * UNIT_ROWS - 1) / (2 * UNIT_ROWS);
+        begin = pairs * me / team * 2 * UNIT_ROWS;
+        if (me + 1 < team) end = pairs * (me + 1) / team * 2 * UNIT_ROWS;
+    }
     float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
     uint16_t *room = aligned_alloc(64, UNIT_GROUPS * 2 * UNIT_NUMBERS * sizeof(uint16_t));
-    float *beside = aligned_alloc(64, unit_rows(count) * TILE * sizeof(float));
+    float *beside = aligned_alloc(64, unit_rows(end - begin) * TILE * sizeof(float));
+    uint16_t *narrow = is_alone ? aligned_alloc(64, unit_bytes(weight, end - begin)) : shared;
     configure_unit();
-    for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
-        int64_t several = count - first < ROWS_AT_ONCE ? count - first : ROWS_AT_ONCE;
+    for (int64_t first = begin; first < end; first += ROWS_AT_ONCE) {
+        int64_t several = end - first < ROWS_AT_ONCE ? end - first : ROWS_AT_ONCE;
+        if (is_alone) {
+            for (int64_t row = 0; row < several; row++)
+                narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
+            for (int64_t tile = 0; tile < tiles; tile++)
+                unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < several; row++)
-            narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
+            for (int64_t row = 0; row < several; row++)
+                narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
 #pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < tiles; tile++)
-            unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
+            for (int64_t tile = 0; tile < tiles; tile++)
+                unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
+        }
+    }
+    if (is_alone) {
+        free(narrow);
+#pragma omp barrier
     }
     _tile_release();
     free(beside);

@@ -105,7 +105,10 @@ class SimulatedEngine:
             self._ready_at = None
         return outputs
 
-    def add(self, request: SequenceRequest) -> None:
+    def matcher(self, request: SequenceRequest) -> None:
+        """It follows no grammar: `add` refuses them."""
+
+    def add(self, request: SequenceRequest, matcher: None = None) -> None:
         """Take a request, or raise RequestRefused and leave everything as it was."""
         token_ids = validated_token_ids(request, self.model_info)
         if request.sampling.json_schema:

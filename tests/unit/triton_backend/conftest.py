@@ -15,7 +15,7 @@ sys.path[:0] = [str(LLM / "1"), str(LLM)]
 
 from engine_thread import EngineThread  # noqa: E402, Triton's folders are on the path only now
 
-from llm_engine import EngineLoad, RequestRefused, SequenceOutput, SequenceRequest  # noqa: E402
+from llm_engine import EngineLoad, RequestRefused, SamplingParams, SequenceOutput, SequenceRequest  # noqa: E402
 
 
 class FakeEngine:
@@ -31,8 +31,19 @@ class FakeEngine:
         self.step_gate = threading.Event()
         self.step_gate.set()
         self.step_count = 0
+        self.grammar_failures: dict[str, Exception] = {}
+        self.grammar_gate = threading.Event()
+        self.grammar_gate.set()
+        self.matchers: dict[str, object] = {}
 
-    def add(self, request: SequenceRequest) -> None:
+    def matcher(self, request: SequenceRequest) -> object:
+        self.grammar_gate.wait(5)
+        if failure := self.grammar_failures.get(request.sampling.grammar):
+            raise failure
+        return f"matcher of {request.sampling.grammar}"
+
+    def add(self, request: SequenceRequest, matcher: object = None) -> None:
+        self.matchers[request.request_id] = matcher
         if len(self.sequences) >= self.max_sequences:
             raise RequestRefused("QUEUE_FULL", "all places are taken")
         self.sequences[request.request_id] = 0
@@ -109,8 +120,9 @@ class FakeChannel:
         return self.ends()
 
 
-def sequence(request_id: str = "a", max_tokens: int = 3) -> SequenceRequest:
-    return SequenceRequest(request_id=request_id, token_ids=[1, 2], max_tokens=max_tokens)
+def sequence(request_id: str = "a", max_tokens: int = 3, grammar: str = "") -> SequenceRequest:
+    sampling = SamplingParams(grammar=grammar, grammar_kind="regex" if grammar else "")
+    return SequenceRequest(request_id=request_id, token_ids=[1, 2], max_tokens=max_tokens, sampling=sampling)
 
 
 def wait_until(condition) -> None:
@@ -136,6 +148,7 @@ def engine_thread(engine, broken):
     thread = EngineThread(engine, on_broken=broken.append, log=lambda message: None, max_inbox_count=2)
     yield thread
     engine.step_gate.set()
+    engine.grammar_gate.set()
     thread.close(5)
 
 

@@ -139,3 +139,78 @@ def test_closing_ends_every_sequence_as_unavailable(engine, engine_thread, make_
     assert channel.outputs[-1].error_reason == "ENGINE_UNAVAILABLE"
     with pytest.raises(Unavailable):
         engine_thread.submit(make_sequence("b"), channel)
+
+
+def test_steps_go_on_while_a_grammar_is_compiled(engine, engine_thread, make_channel, make_sequence):
+    engine.grammar_gate.clear()
+    bound, free = make_channel(), make_channel()
+    engine_thread.submit(make_sequence("bound", grammar="[a-z]+"), bound)
+    engine_thread.submit(make_sequence("free"), free)
+    assert free.wait_for_ends(1) == {"free": "length"}
+    assert not bound.outputs
+    engine.grammar_gate.set()
+    assert bound.wait_for_ends(1) == {"bound": "length"}
+    assert engine.matchers == {"bound": "matcher of [a-z]+", "free": None}
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [(RequestRefused("INVALID_VALUE", "no such grammar"), "INVALID_VALUE"), (OSError("no memory"), "ENGINE_FAILED")],
+)
+def test_a_grammar_that_cannot_be_compiled_ends_its_sequence_alone(
+    engine, engine_thread, make_channel, make_sequence, failure, reason
+):
+    engine.grammar_failures["["] = failure
+    channel = make_channel()
+    engine_thread.submit(make_sequence("bad", grammar="["), channel)
+    engine_thread.submit(make_sequence("good", grammar="a"), channel)
+    assert channel.wait_for_ends(2) == {"bad": "error", "good": "length"}
+    assert [output.error_reason for output in channel.outputs if output.request_id == "bad"] == [reason]
+    assert "bad" not in engine.matchers
+
+
+def test_what_is_cancelled_while_its_grammar_is_compiled_never_reaches_the_engine(
+    engine, engine_thread, make_channel, make_sequence, until
+):
+    engine.grammar_gate.clear()
+    first, second = make_channel(), make_channel()
+    engine_thread.submit(make_sequence(grammar="one"), first)
+    assert engine_thread.cancel("a")
+    assert first.wait_for_ends(1) == {"a": "cancelled"}
+    # Its name may be used again at once.
+    engine_thread.submit(make_sequence(grammar="two"), second)
+    engine.grammar_gate.set()
+    assert second.wait_for_ends(1) == {"a": "length"}
+    assert engine.matchers == {"a": "matcher of two"}
+    assert len(first.outputs) == 1
+
+
+def test_what_waits_for_its_grammar_is_bounded_with_the_inbox(engine, engine_thread, make_channel, make_sequence):
+    engine.grammar_gate.clear()
+    channel = make_channel()
+    for name in ("a", "b"):
+        engine_thread.submit(make_sequence(name, grammar="x"), channel)
+    with pytest.raises(RequestRefused, match="QUEUE_FULL"):
+        engine_thread.submit(make_sequence("c", grammar="x"), channel)
+    engine.grammar_gate.set()
+    assert channel.wait_for_ends(2) == {"a": "length", "b": "length"}
+
+
+def test_a_step_that_fails_leaves_what_waits_for_its_grammar(engine, engine_thread, make_channel, make_sequence):
+    engine.grammar_gate.clear()
+    engine.step_failures = [ValueError("once")]
+    bound, free = make_channel(), make_channel()
+    engine_thread.submit(make_sequence("bound", grammar="x"), bound)
+    engine_thread.submit(make_sequence("free"), free)
+    assert free.wait_for_ends(1) == {"free": "error"}
+    engine.grammar_gate.set()
+    assert bound.wait_for_ends(1) == {"bound": "length"}
+
+
+def test_closing_ends_what_waits_for_its_grammar(engine, engine_thread, make_channel, make_sequence):
+    engine.grammar_gate.clear()
+    channel = make_channel()
+    engine_thread.submit(make_sequence(grammar="x"), channel)
+    engine_thread.close(0.5)
+    assert channel.ends() == {"a": "error"}
+    assert channel.outputs[-1].error_reason == "ENGINE_UNAVAILABLE"

@@ -1,10 +1,10 @@
-"""The one thread that calls the engine, and the inbox before it.
+"""The one thread that calls the engine, the inbox before it, and a thread that compiles grammars before that.
 
 Owns the engine and which channel each sequence answers to. Invariants: nobody who calls `submit` or `cancel` waits
-for a step; the inbox is bounded; every sequence that was submitted without a refusal ends in exactly one output
-with a finish reason. A step that raises ends the sequences that were in the engine, with an error; one that raises
-EngineBroken, steps that raise again and again, or cancelling that does, mean a broken engine: it takes nothing more and
-`on_broken` is told.
+for a step, and no step for a grammar; what is compiled and what is in the inbox are bounded together; every sequence
+that was submitted without a refusal ends in exactly one output with a finish reason. A step that raises ends the
+sequences that were in the engine, with an error; one that raises EngineBroken, steps that raise again and again, or
+cancelling that does, mean a broken engine: it takes nothing more and `on_broken` is told.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from outbox import Channel, Outbox
 
@@ -26,7 +27,8 @@ ENGINE_FAILED = "ENGINE_FAILED"
 ENGINE_UNAVAILABLE = "ENGINE_UNAVAILABLE"
 
 MAX_INBOX_COUNT = 1024
-"""Requests that wait for the current step to end; the engine's own bound on waiting ones comes after it."""
+"""Requests that wait for their grammar or for the current step to end; the engine's own bound on waiting ones comes
+after it."""
 
 MAX_FAILED_STEP_COUNT = 3
 """Steps in a row that may raise before the engine counts as broken: an error of the device stays for good."""
@@ -37,7 +39,8 @@ class Engine(Protocol):
 
     model_info: ModelInfo
 
-    def add(self, request: SequenceRequest) -> None: ...
+    def matcher(self, request: SequenceRequest) -> Any: ...
+    def add(self, request: SequenceRequest, matcher: Any = None) -> None: ...
     def cancel(self, request_id: str) -> bool: ...
     def step(self, is_unwanted: Callable[[str], bool]) -> list[SequenceOutput]: ...
     def watch(self, on_broken: Callable[[str], None]) -> None: ...
@@ -45,6 +48,15 @@ class Engine(Protocol):
     def has_work(self) -> bool: ...
     @property
     def load(self) -> EngineLoad: ...
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A request for the engine, with what follows its grammar, or what it ends with where that cannot be."""
+
+    request: SequenceRequest
+    matcher: Any = None
+    end: SequenceOutput | None = None
 
 
 class EngineThread:
@@ -62,7 +74,8 @@ class EngineThread:
         self._on_broken = on_broken
         self._log = log
         self._max_inbox_count = max_inbox_count
-        self._inbox: deque[SequenceRequest] = deque()
+        self._inbox: deque[_Arrival] = deque()
+        self._compiling: dict[str, SequenceRequest] = {}
         self._channels: dict[str, Channel] = {}
         self._cancelled: set[str] = set()
         self._changed = threading.Condition()
@@ -72,22 +85,27 @@ class EngineThread:
         self.broken = ""
         self.load: EngineLoad = engine.load
         self._outbox = Outbox(self._lose)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=run, name=name, daemon=True)
+            for name, run in (("engine", self._run), ("grammars", self._compile_all))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, request: SequenceRequest, channel: Channel) -> None:
         """Hands a request over; RequestRefused where it cannot be taken. A later refusal comes as an output."""
-        self.require_available()
         with self._changed:
+            self.require_available()
             if request.request_id in self._channels:
                 raise RequestRefused(DUPLICATE_ID, f"request_id {request.request_id!r} is in the engine already")
-            if len(self._inbox) >= self._max_inbox_count:
+            if len(self._inbox) + len(self._compiling) >= self._max_inbox_count:
                 raise RequestRefused(QUEUE_FULL, f"{self._max_inbox_count} requests wait for the engine's thread")
-            if self.broken:
-                raise Unavailable(self.broken)
             self._channels[request.request_id] = channel
-            self._inbox.append(request)
-            self._changed.notify()
+            if request.sampling.has_grammar:
+                self._compiling[request.request_id] = request
+            else:
+                self._inbox.append(_Arrival(request))
+            self._changed.notify_all()
 
     def require_available(self) -> None:
         """Raises Unavailable where the engine takes nothing more."""
@@ -100,14 +118,14 @@ class EngineThread:
             if request_id not in self._channels:
                 return False
             self._cancelled.add(request_id)
-            self._changed.notify()
+            self._changed.notify_all()
             return True
 
     def cancel_channel(self, channel: Channel) -> None:
         """Ends all sequences that answer to a channel."""
         with self._changed:
             self._cancelled.update(name for name, other in self._channels.items() if other is channel)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def channels(self) -> set[Channel]:
         """The channels that a sequence answers to now."""
@@ -124,12 +142,39 @@ class EngineThread:
         self._outbox.close(timeout_seconds)
 
     def close(self, timeout_seconds: float) -> None:
-        """Takes nothing more, ends every sequence as unavailable here, and both threads."""
+        """Takes nothing more, ends every sequence as unavailable here, and all threads."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout_seconds)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout_seconds)
         self._outbox.close(timeout_seconds)
+
+    def _compile_all(self) -> None:
+        """Compiles grammars in the order in which they came, until the end."""
+        while (request := self._next_to_compile()) is not None:
+            arrival = self._compiled(request)
+            with self._changed:
+                # One that was cancelled meanwhile is not there any more.
+                if self._compiling.get(request.request_id) is request:
+                    del self._compiling[request.request_id]
+                    self._inbox.append(arrival)
+                    self._changed.notify_all()
+
+    def _next_to_compile(self) -> SequenceRequest | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._compiling or self._closing or self.broken)
+            return None if self._closing or self.broken else next(iter(self._compiling.values()))
+
+    def _compiled(self, request: SequenceRequest) -> _Arrival:
+        try:
+            return _Arrival(request, self._engine.matcher(request))
+        except RequestRefused as refused:
+            return _Arrival(request, end=_error(request.request_id, refused.reason, refused.message))
+        except Exception as error:  # Whatever a grammar causes ends its sequence alone.
+            self._log("".join(traceback.format_exception(error)))
+            message = f"the grammar cannot be compiled: {error}"
+            return _Arrival(request, end=_error(request.request_id, ENGINE_FAILED, message))
 
     def _run(self) -> None:
         while not self.broken and self._wait_for_work():
@@ -156,21 +201,24 @@ class EngineThread:
             cancelled, self._cancelled = self._cancelled, set()
             arrived = list(self._inbox)
             self._inbox.clear()
-        dropped = [request for request in arrived if request.request_id in cancelled]
-        for request_id in cancelled - {request.request_id for request in dropped}:
+            dropped = {name for name in cancelled if self._compiling.pop(name, None) is not None}
+        dropped |= cancelled & {arrival.request.request_id for arrival in arrived}
+        for request_id in cancelled - dropped:
             self._engine.cancel(request_id)
         outputs = [SequenceOutput(request_id=name, token_ids=[], finish_reason="cancelled") for name in cancelled]
-        for request in arrived:
-            if request.request_id not in cancelled:
-                outputs += self._add(request)
+        for arrival in arrived:
+            if arrival.request.request_id not in cancelled:
+                outputs += self._add(arrival)
         if outputs:
             self._post(outputs)
 
-    def _add(self, request: SequenceRequest) -> list[SequenceOutput]:
+    def _add(self, arrival: _Arrival) -> list[SequenceOutput]:
+        if arrival.end is not None:
+            return [arrival.end]
         try:
-            self._engine.add(request)
+            self._engine.add(arrival.request, arrival.matcher)
         except RequestRefused as refused:
-            return [_error(request.request_id, refused.reason, refused.message)]
+            return [_error(arrival.request.request_id, refused.reason, refused.message)]
         return []
 
     def _post(self, outputs: list[SequenceOutput]) -> None:
@@ -195,7 +243,7 @@ class EngineThread:
         self._step_started = None
         message = f"the engine's step failed: {error}"
         with self._changed:
-            waiting = {request.request_id for request in self._inbox}
+            waiting = {arrival.request.request_id for arrival in self._inbox} | self._compiling.keys()
             names = [name for name in self._channels if name not in waiting]
         try:
             for name in names:
@@ -219,6 +267,8 @@ class EngineThread:
         with self._changed:
             self.broken = message
             self._inbox.clear()
+            self._compiling.clear()
+            self._changed.notify_all()
             addressed = [
                 (channel, _error(name, ENGINE_UNAVAILABLE, message)) for name, channel in self._channels.items()
             ]

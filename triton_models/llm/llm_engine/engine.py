@@ -103,11 +103,29 @@ class Engine:
         self._pacer.observe(*_decodes_and_prompt_tokens(plan), self._step_seconds_last)
         return [output for output in outputs if output is not None]
 
-    def add(self, request: SequenceRequest) -> None:
+    def matcher(self, request: SequenceRequest) -> OutputMatcher | None:
+        """What follows the grammar of a request's output, None where it may be any text; for any thread.
+
+        It takes up to half a second, in which steps go on. RequestRefused where the grammar, or what the request
+        says of its output, cannot be.
+        """
+        if not request.sampling.has_grammar:
+            return None
+        token_ids = validated_token_ids(request, self.model_info)
+        grammar = _grammar(request)
+        if isinstance(self._grammars, ModelLoadError):
+            raise RequestRefused(INVALID_VALUE, f"{grammar.field} cannot be used with this model: {self._grammars}")
+        output = token_ids[len(token_ids) - request.prior_output_count :]
+        return self._grammars.matcher(grammar, _stop_token_ids(request, self.model_info), output)
+
+    def add(self, request: SequenceRequest, matcher: OutputMatcher | None = None) -> None:
         """Take a request, or raise RequestRefused and leave everything as it was.
 
         A request whose `max_tokens` reaches beyond the context is taken, and ends with "length" where
         the context does.
+
+        Args:
+            matcher: this engine's, of this request; where it has a grammar and this is None, it is made now.
         """
         token_ids = validated_token_ids(request, self.model_info)
         if self._batcher.holds(request.request_id):
@@ -117,8 +135,8 @@ class Engine:
                 QUEUE_FULL,
                 f"{self.config.max_sequences} places to run and {self.config.max_waiting} to wait are taken",
             )
-        if (grammar := _grammar(request)) is not None:
-            self._matchers[request.request_id] = self._matcher(grammar, request, token_ids)
+        if (matcher := matcher or self.matcher(request)) is not None:
+            self._matchers[request.request_id] = matcher
         seed = request.sampling.seed
         self._batcher.add(
             Sequence(
@@ -197,9 +215,8 @@ class Engine:
             stopped = token.token_id in sequence.stop_token_ids
             is_whole = not stopped and matcher is not None and matcher.follow(token.token_id)
             if matcher is not None and matcher.fault:
-                grammar = _grammar(sequence.request)
-                assert grammar is not None
-                return self._fail(sequence, SCHEMA_TOO_COMPLEX, f"{grammar.field}: {matcher.fault}")
+                field = _grammar(sequence.request).field
+                return self._fail(sequence, SCHEMA_TOO_COMPLEX, f"{field}: {matcher.fault}")
             if not stopped:
                 sequence.token_ids.append(token.token_id)
                 new.append(token)
@@ -250,12 +267,6 @@ class Engine:
             prompt_token_count=sequence.prompt_token_count,
             output_token_count=sequence.output_token_count,
         )
-
-    def _matcher(self, grammar: Grammar, request: SequenceRequest, token_ids: list[int]) -> OutputMatcher:
-        if isinstance(self._grammars, ModelLoadError):
-            raise RequestRefused(INVALID_VALUE, f"{grammar.field} cannot be used with this model: {self._grammars}")
-        output = token_ids[len(token_ids) - request.prior_output_count :]
-        return self._grammars.matcher(grammar, _stop_token_ids(request, self.model_info), output)
 
     def _remove(self, request_id: str) -> bool:
         self._matchers.pop(request_id, None)
@@ -328,12 +339,12 @@ def _equal_count(drafts: tuple[int, ...], sampled: list[SampledToken]) -> int:
     return count
 
 
-def _grammar(request: SequenceRequest) -> Grammar | None:
-    """What the output must follow; None where it may be any text."""
+def _grammar(request: SequenceRequest) -> Grammar:
+    """What the output of a request that has a grammar must follow."""
     sampling = request.sampling
     if sampling.json_schema:
         return Grammar("json_schema", sampling.json_schema)
-    return Grammar(sampling.grammar_kind, sampling.grammar) if sampling.grammar else None
+    return Grammar(sampling.grammar_kind, sampling.grammar)
 
 
 def _stop_token_ids(request: SequenceRequest, model: ModelInfo) -> frozenset[int]:

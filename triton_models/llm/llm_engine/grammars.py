@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 GRAMMAR_BYTE_BOUND = 16_384
-"""A grammar is compiled between two steps; a schema of this size in up to a tenth of a second, and the
-slowest of other grammars in half of one."""
+"""A schema of this size is compiled in up to a tenth of a second, and the slowest of other grammars in half of one."""
 
 ROW_ITEM_BOUND = 300
 """How many ways to read the output a Lark grammar may keep open at once. The time of a step grows with their square or

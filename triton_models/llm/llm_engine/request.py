@@ -42,6 +42,11 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no log-probabilities; 0 to 20: the chosen token's, and so many of the likeliest."""
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the output may not be any text."""
+        return bool(self.json_schema or self.grammar)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceRequest:

@@ -170,7 +170,7 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_sequence_alone(
 
 
 def test_what_is_cancelled_while_its_grammar_is_compiled_never_reaches_the_engine(
-    engine, engine_thread, make_channel, make_sequence, until
+    engine, engine_thread, make_channel, make_sequence
 ):
     engine.grammar_gate.clear()
     first, second = make_channel(), make_channel()

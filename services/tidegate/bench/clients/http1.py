@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol, cast
 
 import httptools
@@ -84,7 +84,7 @@ class Connections:
 class _Connection(asyncio.Protocol):
     """One request at a time. The methods without an underscore after `connection_lost` are httptools' callbacks."""
 
-    def __init__(self, forget: _Forget) -> None:
+    def __init__(self, forget: Callable[[_Connection], None]) -> None:
         self._forget = forget
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -163,10 +163,6 @@ class _Connection(asyncio.Protocol):
     def _fail(self, error: BaseException) -> None:
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(error)
-
-
-class _Forget(Protocol):
-    def __call__(self, connection: _Connection, /) -> None: ...
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:

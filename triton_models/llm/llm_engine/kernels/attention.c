@@ -476,24 +476,10 @@ INLINE __m512 power_of_two(__m512 x) {
 /* The first `count` lanes, none of a negative count. */
 INLINE __mmask16 lanes_below(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-/* Which lanes a row sees, of those from `token` on. */
+/* Which lanes a row sees, of those from `token` on: for most, all of them. */
 INLINE __mmask16 seen_lanes(Seen seen, int64_t token) {
+    if (token + LANES <= (seen.newest <= seen.sinks ? seen.end : seen.sinks)) return 0xffff;
     return lanes_below(seen.end - token) & (lanes_below(seen.sinks - token) | ~lanes_below(seen.newest - token));
-}
-
-/* One group's scores become its weights, relative to the largest score, and are added to the sums; unless all tokens are
- * seen, `seen` says which get any.
- */
-INLINE void weigh_group(
-    int all_seen, const float *scores, const __mmask16 seen[2], __m512 factor, __m512 most, __m512 sums[2], uint16_t *to
-) {
-    __m512 halves[2];
-    for (int half = 0; half < 2; half++) {
-        __m512 weight = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + half * LANES), factor, most));
-        halves[half] = all_seen ? weight : _mm512_maskz_mov_ps(seen[half], weight);
-        sums[half] = _mm512_add_ps(sums[half], halves[half]);
-    }
-    _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
 }
 
 /* A row's scores become its weights, relative to the largest yet; their sum comes back. Of `count` tokens, those that
@@ -501,27 +487,26 @@ INLINE void weigh_group(
  */
 INLINE float weigh_row(const UnitRoom *room, int64_t row, Seen seen, int64_t count, float scale, float *largest) {
     const float *scores = room->scores + row * TILE;
-    const int64_t token_groups = count / UNIT_INPUTS, whole = seen.newest <= seen.sinks ? seen.end : seen.sinks;
+    const int64_t token_groups = count / UNIT_INPUTS;
     uint16_t *to = room->weights + row / UNIT_ROWS * token_groups * UNIT_NUMBERS + row % UNIT_ROWS * UNIT_INPUTS;
-    __m512 most = _mm512_set1_ps(*largest), sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    __m512 factor = _mm512_set1_ps(scale);
+    __m512 most = _mm512_set1_ps(*largest), sums = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
     for (int64_t token = 0; token < seen.end; token += LANES) {
         __m512 some = _mm512_loadu_ps(scores + token / TILE * 2 * UNIT_ROWS * TILE + token % TILE);
-        if (token + LANES <= whole) most = _mm512_max_ps(_mm512_mul_ps(some, factor), most);
-        else most = _mm512_mask_max_ps(most, seen_lanes(seen, token), _mm512_mul_ps(some, factor), most);
+        most = _mm512_mask_max_ps(most, seen_lanes(seen, token), _mm512_mul_ps(some, factor), most);
     }
     *largest = _mm512_reduce_max_ps(most);
     most = _mm512_set1_ps(*largest);
     for (int64_t group = 0; group < token_groups; group++, to += UNIT_NUMBERS, scores += 2 * UNIT_ROWS * TILE) {
-        int64_t token = group * UNIT_INPUTS;
-        if (token + UNIT_INPUTS <= whole) {
-            weigh_group(1, scores, NULL, factor, most, sums, to);
-        } else {
-            __mmask16 lanes[2] = {seen_lanes(seen, token), seen_lanes(seen, token + LANES)};
-            weigh_group(0, scores, lanes, factor, most, sums, to);
+        __m512 halves[2];
+        for (int half = 0; half < 2; half++) {
+            __mmask16 lanes = seen_lanes(seen, group * UNIT_INPUTS + half * LANES);
+            __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(scores + half * LANES), factor, most);
+            halves[half] = _mm512_maskz_mov_ps(lanes, power_of_two(power));
+            sums = _mm512_add_ps(sums, halves[half]);
         }
+        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
     }
-    return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+    return _mm512_reduce_add_ps(sums);
 }
 
 /* What at most two tiles of rows of one head, the first of which is token `position`, get of the laid out tokens, which

@@ -589,38 +589,38 @@ INLINE int64_t unit_bytes(const Weight *weight, int64_t rows) {
     return unit_rows(rows) * whole_groups(weight->inputs) * sizeof(uint16_t);
 }
 
-/* Where there are rows enough, each thread makes its own ready, and waits for nobody. */
+/* Threads share the rows that are made ready, and the tiles; where there are rows enough, each has its own instead, and
+ * waits for nobody.
+ */
 INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, const To *out, void *shared) {
-    int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE;
-    int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), begin = 0, end = rows->count;
-    int is_alone = end >= team * OWN_ROWS;
-    if (is_alone) {
-        int64_t pairs = (end + 2 * UNIT_ROWS - 1) / (2 * UNIT_ROWS);
-        begin = pairs * me / team * 2 * UNIT_ROWS;
-        if (me + 1 < team) end = pairs * (me + 1) / team * 2 * UNIT_ROWS;
+    int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, from = 0, to = rows->count;
+    int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    int shares = to < team * OWN_ROWS;
+    if (!shares) {
+        int64_t pairs = (to + 2 * UNIT_ROWS - 1) / (2 * UNIT_ROWS);
+        from = pairs * me / team * 2 * UNIT_ROWS;
+        if (me + 1 < team) to = pairs * (me + 1) / team * 2 * UNIT_ROWS;
+        team = 1, me = 0;
     }
     float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
     uint16_t *room = aligned_alloc(64, UNIT_GROUPS * 2 * UNIT_NUMBERS * sizeof(uint16_t));
-    float *beside = aligned_alloc(64, unit_rows(end - begin) * TILE * sizeof(float));
-    uint16_t *narrow = is_alone ? aligned_alloc(64, unit_bytes(weight, end - begin)) : shared;
+    float *beside = aligned_alloc(64, unit_rows(to - from) * TILE * sizeof(float));
+    uint16_t *narrow = shares ? shared : aligned_alloc(64, unit_bytes(weight, to - from));
     configure_unit();
-    for (int64_t first = begin; first < end; first += ROWS_AT_ONCE) {
-        int64_t several = end - first < ROWS_AT_ONCE ? end - first : ROWS_AT_ONCE;
-        if (is_alone) {
-            for (int64_t row = 0; row < several; row++)
-                narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
-            for (int64_t tile = 0; tile < tiles; tile++)
-                unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
-        } else {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < several; row++)
-                narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
-#pragma omp for schedule(static)
-            for (int64_t tile = 0; tile < tiles; tile++)
-                unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
+    for (int64_t first = from; first < to; first += ROWS_AT_ONCE) {
+        int64_t several = to - first < ROWS_AT_ONCE ? to - first : ROWS_AT_ONCE;
+        for (int64_t row = several * me / team; row < several * (me + 1) / team; row++)
+            narrow_row_for_unit(ready(rows, first + row, inputs, made), inputs, row, narrow);
+        if (shares) {
+#pragma omp barrier
+        }
+        for (int64_t tile = tiles * me / team; tile < tiles * (me + 1) / team; tile++)
+            unit_tile(packing, weight, tile, narrow, first, several, out, room, beside);
+        if (shares) {
+#pragma omp barrier
         }
     }
-    if (is_alone) {
+    if (!shares) {
         free(narrow);
 #pragma omp barrier
     }

@@ -102,12 +102,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Threads that each engine computes with; 0: the processors of the machine divided by the replicas, those of the
     lite model included."""
 
-    service_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 4
-    """How far the services step back for Envoy. Every byte passes it several times, and it must be able to refuse what
-    the services have no time for."""
+    service_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 10
+    """How far the services that carry answers step back for Envoy, the scheduler and preprocess. A token can be a
+    moment later; a decision is waited for by all that come after it, and what waits at its door nobody can refuse."""
 
-    engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 14
-    """How far the engines step back for both. An engine on a CPU takes all of it in long steps; a service needs
+    engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 18
+    """How far the engines step back for all of them. An engine on a CPU takes all of it in long steps; a service needs
     a little, at once, for each token and decision."""
 
     max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0

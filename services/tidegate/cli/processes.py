@@ -30,6 +30,9 @@ from tidegate.common.memory import mimalloc_library, with_mimalloc
 
 CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache", "batch", "waiting")
 
+DECIDING_SERVICES: Final = frozenset({"scheduler", "preprocess"})
+"""Those that stand between a request and its refusal."""
+
 DEFAULT_STEP_TOKEN_BUDGET: Final = 128
 """The engine's own; it refuses to start when that is below the sequences that it runs at once."""
 
@@ -142,8 +145,7 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, label: st
         environment={name: value for name, value in environment.items() if not name.startswith(_OF_UP)},
         is_ready=_health_probe(mesh, name),
         is_whole=lambda pid: bool(stub_process_ids(pid)),
-        # The simulated engine stands for a device of its own: it needs little of a processor, but on time.
-        niceness=0 if settings.engine == "llm_sim" else settings.engine_niceness,
+        niceness=settings.engine_niceness,
     )
 
 
@@ -197,7 +199,7 @@ def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str
         argv=argv,
         environment=environment,
         is_ready=_health_probe(mesh, name),
-        niceness=settings.service_niceness,
+        niceness=0 if module in DECIDING_SERVICES else settings.service_niceness,
     )
 
 

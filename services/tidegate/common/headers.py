@@ -23,6 +23,9 @@ SERVICE_CLASS: Final = "x-tidegate-class"
 ARRIVED: Final = "x-tidegate-arrived"
 """When the request reached the ingress, in Unix seconds with a fraction, by Envoy's clock."""
 
+WHOLE: Final = "x-tidegate-whole"
+"""When all of it had, body included."""
+
 SENT: Final = "x-tidegate-sent"
 """When the scheduler sent the request on, in Unix seconds with a fraction, by its clock."""
 

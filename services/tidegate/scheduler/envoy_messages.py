@@ -29,10 +29,10 @@ def header_fields(message: ext_proc.HttpHeaders) -> Mapping[str, str]:
     }
 
 
-def delay_seconds(fields: Mapping[str, str], unix_now: float) -> float:
-    """How long ago the request reached the ingress; 0 where that is not known, or where the clocks differ by more."""
+def delay_seconds(fields: Mapping[str, str], header: str, unix_now: float) -> float:
+    """How long ago the moment of a header was; 0 where that is not known, or where the clocks differ by more."""
     try:
-        delay = unix_now - float(fields.get(headers.ARRIVED, ""))
+        delay = unix_now - float(fields.get(header, ""))
     except ValueError:
         return 0.0
     return delay if 0 <= delay <= LONGEST_DELAY_SECONDS else 0.0

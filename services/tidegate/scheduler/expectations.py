@@ -44,10 +44,14 @@ class Expectations:
     def count(self, request: Request, now: float) -> None:
         """Counts a request among what comes for the replicas, after `expect`."""
         self.habits.see(request)
-        self.outlook.ask(request.service_class, request.tenant, request.cost, now)
+        self._count(request, request.service_class, request.cost, now)
 
     def count_unread(self, request: Request, now: float) -> None:
         """Counts a request that was refused from its headers for what its tenant's usually are."""
         habit = self.habits.get(request.tenant)
         service_class = request.named_class or (ServiceClass.STANDARD if habit is None else habit.service_class)
-        self.outlook.ask(service_class, request.tenant, request.cost if habit is None else habit.cost, now)
+        self._count(request, service_class, request.cost if habit is None else habit.cost, now)
+
+    def _count(self, request: Request, service_class: ServiceClass, cost: float, now: float) -> None:
+        """What Envoy refuses for the scheduler presses, too."""
+        self.outlook.ask(service_class, request.tenant, request.offered_count * cost, now)

@@ -97,12 +97,12 @@ class Pipeline:
         """Refuses from the headers alone what can be refused."""
         now = self._clock()
         given = None if request.client_deadline is None else request.client_deadline - request.arrived_at
-        self._shedder.see(request.service_class, request.arrived_at, now, given)
+        request.offered_count = self._shedder.see(request.service_class, request.whole_at, now, given)
         self._limits.see(_key(request))
-        if now - request.arrived_at > self._settings.latest_look_seconds:
+        if now - request.whole_at > self._settings.latest_look_seconds:
             raise TidegateError(
                 Reason.SERVER_IS_OVERLOADED,
-                f"The request was not looked at for {now - request.arrived_at:.1f} s",
+                f"The request was not looked at for {now - request.whole_at:.1f} s",
                 retry_after_seconds=self._settings.default_retry_seconds * (0.5 + random.random()),
             )
         if request.header_fault is not None:

@@ -46,12 +46,13 @@ _GRPC_TIMEOUT_SECONDS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u"
 class Request:
     """One request.
 
-    `client_deadline` is when the client gives up, absent where it did not say. `deadline` is when the scheduler
-    does: the client's, or a bound of the class on the wait alone, absent until that is known. `named_class` is the
-    class that stands in the headers; it wins over what the body asks for. `header_fault` is the header that makes no
-    sense, and what is wrong with it. `is_portable` is whether a model with another vocabulary can read its prompt.
-    `cost` is what the request counts between tenants, in tokens, and `expected_seconds` how long it is expected to run
-    on a replica.
+    `arrived_at` is when it began to reach the mesh, `whole_at` when all of it had. `client_deadline` is when the
+    client gives up, absent where it did not say. `deadline` is when the scheduler does: the client's, or a bound of
+    the class on the wait alone, absent until that is known. `named_class` is the class that stands in the headers;
+    it wins over what the body asks for. `header_fault` is the header that makes no sense, and what is wrong with
+    it. `is_portable` is whether a model with another vocabulary can read its prompt. `offered_count` is how many
+    like it came, those that Envoy refused for the scheduler included. `cost` is what the request counts between
+    tenants, in tokens, and `expected_seconds` how long it is expected to run on a replica.
     """
 
     request_id: str
@@ -60,6 +61,7 @@ class Request:
     is_encoded: bool
     tenant: str
     arrived_at: float
+    whole_at: float
     client_deadline: float | None = None
     deadline: float | None = None
     body_arrived_at: float | None = None
@@ -75,6 +77,7 @@ class Request:
     tokens: tensor_pb2.Tensor | None = None
     queue_seconds: float = 0.0
     retry_count: int = 0
+    offered_count: float = 1.0
     cost: float = 1.0
     expected_seconds: float = 0.0
     client_request_id: str = ""
@@ -106,6 +109,7 @@ def request_from_headers(fields: Mapping[str, str], now: float) -> Request:
         is_encoded=fields.get("content-encoding", "identity") != "identity",
         tenant=fields.get(headers.TENANT, headers.DEFAULT_TENANT),
         arrived_at=now,
+        whole_at=now,
         client_deadline=deadline,
         deadline=deadline,
         retry_count=_retry_count(fields),

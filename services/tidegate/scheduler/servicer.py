@@ -60,8 +60,10 @@ class ExternalProcessor(ext_proc_grpc.ExternalProcessorServicer):
         if first is grpc.aio.EOF or not first.HasField("request_headers"):
             return
         fields = envoy_messages.header_fields(first.request_headers)
-        delay_seconds = envoy_messages.delay_seconds(fields, self._unix_seconds())
-        request = request_from_headers(fields, self._clock() - delay_seconds)
+        now, unix_now = self._clock(), self._unix_seconds()
+        request = request_from_headers(fields, now - envoy_messages.delay_seconds(fields, headers.ARRIVED, unix_now))
+        if headers.WHOLE in fields:
+            request.whole_at = now - envoy_messages.delay_seconds(fields, headers.WHOLE, unix_now)
         if headers.REPLICA in fields or not self._pipeline.takes(request):
             # Somebody in the mesh has decided already, or it is not ours: the end of the stream lets it go on.
             await context.write(envoy_messages.CONTINUE_HEADERS)

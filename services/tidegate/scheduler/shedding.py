@@ -6,9 +6,10 @@ under way when the scheduler first sees them, and when a replica does: in a burs
 stays (the argument of CoDel, Nichols and Jacobson, ACM Queue 2012, for queues of packets). How much is too long follows
 from the time that clients give: each of these waits is one of several in a mesh that is short of processors.
 
-What the scheduler refuses anyway may as well be refused before. So a little late is enough to refuse, but of the most
-urgent class only that: `KEPT_FACTOR` times of what is accepted of it still gets through. What is much too late cannot
-be decided in time, and then nothing is kept.
+What the scheduler refuses anyway may as well be refused before. So a crowd that makes a few of them wait is reason
+enough to refuse that, and no more: `KEPT_FACTOR` times of what is accepted of each class still gets through. Where all
+are late, as much is kept of the most urgent class alone. What is much too late cannot be decided in time, and then
+nothing is kept.
 
 Invariants: the most urgent class is the last to lose anything; no class is shut out entirely, so that what comes can
 still be seen; a share that nothing speaks for any more grows back to 1 by itself. Times are seconds of one clock.
@@ -32,10 +33,16 @@ TOO_LATE_SHARE: Final = 0.1
 """And this is much too late."""
 
 KEPT_FACTOR: Final = 2.0
-"""How many times of what is accepted of the most urgent class gets through while nothing is much too late."""
+"""How many times of what is accepted of a class gets through while nothing is much too late."""
 
 SHORTEST_LATE_SECONDS: Final = 0.05
 """Nothing is late before; a busy event loop is as late now and then."""
+
+SOON_LATE_SECONDS: Final = 0.015
+"""What is looked at later than this is reason enough to refuse what would be refused anyway."""
+
+SOON_LATE_RUN: Final = 6
+"""So many that are, one after the other: a crowd at the processors is over before an interval is."""
 
 DRAIN_FACTOR: Final = 5.0
 """What has piled up is to be decided in so many times of what is late."""
@@ -62,7 +69,11 @@ NEWEST_WEIGHT: Final = 0.2
 """What the newest interval counts in the rate at which requests come."""
 
 PROBE_FACTOR: Final = 1.005
-"""By how much the decisions that are held possible grow in such an interval, to find out whether there can be more."""
+"""By how much the decisions that are held possible grow in an interval that was not late, to find out whether there can
+be more."""
+
+IDLE_PROBE_FACTOR: Final = 1.0003
+"""The same while more of them would only refuse more."""
 
 RETURN_FACTOR: Final = 1.05
 """The same while they are well below what was possible before it was last too much."""
@@ -88,6 +99,8 @@ class _Interval:
     count: int = 0
     offered: dict[ServiceClass, float] = field(default_factory=lambda: dict.fromkeys(ServiceClass, 0.0))
     shortest_delay_seconds: float = float("inf")
+    longest_late_run: int = 0
+    """Of requests that were looked at a little late, one after the other."""
     late_seconds: float = 0.0
     """After how long it was late, of all that were seen, added up."""
     too_late_seconds: float = 0.0
@@ -117,6 +130,7 @@ class Shedder:
         self._usual_too_late_seconds = late_seconds
         self._decidable_rate = 0.0
         self._last_too_much = 0.0
+        self._late_run = 0
         self._is_restricting = False
         self._rates: Mapping[ServiceClass, float] = {}
         self._past: deque[tuple[float, Shares]] = deque([(now, dict.fromkeys(ServiceClass, 1.0))])
@@ -131,8 +145,8 @@ class Shedder:
         """Whether anything is refused."""
         return any(share < 1 for share in self.shares.values())
 
-    def see(self, service_class: ServiceClass, arrived_at: float, now: float, given_seconds: float | None) -> None:
-        """A request is looked at for the first time.
+    def see(self, service_class: ServiceClass, arrived_at: float, now: float, given_seconds: float | None) -> float:
+        """A request is looked at for the first time. Returns how many like it came, those refused on the way included.
 
         Args:
             arrived_at: when it reached the mesh.
@@ -144,11 +158,15 @@ class Shedder:
         interval.too_late_seconds += self._late_after(given_seconds, TOO_LATE_SHARE)
         delay = now - arrived_at
         if not 0 <= delay <= LONGEST_DELAY_SECONDS:
-            return
-        interval.offered[service_class] += 1 / self._shares_at(arrived_at)[service_class]
+            return 1.0
+        offered_count = 1 / self._shares_at(arrived_at)[service_class]
+        interval.offered[service_class] += offered_count
         interval.shortest_delay_seconds = min(interval.shortest_delay_seconds, delay)
+        self._late_run = self._late_run + 1 if delay > SOON_LATE_SECONDS else 0
+        interval.longest_late_run = max(interval.longest_late_run, self._late_run)
         interval.first_arrival = min(interval.first_arrival, arrived_at)
         interval.last_arrival = max(interval.last_arrival, arrived_at)
+        return offered_count
 
     def accept(self, service_class: ServiceClass) -> None:
         """A request will be answered."""
@@ -176,7 +194,7 @@ class Shedder:
             self._usual_too_late_seconds = interval.too_late_seconds / interval.count
         seen = [(one.count, one.shortest_delay_seconds) for one in self._intervals]
         ended = [(one.ended_count, one.replicas_late_seconds) for one in self._intervals]
-        if self._is_late(seen, 1, self._usual_late_seconds):
+        if self._is_late(seen, 1, self._usual_late_seconds) or interval.longest_late_run >= SOON_LATE_RUN:
             # They came in another time than they were looked at in, shorter as a rule.
             arrival_seconds = max(
                 interval.last_arrival - interval.first_arrival, interval.seconds / FASTEST_ARRIVAL_FACTOR
@@ -190,8 +208,14 @@ class Shedder:
             rate = self._rate([one.count for one in self._intervals])
             if self._is_late(seen, 1, self._usual_too_late_seconds):
                 self._restrict(rate, piled_up, self._usual_too_late_seconds, rates, {}, now)
+            elif self._is_late(seen, 1, self._usual_late_seconds):
+                self._restrict(rate, piled_up, self._usual_late_seconds, rates, self._kept(1), now)
             else:
-                self._restrict(rate, piled_up, self._usual_late_seconds, rates, self._kept(), now)
+                kept = self._kept(len(ServiceClass))
+                if self.is_shedding:
+                    # What was decided is not what can be in time. How much less that is, only falling can tell.
+                    rate = sum(rates[one] * min(share, self.shares[one]) for one, share in kept.items()) / USED_SHARE
+                self._restrict(rate, piled_up, SOON_LATE_SECONDS, rates, kept, now)
         elif self._is_late(ended, LATE_INTERVALS, self._usual_too_late_seconds):
             rate = self._rate([one.ended_count for one in self._intervals])
             piled_up = rate * replicas_late_seconds
@@ -210,14 +234,15 @@ class Shedder:
             and all(count and late_seconds < shortest < float("inf") for count, shortest in newest)
         )
 
-    def _kept(self) -> Shares:
-        """What is to get through of the most urgent class of which anything came."""
+    def _kept(self, class_count: int) -> Shares:
+        """What is to get through of so many classes, the most urgent ones of which anything came."""
+        kept: dict[ServiceClass, float] = {}
         for one in ServiceClass:
             offered = sum(interval.offered[one] for interval in self._intervals)
-            if offered > 0:
+            if offered > 0 and len(kept) < class_count:
                 accepted = sum(interval.accepted[one] for interval in self._intervals)
-                return {one: KEPT_FACTOR * accepted / offered}
-        return {}
+                kept[one] = KEPT_FACTOR * accepted / offered
+        return kept
 
     def _rate(self, counts: Iterable[int]) -> float:
         return sum(counts) / sum(one.seconds for one in self._intervals)
@@ -252,9 +277,14 @@ class Shedder:
     def _relax(self, interval: _Interval, now: float) -> None:
         """Nothing was late: somewhat more may come, up to what is known to be possible."""
         self._is_restricting = False
-        is_well_below = self._decidable_rate < RETURN_SHARE * self._last_too_much
-        self._decidable_rate *= RETURN_FACTOR if is_well_below else PROBE_FACTOR
         self._rates = self._smoothed(interval, interval.seconds)
+        kept = self._kept(len(ServiceClass))
+        if all(self.shares[one] >= min(1.0, share) for one, share in kept.items()):
+            self._decidable_rate *= IDLE_PROBE_FACTOR
+        elif self._decidable_rate < RETURN_SHARE * self._last_too_much:
+            self._decidable_rate *= RETURN_FACTOR
+        else:
+            self._decidable_rate *= PROBE_FACTOR
         self._allot(USED_SHARE * self._decidable_rate, self._rates, {}, now)
 
     def _late_after(self, given_seconds: float | None, share: float) -> float:

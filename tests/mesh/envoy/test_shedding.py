@@ -19,6 +19,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHAT = "/v1/chat/completions"
 TRIES = 40
+SENDING_SECONDS = 0.3
 
 
 async def statuses(client, service_class: str | None = None) -> Counter[int]:
@@ -103,6 +104,16 @@ async def test_who_is_refused_is_told_over_http_when_to_come_back(mesh, client, 
     assert len({answer.headers["retry-after"] for answer in answers}) > 1
 
 
+async def test_a_refused_client_keeps_its_connection(mesh, client, shed):
+    await shed(standard=0.0)
+    before = await mesh.stat("http.ingress.downstream_cx_total")
+    for _ in range(TRIES):
+        answer = await client.post(CHAT, json={"prompt": "x" * 100_000})
+        check_openai_error(answer, Reason.SERVER_IS_OVERLOADED)
+        assert "connection" not in answer.headers
+    assert await mesh.stat("http.ingress.downstream_cx_total") - before <= 1
+
+
 async def test_who_is_refused_is_told_over_grpc_when_to_come_back(mesh, stub, shed):
     await shed(standard=0.0)
     error = await grpc_error(stub.Generate(inference_pb2.GenerateRequest(text="x")))
@@ -164,3 +175,15 @@ async def test_the_scheduler_learns_when_a_request_arrived_and_what_class_it_ask
     assert float(first["x-tidegate-arrived"]) > 1_700_000_000
     assert first["x-tidegate-class"] == "batch"
     assert "x-tidegate-class" not in second
+
+
+async def test_the_scheduler_learns_when_all_of_a_request_had_arrived(mesh, client):
+    async def slowly():
+        yield b'{"prompt":'
+        await asyncio.sleep(SENDING_SECONDS)
+        yield b'"x"}'
+
+    answer = await client.post(CHAT, content=slowly(), headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    (seen,) = mesh.scheduler.seen
+    assert float(seen["x-tidegate-whole"]) - float(seen["x-tidegate-arrived"]) >= SENDING_SECONDS

@@ -29,6 +29,7 @@ def request(*, deadline_in=60.0, service_class=ServiceClass.STANDARD, named_clas
         is_encoded=False,
         tenant="t",
         arrived_at=NOW - 1,
+        whole_at=NOW - 1,
         deadline=None if deadline_in is None else NOW + deadline_in,
         named_class=named_class,
         service_class=service_class,

@@ -33,7 +33,7 @@ class Clock:
 
 
 def request(tenant: str, arrived_at: float, prompt: int = 200, answer: int = 150) -> Request:
-    made = Request("r", "/v1/completions", "application/json", False, tenant, arrived_at)
+    made = Request("r", "/v1/completions", "application/json", False, tenant, arrived_at, arrived_at)
     made.prompt_token_count, made.answer_token_count = prompt, answer
     return made
 

@@ -198,6 +198,17 @@ class TestAdmission:
         world.wait(3)
         assert world.refusal(world.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
 
+    def test_what_envoy_refuses_for_the_scheduler_presses_too(self):
+        presses = []
+        for offered_count in (1.0, 4.0):
+            world = World()
+            request = world.request()
+            request.offered_count = offered_count
+            world.expectations().count(request, NOW)
+            world.expectations().count_unread(request, NOW)
+            presses.append(world.outlook.pressure(STANDARD, NOW))
+        assert presses[1] == pytest.approx(4 * presses[0])
+
     def test_under_a_flood_who_comes_while_no_slot_is_free_is_not_let_wait(self):
         world = World()
         world.press(10)
@@ -318,7 +329,7 @@ class TestObservations:
     def test_a_tenant_is_charged_for_what_it_got(self):
         lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 10, 10)))
         observations = Observations(lanes, AnswerLengths(256))
-        request = Request("r", "/", "", False, "t", 0.0)
+        request = Request("r", "/", "", False, "t", 0.0, 0.0)
         observations.dispatch(request, "c", 500)
         observations.end(Ended("c", True, 0.1, 1.0, 10, 20), 1.0)
         observations.dispatch(request, "d", 500)
@@ -329,7 +340,7 @@ class TestObservations:
     def test_the_percentile_counts_the_queue_and_forgets(self):
         lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 10, 10)))
         observations = Observations(lanes, AnswerLengths(256))
-        request = Request("r", "/", "", False, "t", 0.0)
+        request = Request("r", "/", "", False, "t", 0.0, 0.0)
         for number in range(100):
             request.queue_seconds = number / 100
             observations.dispatch(request, str(number), 1)

@@ -55,6 +55,7 @@ def request(name, *, seconds=60.0, service_class=ServiceClass.STANDARD):
         is_encoded=False,
         tenant="t",
         arrived_at=now,
+        whole_at=now,
         deadline=now + seconds,
         service_class=service_class,
     )

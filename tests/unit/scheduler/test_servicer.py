@@ -557,8 +557,8 @@ async def test_every_request_ends_in_one_outcome(world):
     assert world.service.outcomes.held_request_count == 0
 
 
-def _arrived(seconds_ago):
-    return {headers.ARRIVED: f"{time.time() - seconds_ago:.6f}"}
+def _arrived(seconds_ago, header=headers.ARRIVED):
+    return {header: f"{time.time() - seconds_ago:.6f}"}
 
 
 async def test_a_deadline_counts_from_the_arrival_at_the_ingress(world):
@@ -574,6 +574,15 @@ async def test_what_is_looked_at_too_late_is_refused_from_its_headers(world):
     assert (status, body["error"]["code"]) == (503, "server_is_overloaded")
     assert 2 <= int(fields["retry-after"]) <= 8
     assert (await world.snapshot()).totals.refused["SERVER_IS_OVERLOADED"] == 1
+
+
+async def test_who_sends_slowly_is_not_looked_at_late(world):
+    world.replica.grant("c")
+    fields = {**_arrived(6), **_arrived(0, headers.WHOLE)}
+    assert headers.CREDIT in world.decided(await world.exchange().run(fields))
+    exchange = world.exchange()
+    await exchange.begin({"grpc-timeout": "10S", **_arrived(3), **_arrived(0, headers.WHOLE)})
+    assert 7 < await exchange.is_asked_to_wait() < 9
 
 
 @pytest.mark.parametrize("arrived", ["", "soon", "1.5", "99999999999", "nan"])

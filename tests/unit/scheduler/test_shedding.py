@@ -6,7 +6,7 @@ from collections import deque
 import pytest
 
 from tidegate.scheduler.request import ServiceClass
-from tidegate.scheduler.shedding import SMALLEST_SHARE, Shedder
+from tidegate.scheduler.shedding import KEPT_FACTOR, SMALLEST_SHARE, SOON_LATE_RUN, SOON_LATE_SECONDS, Shedder
 
 INTERVAL = 0.1
 STEP = 0.01
@@ -25,6 +25,7 @@ class Mesh:
         self.decided = dict.fromkeys(ServiceClass, 0)
         self.refused = dict.fromkeys(ServiceClass, 0)
         self.longest_delay = 0.0
+        self.soon_late_count = 0
         self.accepted_share = dict.fromkeys(ServiceClass, 1.0)
         self._dice = random.Random(seed)
         self._budget = 0.0
@@ -58,6 +59,7 @@ class Mesh:
             if self._dice.random() < self.accepted_share[service_class]:
                 self.shedder.accept(service_class)
             self.longest_delay = max(self.longest_delay, self.now - arrived_at)
+            self.soon_late_count += self.now - arrived_at > SOON_LATE_SECONDS
 
     def _count(self, expected: float) -> int:
         whole = int(expected)
@@ -175,7 +177,7 @@ def test_what_would_be_refused_anyway_is_refused_as_soon_as_anything_is_a_little
     mesh.longest_delay = 0.0
     mesh.run(20, {STANDARD: 250})
     assert mesh.longest_delay < 0.3
-    assert mesh.decided[STANDARD] > 0.7 * 25 * 200
+    assert mesh.decided[STANDARD] > KEPT_FACTOR * 0.1 * 25 * 250
 
 
 def test_of_what_is_accepted_nothing_is_lost_because_something_is_a_little_late():
@@ -196,3 +198,68 @@ def test_what_is_much_too_late_is_refused_although_it_would_be_accepted():
     mesh.run(20, {REALTIME: 800})
     assert mesh.longest_delay < 2.0
     assert mesh.decided[REALTIME] > 0.85 * 40 * 200
+
+
+def looked_at(delays, accepted_count=0):
+    """A shedder after one interval, in which requests were looked at with these delays in milliseconds."""
+    shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+    for number, delay in enumerate(delays):
+        now = INTERVAL * number / len(delays)
+        shedder.see(STANDARD, now - delay / 1000, now, 10.0)
+    for _ in range(accepted_count):
+        shedder.accept(STANDARD)
+    shedder.end_interval(INTERVAL)
+    return shedder
+
+
+def test_a_crowd_that_is_over_before_its_interval_is_reason_enough_to_refuse_what_would_be_refused_anyway():
+    crowd = [1] * 5 + [20] * SOON_LATE_RUN + [1] * 5
+    assert looked_at(crowd).is_shedding
+    assert not looked_at(crowd, accepted_count=len(crowd)).is_shedding
+    assert not looked_at([1, 20, 20, 20] * SOON_LATE_RUN).is_shedding
+
+
+def test_a_crowd_takes_nothing_from_a_class_of_which_enough_is_accepted():
+    shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+    for number in range(30):
+        shedder.see((REALTIME, STANDARD, BATCH)[number % 3], 0.0, 0.02, 10.0)
+    for service_class, count in ((REALTIME, 0), (STANDARD, 2), (BATCH, 8)):
+        for _ in range(count):
+            shedder.accept(service_class)
+    shedder.end_interval(0.04)
+    shares = shedder.shares
+    assert shares[REALTIME] < 1
+    assert shares[STANDARD] == pytest.approx(KEPT_FACTOR * 0.2)
+    assert shares[BATCH] == 1
+
+
+def test_while_more_would_only_be_refused_hardly_more_is_let_through():
+    mesh = Mesh(200, given_seconds=10.0)
+    mesh.accepted_share |= {STANDARD: 0.1}
+    mesh.run(10, {STANDARD: 400})
+    mesh.decided[STANDARD] = mesh.soon_late_count = 0
+    mesh.run(60, {STANDARD: 400})
+    assert mesh.soon_late_count < 0.01 * mesh.decided[STANDARD]
+
+
+def test_when_more_can_be_accepted_more_is_let_through_again():
+    mesh = Mesh(200, given_seconds=10.0)
+    mesh.accepted_share |= {STANDARD: 0.1}
+    mesh.run(30, {STANDARD: 400})
+    mesh.accepted_share |= {STANDARD: 1.0}
+    mesh.run(10, {STANDARD: 400})
+    mesh.decided[STANDARD] = 0
+    mesh.run(10, {STANDARD: 400})
+    assert mesh.decided[STANDARD] > 0.8 * 200 * 10
+
+
+def test_what_was_refused_on_the_way_counts_among_what_came():
+    shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+    assert shedder.see(STANDARD, 0.0, 0.01, None) == 1
+    for number in range(100):
+        shedder.see(STANDARD, number / 1000, 1.0, None)
+    shedder.end_interval(1.0)
+    share = shedder.shares[STANDARD]
+    assert share < 1
+    assert shedder.see(STANDARD, 0.9, 1.1, None) == 1
+    assert shedder.see(STANDARD, 1.05, 1.1, None) == pytest.approx(1 / share)

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from tidegate.common.lateness import Lateness
 from tidegate.scheduler.request import ServiceClass
 
 Shares = Mapping[ServiceClass, float]
@@ -39,7 +40,8 @@ SHORTEST_LATE_SECONDS: Final = 0.05
 """Nothing is late before; a busy event loop is as late now and then."""
 
 SOON_LATE_SECONDS: Final = 0.015
-"""What is looked at later than this is reason enough to refuse what would be refused anyway."""
+"""What is looked at later than this is reason enough to refuse what would be refused anyway; above the least delay of
+the last minutes, for the clocks of two hosts may differ by as much."""
 
 SOON_LATE_RUN: Final = 6
 """So many that are, one after the other: a crowd at the processors is over before an interval is."""
@@ -130,6 +132,7 @@ class Shedder:
         self._usual_too_late_seconds = late_seconds
         self._decidable_rate = 0.0
         self._last_too_much = 0.0
+        self._lateness = Lateness()
         self._late_run = 0
         self._is_restricting = False
         self._rates: Mapping[ServiceClass, float] = {}
@@ -162,7 +165,8 @@ class Shedder:
         offered_count = 1 / self._shares_at(arrived_at)[service_class]
         interval.offered[service_class] += offered_count
         interval.shortest_delay_seconds = min(interval.shortest_delay_seconds, delay)
-        self._late_run = self._late_run + 1 if delay > SOON_LATE_SECONDS else 0
+        is_soon_late = self._lateness.of(delay, now) > SOON_LATE_SECONDS
+        self._late_run = self._late_run + 1 if is_soon_late else 0
         interval.longest_late_run = max(interval.longest_late_run, self._late_run)
         interval.first_arrival = min(interval.first_arrival, arrived_at)
         interval.last_arrival = max(interval.last_arrival, arrived_at)

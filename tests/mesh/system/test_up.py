@@ -106,6 +106,15 @@ def test_the_scheduler_alone_has_mimalloc(mesh):
     assert [name for name in names if "libmimalloc" in maps[name]] == ["scheduler"]
 
 
+def test_what_carries_answers_steps_back_for_what_decides(mesh):
+    names = [each["name"] for each in mesh.state()["processes"]]
+    niceness = {name: os.getpriority(os.PRIO_PROCESS, mesh.record(name)["pid"]) for name in names}
+    decides = {name for name, value in niceness.items() if value == min(niceness.values())}
+    assert decides == {"envoy", "scheduler", "preprocess"}
+    steps_back_most = {name for name, value in niceness.items() if value == max(niceness.values())}
+    assert steps_back_most == {name for name in names if name.startswith("triton")}
+
+
 def test_doctor_finds_nothing_wrong_with_a_mesh_that_runs(mesh):
     answer = mesh.run("doctor", "-o", "json")
     assert [check for check in json.loads(answer.stdout) if check["outcome"] == "failed"] == []

@@ -219,8 +219,14 @@ def test_a_crowd_that_is_over_before_its_interval_is_reason_enough_to_refuse_wha
     assert not looked_at([1, 20, 20, 20] * SOON_LATE_RUN).is_shedding
 
 
+def test_clocks_that_differ_are_no_crowd():
+    assert not looked_at([40] * 20 + [41] * 20).is_shedding
+    assert looked_at([40] * 20 + [60] * 20).is_shedding
+
+
 def test_a_crowd_takes_nothing_from_a_class_of_which_enough_is_accepted():
     shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+    shedder.see(REALTIME, 0.0, 0.001, 10.0)
     for number in range(30):
         shedder.see((REALTIME, STANDARD, BATCH)[number % 3], 0.0, 0.02, 10.0)
     for service_class, count in ((REALTIME, 0), (STANDARD, 2), (BATCH, 8)):

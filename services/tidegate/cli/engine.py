@@ -58,8 +58,9 @@ def generate(options: Options, prompt: str, *, max_tokens: int, temperature: flo
         talk.fail("the prompt is empty")
         return talk.EXIT_USAGE
     sampling = ["--temperature", str(temperature), *(["--seed", str(seed)] if seed is not None else [])]
-    given = ["--token-ids", ",".join(map(str, token_ids)), "--tokens", str(max_tokens), *sampling]
-    answer = _run(options, "generate", given)
+    # Not as an argument: Linux takes no single one of more than 128 KiB.
+    given = ["--token-ids", "-", "--tokens", str(max_tokens), *sampling]
+    answer = _run(options, "generate", given, stdin=",".join(map(str, token_ids)))
     print(text.tokenizer.decode(answer["token_ids"]))
     return 0
 
@@ -106,9 +107,9 @@ def _text_model(options: Options) -> TextModel:
         raise EngineFailed from error
 
 
-def _run(options: Options, command: str, given: Sequence[str]) -> dict[str, Any]:
+def _run(options: Options, command: str, given: Sequence[str], stdin: str = "") -> dict[str, Any]:
     words, environment = _command(options, command, [*given, "--json"])
-    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(words, env=environment, input=stdin, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise EngineFailed
     answer: dict[str, Any] = json.loads(done.stdout)

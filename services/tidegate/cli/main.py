@@ -209,16 +209,17 @@ def engine(context: click.Context, /, **flags: Any) -> None:
 
 
 @engine.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, help="Of the answer. [default: 64]")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy. [default: 0]")
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.pass_obj
-def generate(options: Any, /, prompt: str, **flags: Any) -> None:
-    """Continues PROMPT, as it stands: no chat template is put around it."""
+def generate(options: Any, /, prompt: str | None, **flags: Any) -> None:
+    """Continues PROMPT, or what comes on standard input, as it stands: no chat template is put around it."""
     from tidegate.cli import engine as command
 
-    _of_engine(lambda: command.generate(options, prompt, **flags))
+    text = click.get_text_stream("stdin").read() if prompt is None else prompt
+    _of_engine(lambda: command.generate(options, text, **flags))
 
 
 @engine.command("bench")

@@ -59,6 +59,8 @@ def test_the_engine_alone_says_what_the_mesh_says(mesh: Any, tmp_path: Any) -> N
         expected = "".join(event.delta.text for event in client.generate(request))
     answer = mesh.run("engine", "generate", "--max-tokens", "8", prompt)
     assert (answer.returncode, answer.stdout) == (0, expected + "\n")
+    answer = mesh.run("engine", "generate", "--max-tokens", "8", stdin=prompt)
+    assert (answer.returncode, answer.stdout) == (0, expected + "\n")
     found = {}
     for name, text in (("text", prompt * 3), ("shuffled", "Sea the is of port The North largest " * 3)):
         (tmp_path / name).write_text(text)
@@ -75,6 +77,10 @@ def test_the_engine_alone_refuses_in_one_line(mesh: Any, tmp_path: Any) -> None:
         answer = mesh.run("engine", *flags, "generate", "Hello", home=tmp_path)
         assert (answer.returncode, answer.stdout) == (1, "")
         assert words in answer.stderr and "Traceback" not in answer.stderr
+    # More than Linux takes as an argument reaches the engine, which knows how much fits its context.
+    answer = mesh.run("engine", "generate", stdin="tide " * 50_000, home=tmp_path)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert "context" in answer.stderr and "Traceback" not in answer.stderr
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["a mesh runs", "nothing runs"])

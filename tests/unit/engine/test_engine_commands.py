@@ -1,5 +1,6 @@
 """`python -m llm_engine`: what it prints, and how it ends where something is wrong."""
 
+import io
 import json
 
 import pytest
@@ -16,6 +17,15 @@ def test_generate_prints_one_object(make_folder, capsys):
     )
     result = json.loads(capsys.readouterr().out)
     assert len(result["token_ids"]) <= 3 and result["finish_reason"] in ("stop", "length")
+
+
+def test_generate_reads_a_long_prompt_from_standard_input(make_folder, capsys, monkeypatch):
+    given = ["generate", "--model", str(make_folder()), *KV, "--tokens", "3", "--json", "--token-ids"]
+    assert main([*given, "1,5,9"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("1,5,9\n"))
+    assert main([*given, "-"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert json.loads(first) == json.loads(second)
 
 
 def test_a_model_whose_logits_are_not_finite_is_an_error(make_folder, capsys):

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llm_engine")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="continue one prompt of token ids")
-    generate.add_argument("--token-ids", required=True, help="comma-separated, for example 1,4093,198")
+    generate.add_argument("--token-ids", required=True, help="1,4093,198 for example; - for standard input")
     generate.add_argument("--tokens", type=int, default=64, help="output tokens at most")
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--seed", type=int)
@@ -150,7 +150,8 @@ def _join(config: EngineConfig) -> int:
 
 def _generate(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
     sampling = SamplingParams(temperature=options.temperature, seed=options.seed, logprobs=options.logprobs)
-    prompt = [int(word) for word in options.token_ids.split(",")]
+    words = sys.stdin.read() if options.token_ids == "-" else options.token_ids
+    prompt = [int(word) for word in words.split(",")]
     engine.add(SequenceRequest(request_id="0", token_ids=prompt, max_tokens=options.tokens, sampling=sampling))
     result: dict[str, object] = {"token_ids": [], "logprobs": [], "finish_reason": ""}
     while engine.has_work:

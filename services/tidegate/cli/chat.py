@@ -23,7 +23,6 @@ from tidegate.cli import config, ports, state, talk
 from tidegate.v1 import inference_pb2 as pb
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:8080"
-LONGEST_PROMPT_BYTES: Final = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +73,12 @@ def run(options: Options, prompt: str | None) -> int:
     history = History()
     if prompt is None and talk.is_interactive():
         return _converse(options, history)
-    question = prompt if prompt is not None else _read_prompt()
+    question = prompt if prompt is not None else talk.standard_input().strip()
     if not question.strip():
         talk.fail("nothing to ask: give a PROMPT, or text on standard input")
         return talk.EXIT_USAGE
     code, _ = _answer(options, history, question)
     return code
-
-
-def _read_prompt() -> str:
-    if sys.stdin is None or sys.stdin.closed:
-        return ""
-    return sys.stdin.buffer.read(LONGEST_PROMPT_BYTES).decode("utf-8", errors="replace").strip()
 
 
 def _converse(options: Options, history: History) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +85,8 @@ def perplexity(options: Options, file: Path, output: str) -> int:
         return talk.EXIT_USAGE
     window = min(WINDOW_TOKENS, text.context_token_count - 1)
     pieces = [token_ids[first : first + window] for first in range(0, len(token_ids), window)]
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as prompts:
-        json.dump([piece for piece in pieces if len(piece) > 1], prompts)
-        prompts.flush()
-        _show(_run(options, "perplexity", ["--prompts", prompts.name]), output)
+    scored = json.dumps([piece for piece in pieces if len(piece) > 1])
+    _show(_run(options, "perplexity", ["--prompts", "/dev/stdin"], stdin=scored), output)
     return 0
 
 

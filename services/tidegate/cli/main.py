@@ -218,7 +218,7 @@ def generate(options: Any, /, prompt: str | None, **flags: Any) -> None:
     """Continues PROMPT, or what comes on standard input, as it stands: no chat template is put around it."""
     from tidegate.cli import engine as command
 
-    text = sys.stdin.read() if prompt is None else prompt
+    text = talk.standard_input() if prompt is None else prompt
     _of_engine(lambda: command.generate(options, text, **flags))
 
 

@@ -15,6 +15,8 @@ MARKS: Final = {"ok": ("√", "green"), "warning": ("‼", "yellow"), "failed": 
 WIDTH_OF_FILES: Final = 240
 """Columns of tables that go to a file or a pipe, so that nothing in them is cut."""
 
+LONGEST_PROMPT_BYTES: Final = 16 * 1024 * 1024
+
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_STATUS_BASE: Final = 64
@@ -102,3 +104,10 @@ class Steps:
 def is_interactive() -> bool:
     """Whether a person types and reads here."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def standard_input() -> str:
+    """The text that comes in there, cut at LONGEST_PROMPT_BYTES; empty where there is none."""
+    if sys.stdin is None or sys.stdin.closed:
+        return ""
+    return sys.stdin.buffer.read(LONGEST_PROMPT_BYTES).decode("utf-8", errors="replace")

@@ -198,7 +198,8 @@ class Shedder:
             self._usual_too_late_seconds = interval.too_late_seconds / interval.count
         seen = [(one.count, one.shortest_delay_seconds) for one in self._intervals]
         ended = [(one.ended_count, one.replicas_late_seconds) for one in self._intervals]
-        if self._is_late(seen, 1, self._usual_late_seconds) or interval.longest_late_run >= SOON_LATE_RUN:
+        is_late = self._is_late(seen, 1, self._usual_late_seconds)
+        if is_late or interval.longest_late_run >= SOON_LATE_RUN:
             # They came in another time than they were looked at in, shorter as a rule.
             arrival_seconds = max(
                 interval.last_arrival - interval.first_arrival, interval.seconds / FASTEST_ARRIVAL_FACTOR
@@ -209,13 +210,13 @@ class Shedder:
                 for begin, end, shares in self._since(interval.last_arrival, now)
                 for one in ServiceClass
             )
-            rate = self._rate([one.count for one in self._intervals])
+            rate, kept = self._rate([one.count for one in self._intervals]), self._kept()
             if self._is_late(seen, 1, self._usual_too_late_seconds):
                 self._restrict(rate, piled_up, self._usual_too_late_seconds, rates, {}, now)
-            elif self._is_late(seen, 1, self._usual_late_seconds):
-                self._restrict(rate, piled_up, self._usual_late_seconds, rates, self._kept(1), now)
+            elif is_late:
+                most_urgent = dict(list(kept.items())[:1])
+                self._restrict(rate, piled_up, self._usual_late_seconds, rates, most_urgent, now)
             else:
-                kept = self._kept(len(ServiceClass))
                 if self.is_shedding:
                     # What was decided is not what can be in time. How much less that is, only falling can tell.
                     rate = sum(rates[one] * min(share, self.shares[one]) for one, share in kept.items()) / USED_SHARE
@@ -238,12 +239,12 @@ class Shedder:
             and all(count and late_seconds < shortest < float("inf") for count, shortest in newest)
         )
 
-    def _kept(self, class_count: int) -> Shares:
-        """What is to get through of so many classes, the most urgent ones of which anything came."""
+    def _kept(self) -> Shares:
+        """What is to get through of each class of which anything came, the most urgent first."""
         kept: dict[ServiceClass, float] = {}
         for one in ServiceClass:
             offered = sum(interval.offered[one] for interval in self._intervals)
-            if offered > 0 and len(kept) < class_count:
+            if offered > 0:
                 accepted = sum(interval.accepted[one] for interval in self._intervals)
                 kept[one] = KEPT_FACTOR * accepted / offered
         return kept
@@ -282,8 +283,7 @@ class Shedder:
         """Nothing was late: somewhat more may come, up to what is known to be possible."""
         self._is_restricting = False
         self._rates = self._smoothed(interval, interval.seconds)
-        kept = self._kept(len(ServiceClass))
-        if all(self.shares[one] >= min(1.0, share) for one, share in kept.items()):
+        if all(self.shares[one] >= min(1.0, share) for one, share in self._kept().items()):
             self._decidable_rate *= IDLE_PROBE_FACTOR
         elif self._decidable_rate < RETURN_SHARE * self._last_too_much:
             self._decidable_rate *= RETURN_FACTOR

@@ -79,11 +79,13 @@ def _ask(ingress_url: str, model: str, api_key: str) -> tuple[str, str]:
     try:
         with _opener.open(request, timeout=FIRST_ANSWER_TIMEOUT_SECONDS) as response:
             answer: Any = json.load(response)
-        text = answer["choices"][0]["message"]["content"]
+        text, answerer = answer["choices"][0]["message"]["content"], answer["model"]
     except urllib.error.HTTPError as error:
         return "", f"{error.code} {_error_message(error.read())}"
     except (OSError, ValueError, LookupError, TypeError) as error:
         return "", f"{type(error).__name__}: {error}"
+    if answerer != model:  # The lite model stands in for one that is not there yet.
+        return "", f"{model} was asked and {answerer} answered"
     return (text, "") if isinstance(text, str) and text.strip() else ("", "the answer was empty")
 
 

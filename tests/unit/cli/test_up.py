@@ -81,13 +81,14 @@ async def test_an_ingress_that_refuses_is_told_of_and_not_asked_all_the_time(ref
     assert 2 <= len(asked_at) <= 3
 
 
-async def test_a_mesh_that_answers_and_is_not_healthy_yet_is_not_ready(monkeypatch):
+async def test_a_mesh_is_ready_once_the_model_asked_for_has_answered_and_health_is_good(monkeypatch):
     health = [503, 200]
+    models = ["small", "m", "m"]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["content-length"]))
-            self.answer(200, {"choices": [{"message": {"content": "hello"}}]})
+            self.answer(200, {"model": models.pop(0), "choices": [{"message": {"content": "hello"}}]})
 
         def do_GET(self):
             self.answer(health.pop(0) if self.path == "/health" else 404, {})
@@ -106,9 +107,13 @@ async def test_a_mesh_that_answers_and_is_not_healthy_yet_is_not_ready(monkeypat
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         monkeypatch.setattr(up, "_url", lambda mesh: f"http://127.0.0.1:{server.server_address[1]}")
         mesh = types.SimpleNamespace(model_name="m", lite_model_name="")
-        answers = [await up._ask_all_models(mesh, "") for _ in range(2)]
+        answers = [await up._ask_all_models(mesh, "") for _ in range(3)]
         server.shutdown()
-    assert answers == [("", "/health: 503, no replica has passed Envoy's health check yet"), ("hello", "")]
+    assert answers == [
+        ("", "m was asked and small answered"),
+        ("", "/health: 503, no replica has passed Envoy's health check yet"),
+        ("hello", ""),
+    ]
 
 
 async def test_the_first_answer_ends_the_wait():

@@ -8,8 +8,9 @@ ARGS ?=
 SCENARIO ?= mesh
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest $(ARGS)
-# The engine's tests run where torch is, with transformers beside it to compare with.
-ENGINE_PYTEST := .venv-reference/bin/python -m pytest $(ARGS)
+# The engine's tests run where torch is, with transformers beside it to compare with. A file is one process's: what it
+# builds or loads is made once.
+ENGINE_PYTEST := .venv-reference/bin/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 ENGINE_TESTS := tests/unit/engine tests/contract/engine
 BUF := $(BIN)/python requirements/buf.py
 PROTOS := $(wildcard protos/tidegate/v1/*.proto)
@@ -50,9 +51,9 @@ doctor: setup  ## Check that this machine has everything a mesh needs
 test: test-unit test-contract test-mesh  ## Run all tests on the real parts, the fast ones first
 
 test-unit: setup-tests
-	$(PYTEST) tests/unit $(addprefix --ignore=,$(ENGINE_TESTS))
+	$(PYTEST) --numprocesses=2 tests/unit $(addprefix --ignore=,$(ENGINE_TESTS))
 	$(PYTEST) --numprocesses=2 tests/scenarios
-	$(ENGINE_PYTEST) tests/unit/engine
+	OMP_NUM_THREADS=1 $(ENGINE_PYTEST) tests/unit/engine
 
 test-contract: setup-tests
 	$(PYTEST) tests/contract $(addprefix --ignore=,$(ENGINE_TESTS))

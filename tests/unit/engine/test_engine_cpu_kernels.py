@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -361,12 +362,12 @@ def test_what_the_kernels_cannot_attend_to_is_known(kernels):
     assert kernels.can_attend_chunks(plain_layout(1, 64, torch.bfloat16)) == has_unit
 
 
-def test_the_library_is_built_once(tmp_path, monkeypatch):
-    assert load_kernels(tmp_path / "new", 1) is not None
-    (built,) = (tmp_path / "new").iterdir()
+def test_the_library_is_built_once(folder, monkeypatch):
+    assert load_kernels(folder, 1) is not None
+    (built,) = folder.iterdir()
     assert built.name.startswith("cpu-kernels-")
     monkeypatch.setenv("CC", "/no/such/compiler")
-    assert load_kernels(tmp_path / "new", 1) is not None
+    assert load_kernels(folder, 1) is not None
 
 
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
@@ -378,14 +379,15 @@ def test_without_a_compiler_there_are_no_kernels_and_a_warning(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path, monkeypatch, caplog):
+def test_a_folder_that_others_can_write_to_is_not_trusted(folder, tmp_path, monkeypatch, caplog):
+    assert load_kernels(folder, 1) is not None
     monkeypatch.setattr(cpu_kernels.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = tmp_path / f"tidegate-kernels-{os.getuid()}"
-    folder.mkdir()
-    folder.chmod(0o777)
+    private = tmp_path / f"tidegate-kernels-{os.getuid()}"
+    shutil.copytree(folder, private)
+    private.chmod(0o777)
     assert load_kernels(None, 1) is None
     assert "can be written by others" in caplog.text
-    folder.chmod(0o700)
+    private.chmod(0o700)
     assert load_kernels(None, 1) is not None
 
 

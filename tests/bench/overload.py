@@ -26,6 +26,7 @@ from overload_rows import cost_shares, recovery_seconds, seconds_to_rate
 from overload_streams import live_streams, many_waiting
 from running_mesh import NO_BUCKET
 from second_scheduler import second_scheduler
+from steadiness import steadiness
 from table import Table
 
 from tidegate.bench.arrivals import Closed, Poisson, Square
@@ -357,6 +358,7 @@ async def measure(arguments: argparse.Namespace) -> int:
     wanted = arguments.only or PARTS
     settings = {"TIDEGATE_SCHEDULER_TENANT_WEIGHTS": '{"two": 2, "four": 4}', **NO_BUCKET}
     capacity = arguments.capacity
+    table.note(f"Before, {steadiness()}")
     async with Workers(1) as workers:
         if not capacity or any(part in MEASURES for part in wanted):
             async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=settings) as mesh:
@@ -376,6 +378,7 @@ async def measure(arguments: argparse.Namespace) -> int:
             await many_waiting(table)
         if "peers" in wanted:
             await peers(table, workers, capacity, SHAPE, arguments.seconds, arguments.peers)
+    table.note(f"Afterwards, {steadiness()}")
     return table.finish(arguments.json)
 
 

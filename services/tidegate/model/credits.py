@@ -185,6 +185,11 @@ class CreditLedger:
         return len(self._running) + len(self._paused)
 
     @property
+    def scheduler_count(self) -> int:
+        """Schedulers that are there."""
+        return len(self._sessions)
+
+    @property
     def granted_count(self) -> int:
         """Credits for slots that are out and not spent."""
         return len(self._credits) - self._preempting_count

@@ -130,6 +130,7 @@ class ReplicaLoad:
             load.starting_request_count = self.slots.starting_count
             load.paused_request_count = self.slots.ledger.paused_count
             load.ahead_count = self.ahead_count
+            load.scheduler_count = self.slots.ledger.scheduler_count
         if engine is not None:
             load.running_request_count = max(load.running_request_count, engine.running)
             load.waiting_request_count += engine.waiting

@@ -40,6 +40,7 @@ class ReplicaLoad:
     max_context_tokens: int = 0
     arrived_credit_ids: Sequence[str] = ()
     """With which requests have come since what it said before."""
+    scheduler_count: int = 1
 
     @property
     def busy_count(self) -> int:
@@ -173,6 +174,10 @@ class ReplicaTable:
     def late_seconds(self, now: float) -> float:
         """How late the one looks at what is sent that does so soonest; 0 where none is ready."""
         return min((replica.load.late_seconds for replica in self.ready(now) if replica.load), default=0.0)
+
+    def scheduler_count(self, now: float) -> int:
+        """How many schedulers the replicas know, this one included."""
+        return max((replica.load.scheduler_count for replica in self.ready(now) if replica.load), default=1)
 
     def note_presence(self, now: float) -> None:
         """Remembers that a replica is ready, if one is; called every now and then."""

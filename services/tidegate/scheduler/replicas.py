@@ -214,6 +214,7 @@ def replica_load(load: replica_pb2.Load) -> ReplicaLoad:
         late_seconds=load.lateness.ToNanoseconds() / 1e9,
         max_context_tokens=load.max_context_tokens,
         arrived_credit_ids=load.arrived_credit_ids,
+        scheduler_count=max(1, load.scheduler_count),
     )
 
 

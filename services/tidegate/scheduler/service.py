@@ -282,8 +282,8 @@ class SchedulerService:
         try:
             while True:
                 await asyncio.sleep(self._settings.limit_interval_seconds)
-                before = self.limits.limits.keys()
-                if self.limits.end_interval(self._clock()):
+                before, now = self.limits.limits.keys(), self._clock()
+                if self.limits.end_interval(now, self.dispatcher.table.scheduler_count(now)):
                     limits = self.limits.limits
                     write_limits(file, [(*key, rate) for key, rate in limits.items()])
                     for key in before ^ limits.keys():

@@ -102,8 +102,12 @@ class TenantLimits:
         if counts is not None:
             counts.accepted += 1
 
-    def end_interval(self, now: float) -> bool:
-        """Sets the limits by what was seen since the last call; whether they have changed."""
+    def end_interval(self, now: float, scheduler_count: int = 1) -> bool:
+        """Sets the limits by what was seen since the last call; whether they have changed.
+
+        Args:
+            scheduler_count: how many there are, each of which sees its part of what a limit lets through.
+        """
         seconds, self._began_at = now - self._began_at, now
         counts, self._counts = self._counts, {}
         if seconds <= 0:
@@ -113,7 +117,9 @@ class TenantLimits:
         }
         before = self._limits
         self._limits = {
-            key: limit for key, rates in self._rates.items() if (limit := self._limit(key, rates)) is not None
+            key: limit
+            for key, rates in self._rates.items()
+            if (limit := self._limit(key, rates, scheduler_count)) is not None
         }
         if len(self._limits) > MOST_LIMITS:
             # Who sends most costs most.
@@ -130,13 +136,14 @@ class TenantLimits:
         old.accepted += NEWEST_WEIGHT * (accepted - old.accepted)
         return old
 
-    def _limit(self, key: Key, rates: _Rates) -> int | None:
+    def _limit(self, key: Key, rates: _Rates, scheduler_count: int) -> int | None:
         limit = self._limits.get(key)
-        wanted = max(LEAST_RATE, round(ROOM_FACTOR * rates.accepted))
+        seen, accepted = scheduler_count * rates.seen, scheduler_count * rates.accepted
+        wanted = max(LEAST_RATE, round(ROOM_FACTOR * accepted))
         if limit is None:
-            is_noisy = rates.seen >= NOISY_RATE and rates.accepted < NOISY_ACCEPTED_SHARE * rates.seen
-            return wanted if is_noisy and wanted < rates.seen else None
-        rates.loose_count = rates.loose_count + 1 if rates.seen < BINDING_SHARE * limit else 0
+            is_noisy = seen >= NOISY_RATE and accepted < NOISY_ACCEPTED_SHARE * seen
+            return wanted if is_noisy and wanted < seen else None
+        rates.loose_count = rates.loose_count + 1 if seen < BINDING_SHARE * limit else 0
         if rates.loose_count >= FORGET_INTERVALS:
             return None
         return wanted if max(wanted / limit, limit / wanted) >= CHANGE_FACTOR else limit

@@ -66,6 +66,16 @@ async def test_a_scheduler_hears_how_late_what_it_sends_is_looked_at(start_servi
         assert max(load.lateness.ToMilliseconds() for load in scheduler.loads) < 900
 
 
+async def test_schedulers_hear_how_many_they_are(start_service, fake_triton, channel_to):
+    async with start_service(fake_triton("abc", slots=3)) as service:
+        first = await Scheduler(channel_to(service)).open()
+        await first.read_until(lambda: any(load.scheduler_count == 1 for load in first.loads))
+        second = await Scheduler(channel_to(service)).open()
+        await first.read_until(lambda: first.loads[-1].scheduler_count == 2)
+        second.stream.cancel()
+        await first.read_until(lambda: first.loads[-1].scheduler_count == 1)
+
+
 async def test_a_scheduler_hears_the_load_then_gets_standing_credits(start_service, fake_triton, channel_to):
     async with start_service(fake_triton("abc", slots=3)) as service:
         scheduler = await Scheduler(channel_to(service)).open()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tidegate.scheduler.replica_table import ReplicaLoad, ReplicaTable
@@ -39,6 +41,15 @@ def test_a_replica_is_ready_when_it_is_connected_and_says_so(table):
     assert table.ready(0) == [replica]
     table.hear(replica, NOT_READY, 0)
     assert table.ready(0) == []
+
+
+def test_schedulers_are_as_many_as_a_replica_knows(table):
+    table.set_addresses(["a:1", "b:1"])
+    assert table.scheduler_count(0) == 1
+    for address, load in (("a:1", LOAD), ("b:1", replace(LOAD, scheduler_count=2))):
+        table.connect(table.get(address), 0)
+        table.hear(table.get(address), load, 0)
+    assert table.scheduler_count(0) == 2
 
 
 def test_a_silent_replica_is_not_ready(table):

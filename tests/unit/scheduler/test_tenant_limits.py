@@ -11,7 +11,8 @@ LOUD = Key("loud", "batch")
 class Traffic:
     """One second after the other, of which each limit lets through what it says."""
 
-    def __init__(self):
+    def __init__(self, scheduler_count=1):
+        self.scheduler_count = scheduler_count
         self.limits = TenantLimits(0.0)
         self.now = 0.0
         self.changes = 0
@@ -20,12 +21,13 @@ class Traffic:
         for name, (asked, accepted) in asked_and_accepted.items():
             key = Key(name, "batch")
             seen = min(asked, self.limits.limits.get(key, asked))
-            for number in range(seen):
+            # This scheduler's part; what is accepted, too, is a part of all.
+            for number in range(seen // self.scheduler_count):
                 self.limits.see(key)
-                if number < accepted:
+                if number < accepted // self.scheduler_count:
                     self.limits.accept(key)
         self.now += 1.0
-        self.changes += self.limits.end_interval(self.now)
+        self.changes += self.limits.end_interval(self.now, self.scheduler_count)
 
     def seconds(self, count, **asked_and_accepted):
         for _ in range(count):
@@ -45,6 +47,13 @@ def test_who_is_nearly_always_refused_is_limited_to_some_times_of_what_it_gets()
     traffic = Traffic()
     limits = traffic.seconds(20, loud=(1000, 30), quiet=(3, 3))
     assert limits == {LOUD: pytest.approx(ROOM_FACTOR * 30, rel=0.3)}
+    assert traffic.changes == 1
+
+
+@pytest.mark.parametrize("scheduler_count", [2, 4])
+def test_of_several_schedulers_each_sees_a_part_and_all_have_room(scheduler_count):
+    traffic = Traffic(scheduler_count)
+    assert traffic.seconds(20, loud=(1000, 40)) == {LOUD: pytest.approx(ROOM_FACTOR * 40, rel=0.3)}
     assert traffic.changes == 1
 
 

@@ -106,10 +106,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How far the services that carry answers step back for Envoy, the scheduler and preprocess. A token can be a
     moment later; a decision is waited for by all that come after it, and what waits at its door nobody can refuse."""
 
-    engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=20)] = 20
-    """How far the engines step back for all of them; 20: the kernel's SCHED_IDLE, for which a processor with an engine
-    is free. An engine on a CPU takes all of it in long steps; a service needs a little, at once, for each token and
-    decision."""
+    engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 18
+    """How far the engines step back for all of them. An engine on a CPU takes all of it in long steps; a service needs
+    a little, at once, for each token and decision."""
 
     max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     """Answers that each engine generates at once; 0: the engine's default."""

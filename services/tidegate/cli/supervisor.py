@@ -39,8 +39,6 @@ LONGEST_LOG_BYTES: Final = 16 * 1024 * 1024
 
 LOG_CHECK_SECONDS: Final = 5.0
 ERROR_TAIL_LINES: Final = 12
-IDLE_NICENESS: Final = 20
-"""One beyond what can be said by niceness: the scheduling policy SCHED_IDLE."""
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -58,7 +56,7 @@ class Program:
     is_whole: Callable[[int], bool] | None = None
     """Of a process (pid) that was ready: whether what it needs beside itself still lives. It is ended if not."""
     niceness: int = 0
-    """Above 0 it leaves the processors to the others first (0 to 19); `IDLE_NICENESS`: to whoever wants them."""
+    """Above 0 it leaves the processors to the others first (0 to 19)."""
 
 
 class Listener(Protocol):
@@ -205,9 +203,7 @@ class Supervisor:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != supervisor:
                 os._exit(1)
-            os.nice(min(child.program.niceness, IDLE_NICENESS - 1))
-            if child.program.niceness >= IDLE_NICENESS:
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            os.nice(child.program.niceness)
 
         environment = {**child.program.environment, process_table.RUN_ID_VARIABLE: self._mesh.run_id}
         with self.log_path(child.program.name).open("ab") as log:

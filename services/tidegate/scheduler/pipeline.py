@@ -98,7 +98,7 @@ class Pipeline:
         now = self._clock()
         given = None if request.client_deadline is None else request.client_deadline - request.arrived_at
         request.offered_count = self._shedder.see(request.service_class, request.whole_at, now, given)
-        request.offered_count *= self._limits.see(_key(request))
+        self._limits.see(_key(request))
         if now - request.whole_at > self._settings.latest_look_seconds:
             raise TidegateError(
                 Reason.SERVER_IS_OVERLOADED,

@@ -5,9 +5,6 @@ on the same machine must wait for. So a tenant that asks for many times of what 
 through some times of what the tenant gets, so that nothing that could be served is lost and the pressure is seen, and
 refuses the rest by itself. Tenants that get most of what they ask for, and those that ask seldom, have no limit.
 
-What Envoy refuses nobody counts, so each request of a tenant whose limit binds stands for as many more as make the
-pressure of a full flood: admission must not take a flood for a small one because little of it comes through.
-
 Invariants: a limit is at least `LEAST_RATE` and `ROOM_FACTOR` times of what was accepted lately; a limit that does not
 bind any more is gone within `FORGET_INTERVALS`; at most `MOST_LIMITS` stand at once. Times are seconds of one clock.
 """
@@ -18,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from tidegate.scheduler.admission import FULL_PRESSURE
-
 LEAST_RATE: Final = 20
 """Requests per second that are always looked at."""
 
@@ -29,8 +24,8 @@ NOISY_RATE: Final = 50.0
 NOISY_ACCEPTED_SHARE: Final = 0.25
 """Who has more than this share accepted is not limited."""
 
-ROOM_FACTOR: Final = 2.0
-"""So many times of what is accepted is looked at, so that it may double in an interval."""
+ROOM_FACTOR: Final = 4.0
+"""So many times of what is accepted is looked at: as many as admission tells apart (`admission.FULL_PRESSURE`)."""
 
 CHANGE_FACTOR: Final = 1.5
 """A limit is changed only by this factor: each change is a file that Envoy reads."""
@@ -85,16 +80,14 @@ class TenantLimits:
         """Requests per second."""
         return self._limits
 
-    def see(self, key: Key) -> float:
-        """A request is looked at. Returns how many like it came, those refused on the way included, for all we know."""
+    def see(self, key: Key) -> None:
+        """A request is looked at."""
         counts = self._counts.get(key)
         if counts is None:
             if len(self._counts) >= MOST_TENANTS:
-                return 1.0
+                return
             counts = self._counts[key] = _Counts()
         counts.seen += 1
-        binds = key in self._limits and not self._rates[key].loose_count
-        return FULL_PRESSURE / ROOM_FACTOR if binds else 1.0
 
     def accept(self, key: Key) -> None:
         """A request that was seen has its place in the queue, or its answer."""

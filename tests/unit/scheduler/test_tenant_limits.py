@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.scheduler.admission import FULL_PRESSURE
 from tidegate.scheduler.tenant_limits import LEAST_RATE, MOST_LIMITS, MOST_TENANTS, ROOM_FACTOR, Key, TenantLimits
 
 LOUD = Key("loud", "batch")
@@ -82,18 +81,6 @@ def test_a_load_that_ends_takes_its_limit_with_it():
     assert traffic.seconds(4, loud=(5, 5)) == {}
     assert traffic.seconds(10, loud=(1000, 10))
     assert traffic.seconds(6) == {}
-
-
-def test_what_comes_past_a_limit_stands_for_what_is_refused_there():
-    traffic = Traffic()
-    assert traffic.limits.see(LOUD) == 1
-    traffic.seconds(10, loud=(1000, 10))
-    passed = ROOM_FACTOR * 10
-    assert traffic.limits.see(LOUD) * passed == pytest.approx(FULL_PRESSURE * 10)
-    assert traffic.limits.see(Key("quiet", "batch")) == 1
-    traffic.second(loud=(5, 5))
-    assert LOUD in traffic.limits.limits
-    assert traffic.limits.see(LOUD) == 1
 
 
 def test_classes_are_limited_apart():

@@ -59,7 +59,7 @@ class _Counts:
 
 @dataclass(slots=True)
 class _Rates:
-    """Requests per second, and for how many intervals a limit did not bind."""
+    """Requests per second of all schedulers together, and for how many intervals a limit did not bind."""
 
     seen: float
     accepted: float
@@ -105,14 +105,15 @@ class TenantLimits:
         counts, self._counts = self._counts, {}
         if seconds <= 0:
             return False
+        # All schedulers together see as many in this time.
+        all_seconds = seconds / scheduler_count
         self._rates = {
-            key: self._smoothed(key, counts.get(key, _Counts()), seconds) for key in counts.keys() | self._limits.keys()
+            key: self._smoothed(key, counts.get(key, _Counts()), all_seconds)
+            for key in counts.keys() | self._limits.keys()
         }
         before = self._limits
         self._limits = {
-            key: limit
-            for key, rates in self._rates.items()
-            if (limit := self._limit(key, rates, scheduler_count)) is not None
+            key: limit for key, rates in self._rates.items() if (limit := self._limit(key, rates)) is not None
         }
         if len(self._limits) > MOST_LIMITS:
             # Who sends most costs most.
@@ -129,14 +130,13 @@ class TenantLimits:
         old.accepted += NEWEST_WEIGHT * (accepted - old.accepted)
         return old
 
-    def _limit(self, key: Key, rates: _Rates, scheduler_count: int) -> int | None:
+    def _limit(self, key: Key, rates: _Rates) -> int | None:
         limit = self._limits.get(key)
-        seen, accepted = scheduler_count * rates.seen, scheduler_count * rates.accepted
-        wanted = max(LEAST_RATE, round(ROOM_FACTOR * accepted))
+        wanted = max(LEAST_RATE, round(ROOM_FACTOR * rates.accepted))
         if limit is None:
-            is_noisy = seen >= NOISY_RATE and accepted < NOISY_ACCEPTED_SHARE * seen
-            return wanted if is_noisy and wanted < seen else None
-        rates.loose_count = rates.loose_count + 1 if seen < BINDING_SHARE * limit else 0
+            is_noisy = rates.seen >= NOISY_RATE and rates.accepted < NOISY_ACCEPTED_SHARE * rates.seen
+            return wanted if is_noisy and wanted < rates.seen else None
+        rates.loose_count = rates.loose_count + 1 if rates.seen < BINDING_SHARE * limit else 0
         if rates.loose_count >= FORGET_INTERVALS:
             return None
         return wanted if max(wanted / limit, limit / wanted) >= CHANGE_FACTOR else limit

@@ -56,6 +56,14 @@ def test_of_several_schedulers_each_sees_a_part_and_all_have_room(scheduler_coun
     assert traffic.changes == 1
 
 
+def test_a_scheduler_that_joins_changes_no_limit():
+    traffic = Traffic()
+    before = traffic.seconds(20, loud=(1000, 40))
+    traffic.scheduler_count = 2
+    assert traffic.seconds(20, loud=(1000, 40)) == before
+    assert traffic.changes == 1
+
+
 def test_who_gets_nothing_is_still_looked_at():
     assert Traffic().seconds(20, loud=(1000, 0)) == {LOUD: LEAST_RATE}
 

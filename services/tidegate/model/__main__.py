@@ -147,6 +147,7 @@ class ModelService:
             self._recorder,
             lite_model_name=settings.lite_model_name,
             buffer_token_limit=settings.stream_buffer_token_limit,
+            batch_delta_seconds=settings.batch_delta_seconds,
             dice=random.Random(secrets.randbits(64)),
         )
         self.server = Server(settings.host, settings.port)

@@ -57,6 +57,7 @@ class Answers:
         *,
         lite_model_name: str = "",
         buffer_token_limit: int,
+        batch_delta_seconds: float,
         dice: random.Random,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,6 +68,7 @@ class Answers:
         self._recorder = recorder
         self._lite_model_name = lite_model_name
         self._buffer_token_limit = buffer_token_limit
+        self._batch_delta_seconds = batch_delta_seconds
         self._dice = dice
         self._clock = clock
 
@@ -98,6 +100,7 @@ class Answers:
                 self._model.tokenizer,
                 self._reports,
                 buffer_token_limit=self._buffer_token_limit,
+                delta_seconds=self._batch_delta_seconds if job.service_class == "batch" else 0.0,
                 clock=self._clock,
             )
             collector = self._collector(ask)

@@ -78,6 +78,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Between two rounds of looking."""
     stream_buffer_token_limit: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
     """Tokens kept for a client that reads slowly; past it, its stream takes no more from the engine's client."""
+    batch_delta_seconds: Annotated[float, Meta(ge=0, le=10)] = 0.25
+    """The shortest time between two pieces of a batch answer: nobody watches it grow, and each piece costs processor
+    time on its whole way. 0: each token as it comes."""
     write_grace_seconds: Seconds = 5.0
     """How long past its deadline a stream waits for a client that does not read."""
     many_limit: Annotated[int, Meta(ge=1, le=256)] = 256

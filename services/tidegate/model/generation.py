@@ -55,6 +55,8 @@ class Generation:
     Args:
         job: what to answer; its record is filled in.
         buffer_token_limit: tokens kept for a slow reader.
+        delta_seconds: from one delta to the next, at least, unless the buffer is full; the first one and the last one
+            go out at once. 0: each token as it comes.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Generation:
         observer: TokenObserver,
         *,
         buffer_token_limit: int,
+        delta_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job = job
@@ -73,6 +76,8 @@ class Generation:
         self._observer = observer
         self._clock = clock
         self._buffer = Buffer(buffer_token_limit)
+        self._delta_seconds = delta_seconds
+        self._gathers = False
         self._detokenizer = IncrementalDetokenizer(tokenizer, list(job.request.stop))
         self._answer_token_ids: list[int] = list(job.request.resume.token_ids)
         self._unseen_token_count = 0
@@ -98,6 +103,8 @@ class Generation:
             while True:
                 if not self._buffer.is_empty:
                     yield self._delta()
+                    if self._delta_seconds:
+                        await self._gather()
                 elif self._ended:
                     break
                 else:
@@ -203,6 +210,8 @@ class Generation:
         record.last_token_at = now
 
     def _wake_reader(self) -> None:
+        if self._gathers and not self._ended and not self._buffer.is_full:
+            return
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -210,6 +219,22 @@ class Generation:
         if not self._ended:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
+
+    async def _gather(self) -> None:
+        """Lets tokens come together."""
+        if self._buffer.is_full:
+            return
+        self._gathers = True
+        timer = asyncio.get_running_loop().call_later(self._delta_seconds, self._end_gathering)
+        try:
+            await self._wait_for_output()
+        finally:
+            timer.cancel()
+            self._gathers = False
+
+    def _end_gathering(self) -> None:
+        self._gathers = False
+        self._wake_reader()
 
     def _delta(self) -> inference_pb2.GenerateEvent:
         """All that is in the buffer as one event; filled in place, which costs half of putting parts together."""

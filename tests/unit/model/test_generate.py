@@ -10,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from prometheus_client import generate_latest
 
+from tidegate.common import headers
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
@@ -191,6 +192,40 @@ async def test_a_reader_that_stops_is_kept_no_more_than_the_bound_and_holds_up_n
         while (event := await stuck.read()) is not grpc.aio.EOF:
             rest.append(event)
         assert max(len(event.delta.token_ids) for event in rest) == 16
+
+
+@pytest.mark.parametrize(("service_class", "most"), [("batch", 3), ("standard", 41), ("realtime", 41)])
+async def test_a_batch_answer_comes_in_few_pieces(start_service, fake_triton, channel_to, service_class, most):
+    text = "0123456789" * 4
+    async with start_service(fake_triton(text, pace=0.005), batch_delta_seconds=10) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        async with asyncio.timeout(5):
+            events = await collect(stub, ask(), metadata=((headers.SERVICE_CLASS, service_class),))
+    assert text_of(events) == text
+    deltas = [event for event in events if event.HasField("delta")]
+    assert most / 2 < len(deltas) + 1 <= most
+    assert len(deltas[0].delta.token_ids) == 1
+
+
+async def test_pieces_of_a_batch_answer_are_no_larger_than_what_is_kept_for_a_reader(
+    start_service, fake_triton, channel_to
+):
+    text = "0123456789" * 10
+    settings = {"batch_delta_seconds": 10, "stream_buffer_token_limit": 16}
+    async with start_service(fake_triton(text), **settings) as service, asyncio.timeout(5):
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        events = await collect(stub, ask(), metadata=((headers.SERVICE_CLASS, "batch"),))
+    assert text_of(events) == text
+    assert 10 < max(len(event.delta.token_ids) for event in events) <= 16
+
+
+async def test_pieces_of_a_batch_answer_keep_their_distance(start_service, fake_triton, channel_to):
+    text = "0123456789" * 4
+    async with start_service(fake_triton(text, pace=0.01), batch_delta_seconds=0.1) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        events = await collect(stub, ask(), metadata=((headers.SERVICE_CLASS, "batch"),))
+    assert text_of(events) == text
+    assert 3 <= len([event for event in events if event.HasField("delta")]) <= 10
 
 
 async def test_without_a_ready_engine_it_refuses_and_health_says_so(start_service, fake_triton, channel_to):

@@ -23,6 +23,7 @@ from llm_engine.architecture import Architecture
 from llm_engine.batcher import Batcher, StepPlan
 from llm_engine.block_pool import BlockPool
 from llm_engine.errors import DUPLICATE_ID, INVALID_VALUE, QUEUE_FULL
+from llm_engine.pacing import StepPacer
 from llm_engine.sequence import Sequence
 from llm_engine.validation import validated_token_ids
 
@@ -71,6 +72,7 @@ class SimulatedEngine:
             max_waiting=config.max_waiting,
             step_token_budget=config.step_token_budget,
         )
+        self._pacer = StepPacer(config.step_stretch, wide_count=-(-config.max_sequences // 2))
         self._ready_at: float | None = None
         """When the last step was over by the service time; None after an idle moment."""
         self._arrival_count = 0
@@ -90,14 +92,17 @@ class SimulatedEngine:
         if not self.has_work:
             self._ready_at = None
             return []
-        plan = self._batcher.plan()
-        seconds = self._seconds(plan)
+        plan = self._batcher.plan(self._pacer.prompt_token_bound(self._batcher.decode_count))
+        decode_count = sum(work.count for work in plan.work if work.count == 1)
+        prompt_token_count = plan.token_count - decode_count
+        seconds = self._service_time.step_seconds(decode_count, prompt_token_count)
         started = self._start_moment()
         prompts = [work.sequence.request_id for work in plan.work if work.count > 1]
         if not self._wait_until(started + seconds, prompts, is_unwanted):
             self._ready_at = self._clock()
             return []
         self._ready_at = started + seconds
+        self._pacer.observe(decode_count, prompt_token_count, seconds)
         self._batcher.commit(plan)
         self._count(plan, seconds)
         outputs = [self._advance(work.sequence) for work in plan.work if work.samples]
@@ -168,10 +173,6 @@ class SimulatedEngine:
             step_seconds_last=self._step_seconds_last,
             step_token_count_last=self._step_token_count_last,
         )
-
-    def _seconds(self, plan: StepPlan) -> float:
-        decode_count = sum(1 for work in plan.work if work.count == 1)
-        return self._service_time.step_seconds(decode_count, plan.token_count - decode_count)
 
     def _start_moment(self) -> float:
         """When this step began: when the one before was over, unless there was none or that is long ago."""

@@ -34,6 +34,9 @@ class SimulationConfig:
     """KV blocks of all sequences together."""
     step_token_budget: int
     """Tokens computed in one step; it bounds how long a prompt can stall the running decodes."""
+    step_stretch: float = 1.5
+    """As `llm`'s: a step with a prompt's piece takes at most so many times as long as a wide batch's decodes alone.
+    More than 1, to 100; 0 is without bound."""
     max_waiting: int = 64
     """Sequences held beyond `max_sequences`; past this, `add` refuses."""
     max_context_tokens: int | None = None
@@ -64,6 +67,8 @@ class SimulationConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and least <= value <= most):
                 yield f"{name} is {value!r}, expected {least:g} to {most:g}"
+        if 0 < self.step_stretch <= 1:
+            yield f"step_stretch is {self.step_stretch!r}, expected 0 (no bound), or more than 1"
         if self.step_token_budget < self.max_sequences:
             yield (
                 f"step_token_budget is {self.step_token_budget}, expected at least max_sequences"
@@ -94,6 +99,7 @@ _BOUNDS = (
     ("max_sequences", 1, 65_536),
     ("kv_block_count", 1, 1 << 24),
     ("step_token_budget", 1, 1 << 20),
+    ("step_stretch", 0, 100),
     ("max_waiting", 0, 1_000_000),
     ("max_context_tokens", 2, 1 << 24),
     ("block_token_count", 1, 1024),

@@ -664,15 +664,28 @@ def test_prompts_beside_decodes_are_cut_to_their_bound_and_alone_they_are_not():
     assert told(subject, subject.plan(5)).startswith("b[0:20] ")
 
 
-def test_a_prompt_that_would_pause_a_decode_waits_where_the_bound_is_used_up():
+def test_a_prompt_that_would_pause_another_waits_where_the_bound_is_used_up():
     subject = batcher(blocks=64, running=3, budget=20)
-    for name in ("a", "b"):
-        subject.add(sequence(name, 4, priority=1))
+    subject.add(sequence("a", 4, priority=1))
     carry_out(subject, subject.plan())
-    subject.add(sequence("c", 9, arrival=1))
-    subject.add(sequence("d", 9, arrival=2))
-    assert told(subject, subject.plan(5)).startswith("a[4:5] b[4:5] c[0:5] ")
+    subject.add(sequence("later", 30, arrival=1, priority=2))
+    carry_out(subject, subject.plan(5))
+    subject.add(sequence("c", 9, arrival=2, priority=1))
+    subject.add(sequence("d", 9, arrival=3, priority=1))
+    assert told(subject, subject.plan(5)).startswith("a[5:6] c[0:5] ")
     assert "d" not in [each.request_id for each in subject.running]
+
+
+def test_a_prompt_that_is_more_urgent_than_a_decode_is_not_bound_and_takes_nothing_of_the_bound():
+    subject = batcher(blocks=64, running=6, budget=20)
+    for name, priority in (("a", 0), ("b", 2)):
+        subject.add(sequence(name, 4, priority=priority))
+    carry_out(subject, subject.plan())
+    for arrival, (name, priority) in enumerate((("urgent", 1), ("less", 2), ("last", 2)), 1):
+        subject.add(sequence(name, 9, arrival=arrival, priority=priority))
+    assert told(subject, subject.plan(5)).startswith("a[4:5] b[4:5] urgent[0:9] less[0:5] free")
+    subject.remove("b")
+    assert told(subject, subject.plan(5)).startswith("a[4:5] urgent[0:5] free")
 
 
 @pytest.mark.parametrize("bound", [1, 3])
@@ -756,3 +769,72 @@ def test_a_restarted_sequence_is_computed_from_its_beginning():
     subject = decoding("a", "b")
     subject.restart(subject.running[0])
     assert told(subject, subject.plan()) == "b[3:4] a[0:4] free=14"
+
+
+def plan_of_decodes(subject: Batcher, *prompts: int) -> StepPlan:
+    """The plan of a step in which sequences with such prompts all decode."""
+    for index, prompt in enumerate(prompts):
+        subject.add(sequence(chr(ord("a") + index), prompt, arrival=index))
+    while subject.waiting or subject.decode_count < len(prompts):
+        carry_out(subject, subject.plan())
+    return subject.plan()
+
+
+def told_after(subject: Batcher, plan: StepPlan, *ending: str) -> str | None:
+    after = subject.plan_after(plan, lambda each: each.request_id in ending)
+    return None if after is None else told(subject, after)
+
+
+def test_the_step_after_decodes_is_their_next_tokens_with_the_blocks_for_them():
+    subject = batcher()
+    plan = plan_of_decodes(subject, 5, 6)
+    assert told(subject, plan) == "a[6:7] b[6:7] free=12"
+    assert told_after(subject, plan) == "a[7:8] b[7:8] free=12"
+    carry_out(subject, plan)
+    plan = subject.plan()
+    assert told_after(subject, plan) == "a[8:9] b[8:9] free=10"
+    carry_out(subject, plan)
+    assert told(subject, subject.plan()) == "a[8:9] b[8:9] free=10"
+
+
+def test_who_ends_with_a_step_has_no_part_in_the_one_after():
+    subject = batcher()
+    plan = plan_of_decodes(subject, 5, 6)
+    assert told_after(subject, plan, "a") == "b[7:8] free=12"
+    assert told_after(subject, plan, "a", "b") is None
+
+
+def test_nothing_is_known_of_the_step_after_one_with_a_prompt():
+    subject = batcher()
+    plan_of_decodes(subject, 3)
+    subject.add(sequence("long", 20, arrival=1))
+    plan = subject.plan()
+    assert told(subject, plan) == "a[3:4] long[0:7] free=10"
+    assert told_after(subject, plan) is None
+
+
+def test_who_could_be_admitted_is_not_left_out_of_the_step_after_and_who_could_not_holds_up_nobody():
+    subject = batcher(running=2)
+    plan = plan_of_decodes(subject, 3)
+    subject.add(sequence("next", 3, arrival=1))
+    assert told_after(subject, plan) is None
+    subject = batcher(running=2)
+    plan = plan_of_decodes(subject, 3, 3)
+    subject.add(sequence("next", 3, arrival=2))
+    assert told_after(subject, plan) == "a[4:5] b[4:5] free=12"
+    subject.add(sequence("urgent", 3, arrival=3, priority=-1))
+    assert told_after(subject, plan) is None
+
+
+def test_the_step_after_takes_no_block_where_not_all_are_free():
+    subject = batcher(blocks=5)
+    plan = plan_of_decodes(subject, 6, 7)
+    assert told(subject, plan) == "a[7:8] b[7:8] free=1"
+    assert told_after(subject, plan) is None
+    assert subject.pool.free_count == 1
+    assert told_after(subject, plan, "a") == "b[8:9] free=0"
+
+
+def test_nothing_is_known_of_the_step_after_with_a_window():
+    subject = batcher(window=WINDOWS["four"])
+    assert told_after(subject, plan_of_decodes(subject, 5)) is None

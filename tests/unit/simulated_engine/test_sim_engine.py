@@ -74,6 +74,18 @@ def test_a_step_takes_what_its_tokens_cost(make_engine, request_of, fake_time):
     assert fake_time.now - started == pytest.approx(0.020 + 1 * 0.001 + 10 * 0.0001)
 
 
+@pytest.mark.parametrize(("step_stretch", "token_count"), [(1.5, 2 + 16), (0, 2 + 30)])
+def test_a_prompt_beside_a_wide_batch_comes_in_pieces(make_engine, request_of, step_stretch, token_count):
+    engine = make_engine(step_stretch=step_stretch)
+    for name in "ab":
+        engine.add(request_of(name))
+    engine.step()
+    engine.step()
+    engine.add(request_of("long", [5] * 30))
+    engine.step()
+    assert engine.load.step_token_count_last == token_count
+
+
 def test_late_wakes_do_not_add_up(make_engine, request_of, finish, fake_time):
     engine = make_engine()
     engine.add(request_of(tokens=[5, 6, 7], max_tokens=100))

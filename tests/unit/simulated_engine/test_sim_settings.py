@@ -41,6 +41,7 @@ def test_more_sequences_get_the_tokens_that_they_need_a_step():
         ({"base_step_seconds": "nan"}, "base_step_seconds is nan"),
         ({"seconds_per_sequence": "-1"}, "seconds_per_sequence is -1.0"),
         ({"kv_block_count": "0"}, "kv_block_count is 0"),
+        ({"step_stretch": "0.5"}, "step_stretch is 0.5, expected 0 (no bound), or more than 1"),
         ({"step_token_budget": "8"}, "step_token_budget is 8, expected at least max_sequences (32)"),
         ({"max_sequences": "x"}, "TIDEGATE_ENGINE_MAX_SEQUENCES is 'x', expected int"),
         ({"kv_cache_bytes": "1"}, "TIDEGATE_ENGINE_KV_CACHE_BYTES: the engine has no such setting"),

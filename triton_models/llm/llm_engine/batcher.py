@@ -22,9 +22,9 @@ randomness; the same calls give the same plans. Invariants, between calls:
   one; blocks that a sequence has beyond its own tokens go back with the next plan, and a draft counts as
   computed only once it is the sequence's own token;
 - a plan never exceeds the step's token budget, nor, where something decodes, the bound on tokens of
-  prompts; and every running sequence whose prompt is computed gets its token in every step (decodes
-  first, prompts in chunks in what is left: Sarathi-Serve, Agrawal et al., OSDI 2024; sequences join and
-  leave between steps: Orca, Yu et al., OSDI 2022).
+  prompts that are not more urgent than some of it; and every running sequence whose prompt is computed gets its
+  token in every step (decodes first, prompts in chunks in what is left: Sarathi-Serve, Agrawal et al., OSDI 2024;
+  sequences join and leave between steps: Orca, Yu et al., OSDI 2022).
 """
 
 from bisect import insort
@@ -90,6 +90,8 @@ class Batcher:
         self.max_waiting = max_waiting
         self.step_token_budget = step_token_budget
         self._prompt_token_bound: int | None = None
+        self._bound_from: int | None = None
+        """Of the least urgent decode, the priority; prompts of lower ones are not bound. None: nothing decodes."""
         self.preemption_count = 0
         self.cached_token_total = 0
         self._running: list[Sequence] = []
@@ -109,6 +111,10 @@ class Batcher:
     def holds(self, request_id: str) -> bool:
         """Whether a sequence of this name is here."""
         return request_id in self._by_id
+
+    def still_has(self, sequence: Sequence) -> bool:
+        """Whether it was not removed."""
+        return self._by_id.get(sequence.request_id) is sequence
 
     def can_add(self, priority: int | None = None) -> bool:
         """Whether there is room; what just arrived counts against the running places too.
@@ -156,10 +162,12 @@ class Batcher:
         """Choose the next step's work; blocks are taken here, so the plan can be carried out.
 
         Args:
-            prompt_token_bound: tokens of prompts at most, where a running sequence decodes.
+            prompt_token_bound: tokens of prompts at most, where a running sequence decodes; those count apart that
+                are more urgent than one that does, since it may be held up for them.
         """
         preempted = self._extend_running()
-        self._prompt_token_bound = prompt_token_bound if self.decode_count else None
+        self._prompt_token_bound = prompt_token_bound
+        self._bound_from = max((s.request.priority for s in self._running if _decodes(s)), default=None)
         prefills: list[StepWork] = []
         begun = [sequence for sequence in self._running if not _decodes(sequence)]
         while True:
@@ -167,12 +175,12 @@ class Batcher:
             if head is not None:
                 preempted += self._admit(head)
                 begun = [sequence for sequence in begun if sequence in self._running]
-            elif begun and self._budget(prefills) > 0:
+            elif begun and self._budget(begun[0], prefills) > 0:
                 head = begun.pop(0)
             else:
                 break
             if not _decodes(head):
-                budget = self._budget(prefills)
+                budget = self._budget(head, prefills)
                 assert budget > 0
                 prefills.append(StepWork(head, head.computed_token_count, min(budget, head.pending_token_count)))
         decodes = [StepWork(s, s.computed_token_count, 1) for s in self._running if _decodes(s)]
@@ -194,6 +202,27 @@ class Batcher:
                 works[place] = replace(work, draft_token_ids=tuple(drafts))
                 left -= len(drafts)
         return replace(plan, work=tuple(works))
+
+    def plan_after(self, plan: StepPlan, ends: Callable[[Sequence], bool]) -> StepPlan | None:
+        """The step after one whose tokens are not known yet: one more of each sequence that goes on.
+
+        None where there may be more to do than that: a prompt, a sequence that could be admitted, blocks to be
+        taken from others. What the plan says stays right whoever is removed before it is committed.
+
+        Args:
+            plan: not committed yet.
+            ends: whether a sequence has its last token with it.
+        """
+        is_decoding = len(plan.work) == len(self._running) and all(w.samples and w.row_count == 1 for w in plan.work)
+        if not is_decoding or self.window != FULL or self._next_admissible([], []) is not None:
+            return None
+        going_on = [work for work in plan.work if not ends(work.sequence)]
+        missing = [self._missing_block_count(work.sequence, 1) for work in going_on]
+        if not going_on or not self.pool.can_take(sum(missing)):
+            return None
+        for work, count in zip(going_on, missing, strict=True):
+            work.sequence.block_ids += self.pool.take(count)
+        return StepPlan(tuple(StepWork(work.sequence, work.start + 1, 1) for work in going_on), ())
 
     def commit(self, plan: StepPlan) -> None:
         """Note that a plan's tokens are computed; of its drafts that is yet to be seen."""
@@ -230,15 +259,20 @@ class Batcher:
                 preempted.append(self._preempt(self._least_urgent_paused() or self._pause_least_urgent()))
         return preempted
 
-    def _budget(self, prefills: list[StepWork], paused: Iterable[Sequence] = ()) -> int:
-        """Tokens that the step can still compute, beside the decodes and what is planned of prompts.
+    def _budget(self, head: Sequence, prefills: list[StepWork], paused: Iterable[Sequence] = ()) -> int:
+        """Tokens of a prompt that the step can still compute, beside the decodes and what is planned of prompts.
 
         Args:
             paused: running sequences that would not run in it.
         """
         planned = sum(work.count for work in prefills)
         left = self.step_token_budget - self.decode_count + sum(map(_decodes, paused)) - planned
-        return left if self._prompt_token_bound is None else min(left, self._prompt_token_bound - planned)
+        if self._prompt_token_bound is None or not self._is_bound(head):
+            return left
+        return min(left, self._prompt_token_bound - sum(w.count for w in prefills if self._is_bound(w.sequence)))
+
+    def _is_bound(self, prompt: Sequence) -> bool:
+        return self._bound_from is not None and prompt.request.priority >= self._bound_from
 
     def _next_admissible(self, begun: list[Sequence], prefills: list[StepWork]) -> Sequence | None:
         """The first that waits, where it can run in this step and no begun prompt comes before it."""
@@ -250,7 +284,7 @@ class Batcher:
         victims = self._victims(head)
         if victims is None:
             return None
-        return head if self._budget(prefills, victims) > 0 else None
+        return head if self._budget(head, prefills, victims) > 0 else None
 
     def _victims(self, head: Sequence) -> list[Sequence] | None:
         """Running sequences to pause for a waiting one, the least urgent first; None where it has to wait.

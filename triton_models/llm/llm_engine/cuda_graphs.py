@@ -1,8 +1,8 @@
 """Steps in which every sequence decodes, as CUDA graphs: a whole step is one launch.
 
-Owns the graphs, one for each size of batch that came, and the memory of their inputs. A batch is filled up to the next
-size with rows that attend to the padding block. Invariants: a step that fits no graph is left to who asked; what a
-graph gave lies in its own memory, and holds until its next step.
+Owns the graphs, one for each size of batch, and the memory of their inputs. A batch is filled up to the next size with
+rows that attend to the padding block. Invariants: all graphs are made at the start, and share their memory; a step that
+fits none is left to who asked.
 """
 
 from collections.abc import Callable
@@ -21,24 +21,33 @@ def batch_sizes(most: int) -> list[int]:
     return [*sizes, most]
 
 
-def captured(run: Replay) -> Replay:
-    """A function as a graph; what it reads and gives stays where it is."""
-    # Kernels are compiled and memory is found before.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+class Capture:
+    """Makes graphs of functions, one after the other; what a function reads stays where it is.
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return result
+    Graphs share their memory: what one gave holds until any of them is replayed.
+    """
 
-    return replay
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Replay) -> Replay:
+        """The function as a graph."""
+        # Kernels are compiled and memory is found before.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class GraphedDecodes:
         run: computes a step; its logits are [sampled_count, vocabulary].
         most_sequences: the largest batch.
         most_tokens: the longest context.
-        padding_slot: a place in the padding block.
+        padding_block: what rows that fill up attend to.
         capture: makes a graph of a function.
     """
 
@@ -67,13 +76,14 @@ class GraphedDecodes:
         block_token_count: int,
         padding_block: int,
         device: torch.device,
-        capture: Callable[[Replay], Replay] = captured,
+        capture: Callable[[Replay], Replay],
     ) -> None:
         self._run, self._capture, self._device = run, capture, device
         self._sizes = batch_sizes(most_sequences)
         self._most_tokens, self._block_token_count = most_tokens, block_token_count
         self._padding_block = padding_block
-        self._graphs: dict[int, _Graph] = {}
+        # The largest first: what it needs is room for all others.
+        self._graphs = {size: self._made(size) for size in reversed(self._sizes)}
 
     def __call__(self, step: StepTensors) -> torch.Tensor | None:
         """A step's logits; None for one that does not fit."""
@@ -83,9 +93,7 @@ class GraphedDecodes:
         size = next((size for size in self._sizes if size >= count), None)
         if size is None or len(step.sample_rows) != count:
             return None
-        graph = self._graphs.get(size)
-        if graph is None:
-            graph = self._graphs[size] = self._made(size)
+        graph = self._graphs[size]
         own, own_group = graph.step, graph.step.groups[0]
         assert own_group.lengths is not None
         self._fill(own.token_ids, step.token_ids, 0)

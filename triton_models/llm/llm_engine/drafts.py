@@ -43,6 +43,10 @@ class Drafter:
         most = min(most, self._most_tokens, answer_left, context_left)
         return continued(sequence.token_ids, most) if most > 0 else []
 
+    def rests(self, sequence: Sequence) -> bool:
+        """Whether nothing would be drafted once it has one more token, whichever that is."""
+        return sequence.token_count + 1 < sequence.drafts_from or not self._most_tokens
+
     def give_up(self, sequence: Sequence) -> None:
         """Draft nothing for a sequence any more."""
         sequence.drafts_from = self._context_token_count

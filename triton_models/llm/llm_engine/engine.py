@@ -2,17 +2,20 @@
 
 Owns the request's life: refused or taken, waiting, running, finished. Invariants: one thread calls
 it; every request taken ends in exactly one output with a finish reason, unless it is cancelled; a
-sequence that fails takes no other with it; which tokens come does not depend on drafts. Who runs next is
-left to `batcher.py`, what is drafted to `drafts.py`, the mathematics to `model.py`, the choice of a token to
-`sampler.py`. Read `Engine.step` first.
+sequence that fails takes no other with it; which tokens come depends neither on drafts nor on whether a device was
+given the next step early. Who runs next is left to `batcher.py`, what is drafted to `drafts.py`, the mathematics to
+`model.py`, the choice of a token to `sampler.py`. Read `Engine.step` first.
 """
 
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from .batcher import Batcher, StepPlan, StepWork
 from .block_pool import BlockPool
@@ -33,15 +36,24 @@ from .pacing import StepPacer
 from .rank import LoadedRank, Rank
 from .ranks import Alone
 from .request import EngineLoad, ModelInfo, SequenceOutput, SequenceRequest
-from .sampler import SampledToken, SamplingRow, sample
+from .sampler import Draw, SampledToken, SamplingRow, draw
 from .sequence import Sequence
-from .step_tensors import row_works
+from .step_tensors import RowWork, StepTensors, row_works
 from .validation import validated_token_ids
 from .weights import TORCH_DTYPES
 from .window import window_of
 
 if TYPE_CHECKING:
     from .rank_group import RankGroup
+
+
+@dataclass(frozen=True)
+class _BegunStep:
+    """A step that the device has; `works` are those of the plan that get tokens, in the order of the draw's rows."""
+
+    plan: StepPlan
+    works: list[StepWork]
+    draw: Draw
 
 
 class Engine:
@@ -64,6 +76,9 @@ class Engine:
         self._matchers: dict[str, OutputMatcher] = {}
         self._drafter = Drafter(config.speculation_tokens, context_token_count=self.model_info.context_token_count)
         self._pacer = StepPacer(config.step_stretch, wide_count=-(-config.max_sequences // 2))
+        self._runs_ahead = self._rank.runs_ahead
+        self._ahead: _BegunStep | None = None
+        """The next step, where a device was given it before the last one's tokens were read."""
         self._arrival_count = 0
         self._step_count = 0
         self._prompt_token_total = 0
@@ -85,23 +100,86 @@ class Engine:
         if not self.has_work:
             return []
         started = self._clock()
+        step, self._ahead = self._ahead or self._begin(is_unwanted), None
+        if step is None:
+            return []
+        if self._runs_ahead:
+            self._ahead = self._begin_after(step)
+        outputs = self._finish(step)
+        self._step_seconds_last = self._clock() - started
+        self._pacer.observe(*_decodes_and_prompt_tokens(step.plan), self._step_seconds_last)
+        return outputs
+
+    def _begin(self, is_unwanted: Callable[[str], bool]) -> "_BegunStep | None":
+        """Plan a step and give it to the device; None where it was given up."""
         plan = self._batcher.plan(self._pacer.prompt_token_bound(self._batcher.decode_count))
-        if len(self._batcher.running) <= self.config.speculation_sequences:
+        if self._may_draft:
             plan = self._batcher.with_drafts(plan, self._drafter.propose)
-        step = self._rank.lay_out(row_works(plan))
+        tensors = self._rank.lay_out(row_works(plan))
         prompts = [work.sequence.request_id for work in plan.work if work.count > 1]
         # Given up, a step has only written keys and values that the next one writes again.
-        logits = self._rank.forward(step, give_up=lambda: any(map(is_unwanted, prompts)))
+        logits = self._rank.forward(tensors, give_up=lambda: any(map(is_unwanted, prompts)))
         if logits is None:
-            return []
-        works = [plan.work[place] for place in step.sampled]
-        sampled = iter(sample(logits, [row for work in works for row in self._sampling_rows(work)]))
+            return None
+        return self._drawing(plan, tensors, logits)
+
+    def _begin_after(self, step: "_BegunStep") -> "_BegunStep | None":
+        """Plan the next step, and give it to the device, while that still computes this one and keeps its tokens there.
+
+        None where these must be known before, or where there may be more to do than their next ones. Who joins in
+        the meantime waits for a step more; who ends has had a row in vain.
+        """
+        plan = self._without_removed(step.plan)
+        if any(self._must_know(work.sequence) for work in plan.work):
+            return None
+        plan_after = self._batcher.plan_after(plan, lambda sequence: self._is_full(sequence, 1))
+        if plan_after is None:
+            return None
+        rows = {id(work.sequence): row for row, work in enumerate(step.works)}
+        tensors = self._rank.lay_out_after(
+            [RowWork(work.start, [0], work.sequence.block_ids, 1) for work in plan_after.work],
+            step.draw.token_ids,
+            [rows[id(work.sequence)] for work in plan_after.work],
+        )
+        logits = self._rank.forward(tensors)
+        assert logits is not None
+        return self._drawing(plan_after, tensors, logits, awaited_count=1)
+
+    def _drawing(
+        self, plan: StepPlan, tensors: StepTensors, logits: torch.Tensor, awaited_count: int = 0
+    ) -> "_BegunStep":
+        works = [plan.work[place] for place in tensors.sampled]
+        rows = [row for work in works for row in self._sampling_rows(work, awaited_count)]
+        return _BegunStep(plan, works, draw(logits, rows))
+
+    def _finish(self, step: "_BegunStep") -> list[SequenceOutput]:
+        """Wait for a step's tokens and take them; who was removed since it began gets none."""
+        sampled = iter(step.draw.read())
+        plan = self._without_removed(step.plan)
         self._batcher.commit(plan)
         self._count(plan)
-        outputs = [self._advance(work, list(islice(sampled, 1 + len(work.draft_token_ids)))) for work in works]
-        self._step_seconds_last = self._clock() - started
-        self._pacer.observe(*_decodes_and_prompt_tokens(plan), self._step_seconds_last)
+        taken = [(work, list(islice(sampled, 1 + len(work.draft_token_ids)))) for work in step.works]
+        outputs = [self._advance(work, tokens) for work, tokens in taken if self._batcher.still_has(work.sequence)]
         return [output for output in outputs if output is not None]
+
+    def _without_removed(self, plan: StepPlan) -> StepPlan:
+        return replace(plan, work=tuple(work for work in plan.work if self._batcher.still_has(work.sequence)))
+
+    def _must_know(self, sequence: Sequence) -> bool:
+        """Whether what is computed after a sequence's next token depends on more than that it is there, or would make
+        the host wait for it (`sampler.draw`)."""
+        sampling = sequence.request.sampling
+        return (
+            sequence.request_id in self._matchers
+            or sampling.has_penalty
+            or sampling.is_truncated
+            or sampling.logprobs is not None
+            or (self._may_draft and not self._drafter.rests(sequence))
+        )
+
+    @property
+    def _may_draft(self) -> bool:
+        return len(self._batcher.running) <= self.config.speculation_sequences
 
     def matcher(self, request: SequenceRequest) -> OutputMatcher | None:
         """What follows the grammar of a request's output, None where it may be any text; for any thread.
@@ -242,8 +320,12 @@ class Engine:
             cached_token_count=sequence.cached_token_count or 0,
         )
 
-    def _sampling_rows(self, work: StepWork) -> Iterator[SamplingRow]:
-        """What follows a sequence's newest token is sampled with, and then each draft, as if all before were said."""
+    def _sampling_rows(self, work: StepWork, awaited_count: int = 0) -> Iterator[SamplingRow]:
+        """What follows a sequence's newest token is sampled with, and then each draft, as if all before were said.
+
+        Args:
+            awaited_count: tokens behind the newest that are not known yet.
+        """
         sequence, drafts = work.sequence, list(work.draft_token_ids)
         matcher = self._matchers.get(sequence.request_id)
         for count in range(len(drafts) + 1):
@@ -253,6 +335,7 @@ class Engine:
                 token_ids=sequence.token_ids + drafts[:count] if count else sequence.token_ids,
                 prompt_token_count=sequence.prompt_token_count,
                 allowed=None if matcher is None else matcher.allowed(),
+                awaited_count=awaited_count,
             )
 
     def _fail(self, sequence: Sequence, reason: str, fault: str) -> SequenceOutput:
@@ -272,10 +355,10 @@ class Engine:
         self._matchers.pop(request_id, None)
         return self._batcher.remove(request_id) is not None
 
-    def _is_full(self, sequence: Sequence) -> bool:
+    def _is_full(self, sequence: Sequence, awaited_count: int = 0) -> bool:
         return (
-            sequence.output_token_count >= sequence.request.max_tokens
-            or sequence.token_count >= self.model_info.context_token_count
+            sequence.output_token_count + awaited_count >= sequence.request.max_tokens
+            or sequence.token_count + awaited_count >= self.model_info.context_token_count
         )
 
     def _count(self, plan: StepPlan) -> None:

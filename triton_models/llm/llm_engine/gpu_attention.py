@@ -20,8 +20,10 @@ _LINES = 16  # heads and rows that a program takes at least: what a tensor core 
 _PROMPT_LINES = 64  # and at most, of a prompt
 _HEADS = 16  # of those that share a KV head, as many as a program takes; a latent's keys are long, and all heads' one
 _TOKENS = 32  # whose keys are read at a time
-_SPLIT_TOKENS = 512
-_MOST_SPLITS = 16
+_SPLIT_TOKENS = 128  # of a context, that a program of its own is worth
+_MOST_SPLITS = 32
+_ENOUGH_PROGRAMS = 2048  # a GPU has up to 150 multiprocessors, each with room for several
+_WIDE_KEY = 256  # beyond, the next tokens' keys and values find no room beside these
 _LOG2_E = 1.4426950408889634
 
 
@@ -60,19 +62,22 @@ def _launch(
     rows_of_tile = 1 if is_decode else max(1, _PROMPT_LINES // heads)
     lines = max(_LINES, triton.next_power_of_2(rows_of_tile * heads))
     tiles = triton.cdiv(row_count, rows_of_tile)
-    splits = min(_MOST_SPLITS, triton.cdiv(longest, _SPLIT_TOKENS)) if is_decode else 1
-    split_tokens = triton.cdiv(triton.cdiv(longest, splits), _TOKENS) * _TOKENS
+    parts = layout.kv_head_count * triton.cdiv(sharing, heads)
+    most_splits = min(_MOST_SPLITS, triton.cdiv(longest, _SPLIT_TOKENS), triton.cdiv(_ENOUGH_PROGRAMS, tiles * parts))
+    splits = most_splits if is_decode else 1
     whole = splits == 1
     results = out if whole else out.new_empty(splits, *out.shape, dtype=torch.float32)
     sums = queries.new_empty(splits, row_count, head_count, dtype=torch.float32)
-    _attend[(tiles, layout.kv_head_count * triton.cdiv(sharing, heads), splits)](
+    key_lanes = 1 << (key_size.bit_length() - 1)
+    _attend[(tiles, parts, splits)](
         queries, cache, blocks, lengths, results, sums,
-        row_count, longest - row_count, queries.stride(0), blocks.stride(0), split_tokens, layout.scale * _LOG2_E,
-        IS_DECODE=is_decode, IS_WHOLE=whole, HEADS=head_count, GROUP=sharing, TAKEN=heads, ROWS=rows_of_tile,
-        LINES=lines, TOKENS=_TOKENS, TOKEN_SIZE=layout.token_size, BLOCK_TOKENS=layout.block_token_count,
-        VALUES_AT=layout.values_at,
-        KEY=key_size, KEY_LANES=triton.next_power_of_2(key_size),
+        row_count, longest - row_count, queries.stride(0), blocks.stride(0), layout.scale * _LOG2_E,
+        IS_DECODE=is_decode, SPLITS=splits, LEAST=_SPLIT_TOKENS, HEADS=head_count, GROUP=sharing, TAKEN=heads,
+        ROWS=rows_of_tile, LINES=lines, TOKENS=_TOKENS, TOKEN_SIZE=layout.token_size,
+        BLOCK_TOKENS=layout.block_token_count, VALUES_AT=layout.values_at,
+        KEY=key_size, KEY_LANES=key_lanes, REST_LANES=_rest_lanes(key_size - key_lanes),
         VALUE=layout.value_size, VALUE_LANES=triton.next_power_of_2(layout.value_size),
+        num_stages=1 if key_size > _WIDE_KEY else 3,
     )  # fmt: skip
     if not whole:
         # A split that a row does not reach has the sum -inf, and no share.
@@ -80,16 +85,24 @@ def _launch(
         out.copy_((results.nan_to_num(0.0) * shares).sum(dim=0))
 
 
+def _rest_lanes(rest: int) -> int:
+    """Lanes for what a key has beyond a power of two: 0, or as many as a tensor core multiplies at least."""
+    return max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
 @triton.jit
 def _attend(
     queries, cache, blocks, lengths, results, sums,
-    row_count, start, query_stride, blocks_stride, split_tokens, scale,
-    IS_DECODE: tl.constexpr, IS_WHOLE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, TAKEN: tl.constexpr,
-    ROWS: tl.constexpr, LINES: tl.constexpr, TOKENS: tl.constexpr, TOKEN_SIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    VALUES_AT: tl.constexpr, KEY: tl.constexpr, KEY_LANES: tl.constexpr, VALUE: tl.constexpr,
-    VALUE_LANES: tl.constexpr,
+    row_count, start, query_stride, blocks_stride, scale,
+    IS_DECODE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    TAKEN: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr, TOKENS: tl.constexpr, TOKEN_SIZE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, VALUES_AT: tl.constexpr, KEY: tl.constexpr, KEY_LANES: tl.constexpr,
+    REST_LANES: tl.constexpr, VALUE: tl.constexpr, VALUE_LANES: tl.constexpr,
 ):  # fmt: skip
-    """Queries [row_count, HEADS, KEY] of one tile and KV head; a line is a head of a row."""
+    """Queries [row_count, HEADS, KEY] of one tile and KV head; a line is a head of a row.
+
+    A key is KEY_LANES numbers and a rest, for whose sake a latent's 576 would take the room of 1,024.
+    """
     tile, split = tl.program_id(0), tl.program_id(2)
     kv_head, part = tl.program_id(1) // tl.cdiv(GROUP, TAKEN), tl.program_id(1) % tl.cdiv(GROUP, TAKEN)
     lines = tl.arange(0, LINES)
@@ -106,14 +119,18 @@ def _attend(
         table = blocks
         longest = start + tl.minimum(tile * ROWS + ROWS, row_count)
         seen = (start + rows + 1).to(tl.int64)
-    query = tl.load(
-        queries + rows[:, None] * query_stride + heads[:, None] * KEY + key_lanes[None, :],
-        mask=is_line[:, None] & (key_lanes[None, :] < KEY),
-        other=0.0,
-    ).to(cache.dtype.element_ty)
+    of_query = queries + rows[:, None] * query_stride + heads[:, None] * KEY
+    query = tl.load(of_query + key_lanes[None, :], mask=is_line[:, None], other=0.0).to(cache.dtype.element_ty)
+    if REST_LANES > 0:
+        rest_lanes = KEY_LANES + tl.arange(0, REST_LANES)
+        is_rest = rest_lanes < KEY
+        query_rest = tl.load(of_query + rest_lanes[None, :], mask=is_line[:, None] & is_rest[None, :], other=0.0)
+        query_rest = query_rest.to(cache.dtype.element_ty)
     largest = tl.full([LINES], float("-inf"), tl.float32)
     total = tl.zeros([LINES], tl.float32)
     value = tl.zeros([LINES, VALUE_LANES], tl.float32)
+    # A graph is launched for the longest context; each sequence is cut by its own.
+    split_tokens = tl.maximum(tl.cdiv(tl.cdiv(longest, SPLITS), TOKENS) * TOKENS, LEAST) if SPLITS > 1 else longest
     first = split * split_tokens
     last = tl.minimum(first + split_tokens, longest)
     for begin in range(first, last, TOKENS):
@@ -121,13 +138,13 @@ def _attend(
         is_token = tokens < last
         block = tl.load(table + tokens // BLOCK_TOKENS, mask=is_token, other=0)
         places = (block * BLOCK_TOKENS + tokens % BLOCK_TOKENS) * TOKEN_SIZE
-        keys = tl.load(
-            cache + places[None, :] + kv_head * KEY + key_lanes[:, None],
-            mask=is_token[None, :] & (key_lanes[:, None] < KEY),
-            other=0.0,
-        )
-        scores = tl.dot(query, keys, input_precision="ieee") * scale
-        scores = tl.where(is_token[None, :] & (tokens[None, :] < seen[:, None]), scores, float("-inf"))
+        of_key = cache + places[None, :] + kv_head * KEY
+        keys = tl.load(of_key + key_lanes[:, None], mask=is_token[None, :], other=0.0)
+        scores = tl.dot(query, keys, input_precision="ieee")
+        if REST_LANES > 0:
+            rests = tl.load(of_key + rest_lanes[:, None], mask=is_token[None, :] & is_rest[:, None], other=0.0)
+            scores += tl.dot(query_rest, rests, input_precision="ieee")
+        scores = tl.where(is_token[None, :] & (tokens[None, :] < seen[:, None]), scores * scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         # Nothing seen yet: any finite number keeps -inf - -inf away.
         base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -147,6 +164,6 @@ def _attend(
         (value / total[:, None]).to(results.dtype.element_ty),
         mask=is_line[:, None] & (value_lanes[None, :] < VALUE),
     )
-    if not IS_WHOLE:
+    if SPLITS > 1:
         # In powers of e, as softmax takes them.
         tl.store(sums + of_line, (largest + tl.log2(total)) * 0.6931471805599453, mask=is_line)

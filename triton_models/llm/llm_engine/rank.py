@@ -14,7 +14,7 @@ import torch
 from .cache_layout import cache_layout
 from .config import EngineConfig
 from .cpu_kernels import load_kernels
-from .cuda_graphs import GraphedDecodes
+from .cuda_graphs import Capture, GraphedDecodes
 from .division import division
 from .errors import ModelLoadError
 from .kv_cache import KvCache
@@ -22,7 +22,7 @@ from .matmul import Compute, compute_dtype
 from .memory import enough_memory_for, machine_bytes
 from .model import Model
 from .ranks import Alone, Group
-from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors
+from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors, step_tensors_after
 from .weights import Checkpoint, load_checkpoint
 from .window import window_of
 
@@ -110,7 +110,11 @@ class Rank:
         )
 
         self._decodes = None
-        if compute.device.type == "cuda" and isinstance(ranks, Alone) and self._can_be_graphs(checkpoint):
+        # A mixture of experts looks on the host how many rows each expert has, and ranks are told each step's tokens.
+        is_simple = isinstance(ranks, Alone) and checkpoint.architecture.experts is None
+        self.runs_ahead = compute.device.type == "cuda" and is_simple
+        """Whether a step is only begun when `forward` returns, so that the next can be planned meanwhile."""
+        if self.runs_ahead and self.kv_cache.reads_blocks:
             self._decodes = GraphedDecodes(
                 lambda step: self.model.forward(step, self.kv_cache),  # type: ignore[arg-type, return-value]
                 most_sequences=config.max_sequences,
@@ -118,20 +122,21 @@ class Rank:
                 block_token_count=config.block_token_count,
                 padding_block=self.kv_cache.padding_block,
                 device=compute.device,
+                capture=Capture(),
             )
 
     def lay_out(self, works: list[RowWork]) -> StepTensors:
         """A step's tensors on this rank."""
         return step_tensors(works, self._layout)
 
+    def lay_out_after(self, works: list[RowWork], token_ids: torch.Tensor, rows: list[int]) -> StepTensors:
+        """The tensors of a step whose tokens are on the device alone, as `step_tensors_after`'s."""
+        return step_tensors_after(works, token_ids, rows, self._layout)
+
     def forward(self, step: StepTensors, *, give_up: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """A step's logits, [sampled_count, vocabulary] fp32; None for a step that was given up."""
         logits = None if self._decodes is None else self._decodes(step)
         return self.model.forward(step, self.kv_cache, give_up=give_up) if logits is None else logits
-
-    def _can_be_graphs(self, checkpoint: Checkpoint) -> bool:
-        """A mixture of experts looks on the host how many rows each expert has."""
-        return self.kv_cache.reads_blocks and checkpoint.architecture.experts is None
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite."""

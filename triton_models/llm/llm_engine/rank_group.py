@@ -29,6 +29,8 @@ from .weights import check_model
 class RankGroup:
     """The first rank, and through it all of them; it has a `Rank`'s interface."""
 
+    runs_ahead = False
+
     def __init__(self, config: EngineConfig) -> None:
         if config.node_rank != 0:
             raise ModelLoadError(
@@ -65,6 +67,10 @@ class RankGroup:
     def lay_out(self, works: list[RowWork]) -> StepTensors:
         """A step's tensors on the first rank."""
         return self._rank.lay_out(works)
+
+    def lay_out_after(self, works: list[RowWork], token_ids: torch.Tensor, rows: list[int]) -> StepTensors:
+        """A `Rank`'s; not for several, which are told each step's tokens."""
+        raise NotImplementedError
 
     def forward(self, step: StepTensors, *, give_up: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """A step's logits, as a `Rank`'s; a step that others compute too is never given up."""

@@ -43,6 +43,16 @@ class SamplingParams:
     """None: no log-probabilities; 0 to 20: the chosen token's, and so many of the likeliest."""
 
     @property
+    def has_penalty(self) -> bool:
+        """Whether what was said before changes the logits."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens beyond the likeliest are cut off."""
+        return self.top_k > 0 or self.top_p < 1.0
+
+    @property
     def has_grammar(self) -> bool:
         """Whether the output may not be any text."""
         return bool(self.json_schema or self.grammar)

@@ -17,6 +17,7 @@ import torch
 
 from .random_stream import uniforms
 from .request import SamplingParams
+from .transfer import HostCopy, to_device
 
 # Below this, dividing by the temperature says no more than greedy does, and overflows in the end.
 GREEDY_TEMPERATURE = 1e-5
@@ -34,11 +35,13 @@ class SamplingRow:
     prompt_token_count: int
     allowed: np.ndarray | None = None
     """[vocabulary_size] bool: what may come next, one token at least; None: all."""
+    awaited_count: int = 0
+    """Output tokens that come before the new one and are not among `token_ids` yet; not with a penalty."""
 
     @property
     def output_position(self) -> int:
         """The new token's place in the output, and in the seed's random stream."""
-        return len(self.token_ids) - self.prompt_token_count
+        return len(self.token_ids) + self.awaited_count - self.prompt_token_count
 
     @property
     def greedy(self) -> bool:
@@ -49,17 +52,6 @@ class SamplingRow:
     def biased(self) -> bool:
         """Whether the request moves some logits itself."""
         return bool(self.params.logit_bias)
-
-    @property
-    def penalised(self) -> bool:
-        """Whether any penalty changes the logits."""
-        p = self.params
-        return p.repetition_penalty != 1.0 or p.frequency_penalty != 0.0 or p.presence_penalty != 0.0
-
-    @property
-    def truncated(self) -> bool:
-        """Whether tokens beyond the likeliest are cut off."""
-        return self.params.top_k > 0 or self.params.top_p < 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +65,41 @@ class SampledToken:
     top_logprobs: list[float] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Tokens that are chosen; a device may still be about it."""
+
+    token_ids: torch.Tensor
+    """[row_count] int64, where the logits were."""
+    _results: HostCopy
+    """[row_count, 2] int64: tokens, and whether their logits were finite."""
+    _logprobs: dict[int, tuple[float, list[int], list[float]]]
+
+    def read(self) -> list[SampledToken]:
+        """Wait for them."""
+        return [
+            SampledToken(token, bool(finite), *self._logprobs.get(index, ()))
+            for index, (token, finite) in enumerate(self._results.read())
+        ]
+
+
 @torch.inference_mode()
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """Sample logits [row_count, vocabulary_size] fp32, which are left as they are."""
+def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draw:
+    """Choose a token for each row of logits [row_count, vocabulary_size] fp32, which are left as they are.
+
+    The host waits for a device only where a row is truncated, penalised, or wants log-probabilities.
+    """
     finite = _finite(logits)
-    # The host asks a device for nothing before the end, if it can do without.
     if logits.is_cuda or not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
     tokens = _chosen(_penalised(_biased(_allowed(logits, rows), rows), rows), rows)
     logprobs = _logprobs(logits, tokens, rows)
-    return [
-        SampledToken(token, bool(ok), *logprobs.get(index, ()))
-        for index, (token, ok) in enumerate(torch.stack((tokens, finite.long()), dim=1).tolist())
-    ]
+    return Draw(tokens, HostCopy(torch.stack((tokens, finite.long()), dim=1)), logprobs)
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+    """What `draw` gives, waited for."""
+    return draw(logits, rows).read()
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -116,7 +130,7 @@ def _allowed(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         return logits
     logits = logits.clone()
     for index in bound:
-        forbidden = torch.from_numpy(~rows[index].allowed).to(logits.device)  # type: ignore[operator]
+        forbidden = to_device(torch.from_numpy(~rows[index].allowed), logits.device)  # type: ignore[operator]
         logits[index].masked_fill_(forbidden, float("-inf"))
     return logits
 
@@ -129,13 +143,13 @@ def _biased(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     logits = logits.clone()
     for index in biased:
         bias = rows[index].params.logit_bias
-        logits[index, _index([*bias], logits)] += logits.new_tensor([*bias.values()])
+        logits[index, _index([*bias], logits)] += _sent([*bias.values()], logits)
     return logits
 
 
 def _penalised(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Apply the penalties; the memory is the input's if no row has one."""
-    penalised = _where(rows, lambda row: row.penalised)
+    penalised = _where(rows, lambda row: row.params.has_penalty)
     if not penalised:
         return logits
     logits = logits.clone()
@@ -157,22 +171,22 @@ def _penalised(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tenso
 
 def _drawn(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     """Draw by inverting the distribution, in the vocabulary's order: [row_count] int64."""
-    temperatures = logits.new_tensor([row.params.temperature for row in rows])
+    temperatures = _sent([row.params.temperature for row in rows], logits)
     # The largest logit at 0, so that a small temperature cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
-    truncated = _where(rows, lambda row: row.truncated)
+    truncated = _where(rows, lambda row: row.params.is_truncated)
     if truncated:
         kept = _truncated(_rows_of(scaled, truncated), [rows[index] for index in truncated])
         scaled = scaled.index_copy(0, _index(truncated, logits), kept)
     floored = _where(rows, lambda row: row.params.min_p > 0.0)
     if floored:
         # The likeliest stands at 0, whatever was cut off.
-        floors = logits.new_tensor([math.log(rows[index].params.min_p) for index in floored])[:, None]
+        floors = _sent([math.log(rows[index].params.min_p) for index in floored], logits)[:, None]
         some = _rows_of(scaled, floored)
         scaled = scaled.index_copy(0, _index(floored, logits), some.masked_fill(some < floors, float("-inf")))
     sums = scaled.exp_().cumsum(dim=-1, dtype=torch.float64)
     numbers = uniforms([row.seed for row in rows], [row.output_position for row in rows])
-    targets = torch.from_numpy(numbers).to(logits.device)[:, None] * sums[:, -1:]
+    targets = to_device(torch.from_numpy(numbers), logits.device)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, targets, right=True).squeeze(-1)
 
 
@@ -192,8 +206,8 @@ def _floors(scaled: torch.Tensor, rows: list[SamplingRow], width: int) -> tuple[
     """The least value that each row keeps [row_count, 1] fp32, and whether `width` candidates sufficed."""
     everything = scaled.shape[-1]
     values = scaled.topk(width, dim=-1).values
-    top_k = torch.tensor([row.params.top_k or everything for row in rows], device=scaled.device)[:, None]
-    top_p = torch.tensor([row.params.top_p for row in rows], dtype=torch.float64, device=scaled.device)[:, None]
+    top_k = _index([row.params.top_k or everything for row in rows], scaled)[:, None]
+    top_p = _sent([row.params.top_p for row in rows], values.double())[:, None]
     ranks = torch.arange(width, device=scaled.device)
     weights = values.double().exp().masked_fill(ranks >= top_k, 0.0)
     whole = scaled.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
@@ -236,4 +250,8 @@ def _rows_of(tensor: torch.Tensor, indices: list[int]) -> torch.Tensor:
 
 
 def _index(indices: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(indices, dtype=torch.int64, device=like.device)
+    return to_device(torch.tensor(indices, dtype=torch.int64), like.device)
+
+
+def _sent(numbers: list[float], like: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.tensor(numbers, dtype=like.dtype), like.device)

@@ -7,13 +7,14 @@ padding points at blocks of zeros, so that nothing of another sequence, not even
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 import torch
 
 from .batcher import StepPlan
+from .transfer import to_device
 from .window import Window
 
 
@@ -141,6 +142,21 @@ def step_tensors(works: list[RowWork], layout: StepLayout) -> StepTensors:
     )
 
 
+def step_tensors_after(
+    works: list[RowWork], token_ids: torch.Tensor, rows: list[int], layout: StepLayout
+) -> StepTensors:
+    """Lay out a step of single tokens that the host does not know yet.
+
+    Args:
+        works: with any token in the place of each.
+        token_ids: [count] int64, on the layout's device: what the step before chooses.
+        rows: where in them each work's token stands.
+    """
+    step = step_tensors(works, layout)
+    assert len(step.sampled) == len(step.token_ids) == len(rows)
+    return replace(step, token_ids=token_ids[_moved(np.array([rows[place] for place in step.sampled]), layout)])
+
+
 def _decode_groups(decodes: list[RowWork], layout: StepLayout) -> Iterator[AttentionGroup]:
     """Cut the decodes, which come sorted by length, where a group's padded keys pass the bound."""
     if layout.reads_blocks:
@@ -252,6 +268,4 @@ def _hidden_blocks(work: RowWork, layout: StepLayout) -> range:
 
 
 def _moved(array: np.ndarray, layout: StepLayout) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
-    # From pinned memory the host does not wait for what the device still computes.
-    return tensor if layout.device.type == "cpu" else tensor.pin_memory().to(layout.device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)), layout.device)

@@ -28,6 +28,7 @@ from tidegate.bench.statistics import percentile
 from tidegate.bench.targets import Target
 from tidegate.bench.workers import Workers
 from tidegate.cli.ports import free_ports
+from tidegate.cli.state import Mesh
 
 PEERS: Final = ("smg", "vllm-router")
 TIMES: Final = (2, 5)
@@ -44,14 +45,14 @@ async def peers(
     async with OwnMesh(replicas=2, engine="llm_sim", settings=UNBOUNDED) as mesh:
         addresses = [mesh.address(f"model-{index}") for index in range(2)]
         async with PlainEnvoy(addresses, mesh.home) as plain:
-            model = mesh.state.model_name
-            await _measure(table, workers, "round robin", plain.round_robin, model, capacity, shape, seconds)
+            state = mesh.state
+            await _measure(table, workers, "round robin", plain.round_robin, state, capacity, shape, seconds)
             if environment is None:
                 print("  no --peers: public routers are left out", flush=True)
                 return
             for name, program, arguments in _routers(plain.replicas):
                 async with _Router(environment / "bin" / program, arguments, mesh.home / f"{name}.log") as router:
-                    await _measure(table, workers, name, router.address, model, capacity, shape, seconds)
+                    await _measure(table, workers, name, router.address, state, capacity, shape, seconds)
 
 
 def _routers(replicas: Sequence[str]) -> list[tuple[str, str, list[str]]]:
@@ -65,9 +66,16 @@ def _routers(replicas: Sequence[str]) -> list[tuple[str, str, list[str]]]:
 
 
 async def _measure(
-    table: Table, workers: Workers, name: str, address: str, model: str, capacity: float, shape: Shape, seconds: float
+    table: Table, workers: Workers, name: str, address: str, mesh: Mesh, capacity: float, shape: Shape, seconds: float
 ) -> None:
-    target = Target(name=name, address=address, protocol="http", model=model)
+    target = Target(
+        name=name,
+        address=address,
+        protocol="http",
+        model=mesh.model_name,
+        engine="llm_sim",
+        model_path=mesh.model_path,
+    )
     for times in TIMES:
         print(f"  {name}, {times} C", flush=True)
         flow = Flow(

@@ -107,7 +107,7 @@ class WorkerFigures(msgspec.Struct, kw_only=True):
     wall_seconds: float = 0.0
     largest_in_flight: int = 0
     checked_answers: int = 0
-    """Answers whose tokens were compared with what the engine promises."""
+    """Answers whose text, and tokens where the protocol has them, were compared with what the engine promises."""
 
 
 class Ledger(msgspec.Struct, kw_only=True):

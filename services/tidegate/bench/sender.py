@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from tidegate.bench.arrivals import Closed
 from tidegate.bench.checkers import AnswerChecker, Answers
@@ -120,7 +122,7 @@ class Sender:
             await self._send_open(group)
 
     def finish(self) -> int:
-        """Compares the answers' tokens with what they must be; how many were compared."""
+        """Compares the answers with what they must be; how many were compared."""
         self._answers.finish()
         return self._answers.checked_count
 
@@ -175,7 +177,7 @@ class Sender:
             self._outcomes[record.outcome.value] += 1
         last = record.last
         if answer is not None and last is not None and last.ending is Ending.COMPLETED:
-            self._answers.add(record, answer.token_ids)
+            self._answers.add(record, answer)
 
     def _record(self, requests: Requests, row: int, number: int, planned: float) -> Record:
         flow = self._plan.load.flows[requests.flow[row]]
@@ -199,9 +201,9 @@ class Sender:
         blocks = requests.block_ids[row] if requests.block_ids else ()
         return self._prompts.token_ids(record.number, record.prompt_tokens, prefix=prefix, block_ids=blocks)
 
-    def _prompt_again(self, record: Record) -> Sequence[int]:
+    def _prompt_again(self, record: Record) -> Sequence[int] | str:
         closed, turn = divmod(record.number, _CLOSED_NUMBERS)
         requests = self._closed[closed - 1] if closed else self._open
         row = turn % CLOSED_REQUESTS if closed else turn
-        prompt: list[int] = self._prompt(record, requests, row, as_text=False).tolist()
-        return prompt
+        prompt: NDArray[np.int32] | str = self._prompt(record, requests, row, as_text=self._client.wants_text)
+        return prompt if isinstance(prompt, str) else prompt.tolist()

@@ -22,6 +22,7 @@ from tidegate.bench.clients.choice import open_client
 from tidegate.bench.known_answers import checker_of
 from tidegate.bench.ledger import WorkerFigures
 from tidegate.bench.sender import Sender
+from tidegate.text.gguf_metadata import ModelFileError
 
 PROGRESS_SECONDS: Final = 0.25
 """Between two words on how far it is."""
@@ -37,7 +38,7 @@ async def serve(reader: asyncio.StreamReader, write: Callable[[bytes], None]) ->
         if isinstance(message, job.Job):
             try:
                 await _do(message, reader, write)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, ModelFileError) as error:
                 write(job.frame(job.Broken(str(error))))
 
 

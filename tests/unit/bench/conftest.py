@@ -52,9 +52,8 @@ AnswerFunction = Callable[[Ask, Answer, Callable[[], float]], Coroutine[Any, Any
 class ScriptedClient:
     """Answers as a function says, in the loop's own time."""
 
-    wants_text = False
-
-    def __init__(self, answer: AnswerFunction, stalls: dict[int, float]) -> None:
+    def __init__(self, answer: AnswerFunction, stalls: dict[int, float], *, wants_text: bool) -> None:
+        self.wants_text = wants_text
         self._answer = answer
         self._stalls = stalls
         self.now: Callable[[], float] = lambda: 0.0
@@ -77,9 +76,14 @@ def sent():
     """Runs flows against an answer function; the records, in order of their numbers."""
 
     def run(
-        flows: list[Flow], answer: AnswerFunction, *, stalls: dict[int, float] | None = None, **arguments: Any
+        flows: list[Flow],
+        answer: AnswerFunction,
+        *,
+        stalls: dict[int, float] | None = None,
+        wants_text: bool = False,
+        **arguments: Any,
     ) -> list[Record]:
-        client = ScriptedClient(answer, stalls or {})
+        client = ScriptedClient(answer, stalls or {}, wants_text=wants_text)
 
         async def in_loop(loop: VirtualLoop) -> list[Record]:
             client.now = loop.time

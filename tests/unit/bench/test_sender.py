@@ -123,21 +123,54 @@ def test_workers_share_a_plan_without_overlap(sent, answer_at_once):
     assert numbers == list(range(20))
 
 
-def test_tokens_that_are_not_what_the_engine_promises_are_wrong_text(sent, answer_at_once):
-    class Checker:
-        def expected_tokens(self, prompt_token_ids, count):
-            return [prompt_token_ids[0] + place for place in range(count)]
+class Checker:
+    """Promises letters: as many as a chat's prompt is long, or the first of the prompt's tokens says, from `a` on."""
 
+    def expected_tokens(self, prompt_token_ids, count):
+        return [(prompt_token_ids[0] + place) % 26 for place in range(count)]
+
+    def text_of(self, token_ids):
+        return "".join(chr(ord("a") + token_id) for token_id in token_ids)
+
+    def chat_token_ids(self, text):
+        return [len(text)]
+
+
+EIGHT_TOKENS = Flow(name="x", arrivals=Constant(4), duration_seconds=1, answer_tokens=ConstantLength(8))
+
+
+def test_tokens_and_text_that_are_not_what_the_engine_promises_are_wrong_text(sent, answer_at_once):
     async def right_or_wrong(ask, answer, now):
         await answer_at_once(ask, answer, now)
-        answer.token_ids = [int(ask.prompt[0]) + place for place in range(ask.max_tokens)]
-        if ask.number == 2:
+        answer.token_ids = Checker().expected_tokens(ask.prompt.tolist(), ask.max_tokens)
+        answer.texts = [Checker().text_of(answer.token_ids[:5]), Checker().text_of(answer.token_ids[5:])]
+        if ask.number == 1:
             answer.token_ids[3] += 1
+        elif ask.number == 2:
+            answer.texts[1] = "?" + answer.texts[1][1:]
+        elif ask.number == 3:
+            answer.texts.append("z")
 
-    flow = Flow(name="x", arrivals=Constant(4), duration_seconds=1, answer_tokens=ConstantLength(8))
-    records = sent([flow], right_or_wrong, checker=Checker())
-    assert outcomes(records) == [Outcome.IN_TIME, Outcome.IN_TIME, Outcome.WRONG_TEXT, Outcome.IN_TIME]
-    assert records[2].last.what == "token 3 of 8 is not what the engine promises"
+    records = sent([EIGHT_TOKENS], right_or_wrong, checker=Checker())
+    assert outcomes(records) == [Outcome.IN_TIME, Outcome.WRONG_TEXT, Outcome.WRONG_TEXT, Outcome.WRONG_TEXT]
+    assert [record.last.what for record in records[1:]] == [
+        "token 3 of 8 is not what the engine promises",
+        "the text is not what the engine promises from character 5 on",
+        "the text is not what the engine promises from character 8 on",
+    ]
+
+
+def test_a_chats_text_is_compared_as_far_as_the_usage_says_and_without_one_to_the_asked_length(sent):
+    async def answers(ask, answer, now):
+        usages = [8, 5, None, None]
+        promised = Checker().text_of(Checker().expected_tokens([len(ask.prompt)], 8))
+        answer.texts = list(promised[:5] if ask.number in (1, 3) else promised)
+        answer.first_token = answer.last_token = now()
+        answer.token_count = len(answer.texts)
+        answer.complete(usages[ask.number])
+
+    records = sent([EIGHT_TOKENS], answers, checker=Checker(), wants_text=True)
+    assert outcomes(records) == [Outcome.IN_TIME, Outcome.IN_TIME, Outcome.IN_TIME, Outcome.WRONG_TEXT]
 
 
 def test_a_generator_that_comes_too_late_says_that_it_did_not_send(sent, answer_at_once):

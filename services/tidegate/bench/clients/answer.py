@@ -45,8 +45,10 @@ class Answer:
     token_count: int = 0
     token_ids: list[int] = field(default_factory=list)
     """Where the protocol has them."""
-    text: str = ""
-    """Where the protocol has no tokens."""
+    texts: list[str] = field(default_factory=list)
+    """The answer's text, in the pieces that it came in."""
+    usage_token_count: int | None = None
+    """What a complete answer's usage says; None where the server did not."""
     ending: Ending | None = None
     """None until it ended."""
     reason: str = ""
@@ -61,6 +63,7 @@ class Answer:
         elif not self.token_count:
             self.fail("an answer without a token")
         else:
+            self.usage_token_count = usage_token_count
             self.ending = Ending.COMPLETED
 
     def refuse(self, reason: str, retry_after_seconds: float | None, what: str) -> None:

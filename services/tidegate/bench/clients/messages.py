@@ -38,7 +38,9 @@ def note(message: bytes, answer: Answer, clock: Callable[[], float]) -> None:
     event = pb.GenerateEvent.FromString(message)
     kind = event.WhichOneof("event")
     if kind == "delta":
-        token_ids = event.delta.token_ids
+        delta = event.delta
+        answer.texts.append(delta.text)
+        token_ids = delta.token_ids
         if token_ids:
             now = clock()
             if answer.first_token is None:

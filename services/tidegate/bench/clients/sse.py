@@ -175,14 +175,14 @@ def read_events(stream: bytes, answer: Answer) -> None:
             if text:
                 texts.append(text)
             finish_reason = choice.finish_reason or finish_reason
-    answer.text = "".join(texts)
+    answer.texts = texts
     answer.token_count = len(texts) if usage is None else usage
     if not done:
         answer.fail("the stream ended without [DONE]")
     elif finish_reason is None:
         answer.fail("the stream ended without a finish_reason")
     else:
-        answer.complete(None)
+        answer.complete(usage)
 
 
 def note_error(status: int, body: bytes, retry_after_seconds: float | None, answer: Answer) -> None:

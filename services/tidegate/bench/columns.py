@@ -33,7 +33,7 @@ class Columns:
     wasted_tokens: NDArray[np.int64]
     """That came for nothing: of attempts that did not end in time."""
     refusal_seconds: Floats
-    """How long the last attempt took to be refused."""
+    """From when the last attempt was to be sent until it was refused."""
     outcome: NDArray[Any]
     tenant: NDArray[Any]
     service_class: NDArray[Any]
@@ -94,7 +94,7 @@ def _row(record: Record) -> tuple[float | None, ...]:
         ttft,
         tpot,
         latency,
-        last.ended - last.sent if last.ending is Ending.REFUSED else None,
+        last.ended - last.due if last.ending is Ending.REFUSED else None,
         last.token_count,
         wasted,
     )

@@ -36,6 +36,7 @@ class Exchange:
         """
         gives_up_at = record.planned + flow.waits_seconds
         leaves_at = record.planned + leave_seconds
+        due = record.planned
         answer: Answer | None = None
         try:
             while True:
@@ -45,18 +46,19 @@ class Exchange:
                     break
                 ask = Ask(record.number, prompt, record.asked_tokens, record.service_class, record.tenant, patience)
                 answer = Answer()
-                attempt = await self._attempt(record, ask, answer, leaves_at)
+                attempt = await self._attempt(record, ask, answer, due, leaves_at)
                 delay = next_delay(flow.retries, attempt, len(record.attempts), gives_up_at - self._now())
                 if delay is None:
                     break
+                due = attempt.ended + delay
                 await asyncio.sleep(delay)
         finally:
             record.outcome = judge(record)
         return answer
 
-    async def _attempt(self, record: Record, ask: Ask, answer: Answer, leaves_at: float) -> Attempt:
+    async def _attempt(self, record: Record, ask: Ask, answer: Answer, due: float, leaves_at: float) -> Attempt:
         sent = self._now()
-        attempt = Attempt(sent=sent, ended=sent, ending=Ending.LEFT, what=STOPPED)
+        attempt = Attempt(due=due, sent=sent, ended=sent, ending=Ending.LEFT, what=STOPPED)
         record.attempts.append(attempt)
         limit = min(ask.timeout_seconds + GRACE_SECONDS, leaves_at - sent)
         try:

@@ -51,6 +51,8 @@ class Outcome(enum.StrEnum):
 class Attempt(msgspec.Struct, array_like=True, gc=False):
     """One time that a request was sent."""
 
+    due: float
+    """When it was to be sent: at the planned time, or after the client's wait since the attempt before."""
     sent: float
     ended: float
     ending: Ending

@@ -58,7 +58,7 @@ class Summary(msgspec.Struct, kw_only=True):
     attempts: int
     """Times that requests were sent, retries included."""
     refusal: dict[str, float]
-    """Percentiles of how long a refusal took, from the attempt's own beginning."""
+    """Percentiles of how long a refusal took, from when the attempt was to be sent."""
     wasted_tokens: int
     wasted_token_share: float
     """Of all tokens that came, those of answers that were not in time."""

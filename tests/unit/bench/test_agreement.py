@@ -16,7 +16,7 @@ def records(*attempts: Attempt) -> list[Record]:
 
 
 def ended(ending: Ending, *, heard: bool = False, reason: str = "") -> Attempt:
-    return Attempt(sent=0, ended=1, ending=ending, accepted=0.5 if heard else None, reason=reason)
+    return Attempt(due=0, sent=0, ended=1, ending=ending, accepted=0.5 if heard else None, reason=reason)
 
 
 COMPLETED = ended(Ending.COMPLETED, heard=True)

@@ -9,7 +9,7 @@ from tidegate.bench.retries import attempt_patience, next_delay
 
 
 def attempt(ending: Ending, retry_after: float | None = None) -> Attempt:
-    return Attempt(sent=0, ended=1, ending=ending, retry_after_seconds=retry_after)
+    return Attempt(due=0, sent=0, ended=1, ending=ending, retry_after_seconds=retry_after)
 
 
 @pytest.mark.parametrize("ending", [Ending.REFUSED, Ending.FAILED, Ending.DEADLINE_EXCEEDED])

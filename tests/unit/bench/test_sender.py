@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tidegate.bench.arrivals import Closed, Constant
+from tidegate.bench.columns import columns_of
 from tidegate.bench.flows import Flow
 from tidegate.bench.ledger import Ending, Outcome
 from tidegate.bench.lengths import ConstantLength
@@ -171,6 +172,21 @@ def test_a_chats_text_is_compared_as_far_as_the_usage_says_and_without_one_to_th
 
     records = sent([EIGHT_TOKENS], answers, checker=Checker(), wants_text=True)
     assert outcomes(records) == [Outcome.IN_TIME, Outcome.IN_TIME, Outcome.IN_TIME, Outcome.WRONG_TEXT]
+
+
+def test_a_refusal_takes_as_long_as_since_it_was_to_be_sent(sent):
+    """The generator stalls at 0.9 s for 0.5 s, in which the second attempt of the first request is due."""
+
+    async def refuses(ask, answer, now):
+        await asyncio.sleep(0.01)
+        answer.refuse("SERVER_IS_OVERLOADED", 1.0, "full")
+
+    patient = Flow(name="p", arrivals=Constant(1), duration_seconds=1, deadline_seconds=2, retries="obedient")
+    stalled = Flow(name="s", arrivals=Constant(1), begin_seconds=0.9, duration_seconds=1, deadline_seconds=2)
+    late = Flow(name="l", arrivals=Constant(1), begin_seconds=1.1, duration_seconds=1, deadline_seconds=2)
+    records = sent([patient, stalled, late], refuses, stalls={1: 0.5})
+    assert [each.due for each in records[0].attempts] == pytest.approx([0, 1.01])
+    assert columns_of(records).refusal_seconds == pytest.approx([0.4, 0.51, 0.31], abs=1e-6)
 
 
 def test_a_generator_that_comes_too_late_says_that_it_did_not_send(sent, answer_at_once):

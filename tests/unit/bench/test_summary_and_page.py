@@ -29,12 +29,13 @@ def record(number: int, *attempts: Attempt, tenant: str = "a", planned: float = 
 
 
 def answer(sent: float, first: float, last: float, tokens: int) -> Attempt:
-    return Attempt(sent=sent, ended=last, ending=Ending.COMPLETED, accepted=sent, first_token=first, last_token=last,
-                   token_count=tokens)  # fmt: skip
+    return Attempt(due=sent, sent=sent, ended=last, ending=Ending.COMPLETED, accepted=sent, first_token=first,
+                   last_token=last, token_count=tokens)  # fmt: skip
 
 
 def refusal(sent: float, ended: float) -> Attempt:
-    return Attempt(sent=sent, ended=ended, ending=Ending.REFUSED, reason="SERVER_IS_OVERLOADED", retry_after_seconds=1)
+    return Attempt(due=sent, sent=sent, ended=ended, ending=Ending.REFUSED, reason="SERVER_IS_OVERLOADED",
+                   retry_after_seconds=1)  # fmt: skip
 
 
 RECORDS = [
@@ -42,7 +43,7 @@ RECORDS = [
     record(1, answer(1.0, 1.5, 3.5, 11), planned=1.0, tenant="b"),
     record(2, refusal(1.0, 1.004), planned=1.0),
     record(3, refusal(2.0, 2.002), answer(2.5, 2.75, 3.0, 6), planned=2.0),
-    record(4, Attempt(sent=3, ended=4, ending=Ending.LEFT, accepted=3.1, first_token=3.2, last_token=3.9,
+    record(4, Attempt(due=3, sent=3, ended=4, ending=Ending.LEFT, accepted=3.1, first_token=3.2, last_token=3.9,
                       token_count=3), planned=3.0),
     record(5, planned=3.5),
 ]  # fmt: skip

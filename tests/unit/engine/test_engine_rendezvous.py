@@ -9,9 +9,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from llm_engine import EngineConfig, ModelLoadError
-from llm_engine.agreement import agreement, differences
+from llm_engine import agreement as agreement_module
+from llm_engine.agreement import agreement, differences, engine_files
 from llm_engine.link import Link
 from llm_engine.orders import packed, plain_works, row_works, unpacked
 from llm_engine.rendezvous import gather, join
@@ -76,6 +78,12 @@ def test_a_node_without_a_node_0_gives_up(make_config):
         ({"tensor_parallel_size": 6}, "tensor_parallel_size is 6 there and 3 on node 0"),
         ({"max_context_tokens": 64}, "max_context_tokens is 64 there and None on node 0"),
         (
+            {"attention_window": 9},
+            "attention_window is 9 there and 0 on node 0; step_token_budget is 128 there and None on node 0",
+        ),
+        ({"attention_window_from": 512}, "attention_window_from is 512 there and 4096 on node 0"),
+        ({"attention_sinks": 3}, "attention_sinks is 3 there and 16 on node 0"),
+        (
             {"node_count": 4, "node_rank": 3, "tensor_parallel_size": 4},
             "node_count is 4 there and 3 on node 0; tensor_parallel_size is 4 there and 3 on node 0",
         ),
@@ -100,6 +108,28 @@ def test_another_model_is_refused(make_config, make_folder, tiny_tensors):
     assert differences(agreement(make_config()), here).startswith("model files is ")
     make_folder()
     assert not differences(agreement(make_config(1, thread_count=3, max_waiting=2)), here)
+
+
+def test_the_budget_of_a_step_must_be_the_same_with_a_window_alone(make_config):
+    def difference(**settings):
+        return differences(
+            agreement(make_config(1, step_token_budget=64, **settings)), agreement(make_config(**settings))
+        )
+
+    assert difference() == ""
+    assert difference(attention_window=512) == "step_token_budget is 64 there and 128 on node 0"
+
+
+def test_a_processor_that_computes_in_another_type_is_refused(make_config, monkeypatch):
+    monkeypatch.setattr(agreement_module, "compute_dtype", lambda dtype, device: torch.bfloat16)
+    there = agreement(make_config(1))
+    monkeypatch.setattr(agreement_module, "compute_dtype", lambda dtype, device: torch.float32)
+    here = agreement(make_config())
+    assert differences(there, here) == "compute type is 'torch.bfloat16' there and 'torch.float32' on node 0"
+
+
+def test_the_engines_version_is_that_of_its_kernels_too():
+    assert {"agreement.py", "layers.c", "vectors.h"} <= {path.name for path in engine_files()}
 
 
 def test_who_is_no_node_is_sent_away_and_holds_nobody_up(make_config, beside):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .config import EngineConfig
+from .matmul import compute_dtype
 from .weights import model_files
 
 AGREED_SETTINGS = (
@@ -21,6 +22,9 @@ AGREED_SETTINGS = (
     "block_token_count",
     "kv_cache_bytes",
     "max_context_tokens",
+    "attention_window",
+    "attention_window_from",
+    "attention_sinks",
     "collective_timeout_seconds",
 )
 
@@ -31,11 +35,19 @@ SAMPLE_BYTES = 4096
 
 def agreement(config: EngineConfig) -> dict[str, object]:
     """What a node has, by name."""
+    # With a window the budget too says how many blocks a sequence needs, and so how long a context can be.
+    settings = (*AGREED_SETTINGS, *(("step_token_budget",) if config.attention_window else ()))
     return {
-        "engine version": _digest(sorted(Path(__file__).parent.glob("*.py"))),
+        "engine version": _digest(engine_files()),
         "torch version": torch.__version__,
         "model files": _digest(model_files(Path(config.model_path))),
-    } | {name: getattr(config, name) for name in AGREED_SETTINGS}
+        "compute type": str(compute_dtype(config.dtype, torch.device(config.device))),
+    } | {name: getattr(config, name) for name in settings}
+
+
+def engine_files() -> list[Path]:
+    """The engine's sources, the kernels' too."""
+    return sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c", ".h"))
 
 
 def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import llm_engine
 from llm_engine import EngineConfig, ModelLoadError
+from llm_engine import rank as rank_module
 from llm_engine.architecture import from_gguf
 from llm_engine.gguf_reader import GgufFile
 from llm_engine.memory import enough_memory_for
@@ -327,6 +328,18 @@ def test_what_torch_says_of_memory_is_a_load_error():
     said = r"the weights cannot be held in memory: .*allocate"
     with pytest.raises(ModelLoadError, match=said), enough_memory_for("the weights"):
         torch.empty(1 << 60)
+
+
+def test_a_rank_on_a_gpu_makes_it_the_current_one_before_it_reads_anything(make_folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(rank_module, "load_checkpoint", lambda *paths, **settings: calls.append("read") or 1 / 0)
+    config = EngineConfig(model_path=str(make_folder()), device="cuda", tensor_parallel_size=2)
+    with pytest.raises(ZeroDivisionError):
+        rank_module.LoadedRank(config, 1)
+    assert calls == [torch.device("cuda", 1), "read"]
 
 
 def test_a_context_beyond_the_model_is_refused(make_engine):

@@ -43,6 +43,9 @@ class LoadedRank:
         torch.set_num_threads(config.thread_count)
         self.config, self.rank = config, rank
         self.device = _device(config, rank)
+        if self.device.type == "cuda":
+            # Triton's launcher, and whatever names no device, takes the current one.
+            torch.cuda.set_device(self.device)
         cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
         with enough_memory_for(f"{config.model_path}: the weights"):
             self.checkpoint: Checkpoint = load_checkpoint(

@@ -1,5 +1,6 @@
 """Models divided among ranks: the same logits, and an end instead of a hang when one of them dies."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -103,6 +104,19 @@ def test_a_rank_that_hangs_is_given_up(tmp_path, make_ranks):
     with pytest.raises(EngineBroken, match="rank 0 of 2 lost the others"):
         engine.step()
     assert time.monotonic() - stopped_at < 10
+
+
+def test_a_rank_that_hangs_is_given_up_also_while_it_is_told_more_than_its_connection_holds(tmp_path, make_ranks):
+    from llm_engine import EngineBroken
+    from llm_engine.step_tensors import RowWork
+
+    small_model().save_pretrained(tmp_path)
+    engine = make_ranks(tmp_path, 2, collective_timeout_seconds=2.0)
+    step = engine._rank.lay_out([RowWork(0, [1], [0], 1)])
+    large = dataclasses.replace(step, works=[RowWork(0, [1], list(range(1 << 18)), 1)])
+    os.kill(engine._rank._others[0]._process.pid, signal.SIGSTOP)
+    with pytest.raises(EngineBroken, match=r"rank 1 has not taken an order of \d{6,} bytes in time"):
+        engine._rank.forward(large)
 
 
 def test_a_rank_that_cannot_load_is_named(tmp_path, make_ranks):

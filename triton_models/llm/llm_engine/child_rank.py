@@ -20,6 +20,7 @@ from typing import Protocol
 
 from .config import EngineConfig
 from .errors import EngineBroken, ModelLoadError
+from .link import bound_sending
 
 START_TIMEOUT = timedelta(minutes=30)
 """The bound on loading: what is slowest is reading a large model's part from a disk."""
@@ -63,6 +64,8 @@ class ChildRank:
         self._rank = rank
         self._is_closing = False
         ours, theirs = socket.socketpair()
+        # An order may be larger than what the socket holds for a rank that hangs.
+        bound_sending(ours, config.collective_timeout_seconds)
         self.connection = Connection(ours.detach())
         settings = {"config": dataclasses.asdict(config), "rank": rank, "address": address}
         with theirs:
@@ -85,9 +88,11 @@ class ChildRank:
             raise ModelLoadError(f"{self.name}: {fault}")
 
     def tell(self, order: bytes) -> None:
-        """Hands over a step or another order."""
+        """Hands over a step or another order; EngineBroken where the rank is gone, or hangs."""
         try:
             self.connection.send_bytes(order)
+        except BlockingIOError as error:
+            raise EngineBroken(f"{self.name} has not taken an order of {len(order)} bytes in time") from error
         except OSError as error:
             raise EngineBroken(f"{self.name} is gone, status {self._process.poll()}: {error}") from error
 

@@ -96,7 +96,7 @@ def _answer(first: _FirstNode, ranks: list[ChildRank]) -> None:
 
 def _hand_on(order: bytes, ranks: list[ChildRank]) -> None:
     for rank in ranks:
-        # One that is gone is seen by its connection's end.
+        # One that is gone is seen by its connection's end, one that hangs by node 0, which waits for its part.
         with suppress(EngineBroken):
             rank.tell(order)
 

@@ -38,7 +38,7 @@ class Link:
             (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000),
         ):
             connected.setsockopt(level, option, value)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _seconds(SILENCE_SECONDS))
+        bound_sending(connected, SILENCE_SECONDS)
         self.connection = Connection(os.dup(connected.fileno()))
 
     def say(self, **facts: object) -> None:
@@ -71,6 +71,11 @@ class Link:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def bound_sending(connected: socket.socket, seconds: float) -> None:
+    """No write waits longer for who does not read; it raises BlockingIOError then."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _seconds(seconds))
 
 
 def _seconds(seconds: float) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 import llm_engine
-from llm_engine import EngineConfig, ModelLoadError
+from llm_engine import Engine, EngineConfig, ModelLoadError
 from llm_engine import rank as rank_module
 from llm_engine.architecture import from_gguf
 from llm_engine.gguf_reader import GgufFile
 from llm_engine.memory import enough_memory_for
+from llm_engine.ranks import Alone
 from llm_engine.weights import load_checkpoint
 
 HIDDEN = 32
@@ -47,6 +49,17 @@ def test_a_tied_model_has_no_output_matrix(make_folder, make_gguf):
     folder = load(make_folder({"tie_word_embeddings": True}, {"lm_head.weight": None}))
     gguf = load(make_gguf(tensors={"output.weight": None}))
     assert "output" not in folder.tensors and "output" not in gguf.tensors
+
+
+@pytest.mark.parametrize(("changes", "expected"), [({}, 21664), ({"output.weight": None}, 18592)])
+def test_a_rank_lets_go_of_the_weights_as_they_were_read(make_gguf, changes, expected):
+    # In fp16, which torch multiplies in fp32.
+    config = EngineConfig(model_path=str(make_gguf(tensors=changes)), dtype="fp16", cpu_kernels=False)
+    loaded = rank_module.LoadedRank(config, 0)
+    read = [weakref.ref(tensor) for name, tensor in loaded.checkpoint.tensors.items() if name.endswith("down")]
+    _rank = loaded.ready(Alone())
+    assert [reference() for reference in read] == [None, None]
+    assert Engine(config).model_info.parameter_count == expected
 
 
 def test_sharded_folders_are_read_through_their_index(make_folder, tiny_tensors):

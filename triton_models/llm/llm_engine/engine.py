@@ -399,7 +399,7 @@ def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:
         hidden_size=architecture.hidden_size,
         head_count=architecture.head_count,
         kv_head_count=architecture.kv_head_count,
-        parameter_count=parameter_count(architecture, tied="output" not in loaded.checkpoint.tensors),
+        parameter_count=parameter_count(architecture, tied=loaded.checkpoint.is_tied),
         weight_dtype=config.dtype,
         compute_dtype=next(name for name, value in TORCH_DTYPES.items() if value == loaded.dtype),
         device=config.device,

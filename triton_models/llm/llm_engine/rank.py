@@ -74,9 +74,12 @@ class LoadedRank:
         return [len(division(path, self.checkpoint.architecture, rank, size).vocabulary) for rank in range(size)]
 
     def ready(self, ranks: Alone | Group) -> "Rank":
-        """The rank with its others; ModelLoadError where the device has not the memory."""
+        """The rank with its others, once; ModelLoadError where the device has not the memory."""
         with enough_memory_for(f"the weights, and kv_cache_bytes of {self.config.kv_cache_bytes},"):
-            return Rank(self, ranks)
+            rank = Rank(self, ranks)
+        # The rank has them in a form of its own, on its device.
+        self.checkpoint.tensors.clear()
+        return rank
 
 
 class Rank:

@@ -46,6 +46,8 @@ class Checkpoint:
     division: Division
     tensors: dict[str, torch.Tensor | Blocks]
     """In blocks is what a file has in blocks, whatever type is wanted."""
+    is_tied: bool
+    """Whether the embedding is the output matrix too."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def load_checkpoint(
         tensors = _fuse(source, architecture, here, dtype)
         if cached is not None:
             _write_cache(cached, tensors)
-    return Checkpoint(architecture, here, tensors)
+    return Checkpoint(architecture, here, tensors, source.tied)
 
 
 def check_model(model_path: Path, size: int) -> None:

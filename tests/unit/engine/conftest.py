@@ -118,8 +118,12 @@ def _gguf_tensors() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def make_gguf(tmp_path):
-    """Write a GGUF file of the same model; `fields` and `tensors` override, None takes out; `words` have kinds."""
-    from gguf import GGUFWriter
+    """Write a GGUF file of the same model; `fields` and `tensors` override, None takes out; `words` have kinds.
+
+    A tensor may be values with the kind in which they are written.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
 
     def make(
         fields: dict | None = None,
@@ -153,7 +157,10 @@ def make_gguf(tmp_path):
         texts = [text for text, _ in words] if words else [f"t{index}" for index in range(VOCABULARY)]
         writer.add_array("tokenizer.ggml.tokens", texts)
         for name, array in ({**_gguf_tensors(), **(tensors or {})}).items():
-            if array is not None:
+            if isinstance(array, tuple):
+                kind = GGMLQuantizationType[array[1]]
+                writer.add_tensor(name, quantize(array[0], kind), raw_dtype=kind)
+            elif array is not None:
                 writer.add_tensor(name, array)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

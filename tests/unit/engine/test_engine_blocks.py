@@ -31,10 +31,6 @@ def test_parts_of_blocks_are_parts_of_the_values(kind):
     whole = blocks.dense()
     assert torch.equal(blocks.rows(slice(2, 5)).dense(), whole[2:5])
     assert torch.equal(blocks.rows(torch.tensor([5, 0, 0])).dense(), whole[[5, 0, 0]])
-    cut = blocks.columns(range(32, 96))
-    assert cut is not None
-    assert torch.equal(cut.dense(), whole[:, 32:96])
-    assert blocks.columns(range(16, 96)) is None
     assert torch.equal(joined([blocks, blocks.rows(slice(0, 1))]).dense(), torch.cat((whole, whole[:1])))
 
 

@@ -57,15 +57,6 @@ class Blocks:
         """Some outputs."""
         return Blocks(*(None if part is None else part[chosen] for part in self._parts()))
 
-    def columns(self, span: range) -> "Blocks | None":
-        """Some inputs; None where groups would be torn apart."""
-        if span.start % GROUP_SIZE or span.stop % GROUP_SIZE:
-            return None
-        words = slice(span.start * self.bits // 32, span.stop * self.bits // 32)
-        groups = slice(span.start // GROUP_SIZE, span.stop // GROUP_SIZE)
-        of_groups = (None if part is None else part[:, groups].contiguous() for part in self._parts()[1:])
-        return Blocks(self.words[:, words].contiguous(), *of_groups)
-
     def named(self, name: str) -> dict[str, torch.Tensor]:
         """The parts, by the names under which a file keeps them."""
         return {f"{name}.{kind}": part for kind, part in zip(_KINDS, self._parts(), strict=True) if part is not None}

@@ -60,22 +60,34 @@ class GgufFile:
         self.tensors: dict[str, TensorEntry] = {}
         self._read_header()
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The tensor, dequantised: [the entry's shape] fp32."""
+    def tensor(self, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor, or its part of so many axes' slices, dequantised, fp32; little else of it is read."""
         entry = self.tensors[name]
+        block_size, _ = GGML_QUANT_SIZES[entry.quantization]
+        rows, columns = _spans(entry, slices)
+        blocks = range(columns.start // block_size, -(-columns.stop // block_size))
         try:
-            return dequantize(self._rows(entry), entry.quantization).reshape(entry.shape).astype(np.float32)
+            values = dequantize(self._raw(entry, rows, blocks), entry.quantization)
         except NotImplementedError as error:
             raise self._bad(f"tensor {name} is {entry.quantization.name}: not supported") from error
+        first = columns.start - blocks.start * block_size
+        values = values[:, first : first + len(columns)].astype(np.float32)
+        return values if len(entry.shape) > 1 else values[0]
 
-    def raw_rows(self, name: str) -> np.ndarray:
-        """The tensor as it lies in the file, [rows, bytes] uint8."""
-        return self._rows(self.tensors[name])
+    def raw_rows(self, name: str, slices: tuple[slice, ...] = ()) -> np.ndarray | None:
+        """A matrix, or a part of it, as it lies in the file, [rows, bytes] uint8; None where blocks would be torn."""
+        entry = self.tensors[name]
+        block_size, _ = GGML_QUANT_SIZES[entry.quantization]
+        rows, columns = _spans(entry, slices)
+        if columns.start % block_size or columns.stop % block_size:
+            return None
+        return self._raw(entry, rows, range(columns.start // block_size, columns.stop // block_size))
 
-    def _rows(self, entry: TensorEntry) -> np.ndarray:
-        raw = np.frombuffer(self._bytes, np.uint8, entry.byte_count, entry.offset)
+    def _raw(self, entry: TensorEntry, rows: range, blocks: range) -> np.ndarray:
         block_size, block_bytes = GGML_QUANT_SIZES[entry.quantization]
-        return raw.reshape(-1, entry.shape[-1] // block_size * block_bytes)
+        raw = np.frombuffer(self._bytes, np.uint8, entry.byte_count, entry.offset)
+        raw = raw.reshape(-1, entry.shape[-1] // block_size * block_bytes)
+        return raw[rows.start : rows.stop, blocks.start * block_bytes : blocks.stop * block_bytes]
 
     def strings(self, name: str) -> list[str]:
         """The texts of an array field; ModelLoadError where there is none of this name."""
@@ -169,3 +181,9 @@ class GgufFile:
 
     def _bad(self, what: str) -> ModelLoadError:
         return ModelLoadError(f"{self.path}: {what}")
+
+
+def _spans(entry: TensorEntry, slices: tuple[slice, ...]) -> tuple[range, range]:
+    """The rows and columns that the slices choose; a tensor of one axis is one row."""
+    rows, columns, *_ = (*(slice(None),) * (len(entry.shape) == 1), *slices, slice(None), slice(None))
+    return range(math.prod(entry.shape[:-1]))[rows], range(entry.shape[-1])[columns]

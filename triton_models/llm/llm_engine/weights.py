@@ -63,8 +63,8 @@ class _Source:
     name_of: Callable[[str], str] = str
     """From Hugging Face's name of a tensor to the one that it has here."""
     ignorable: frozenset[str] = frozenset()
-    blocks: Callable[[str], Blocks | None] = lambda name: None
-    """A tensor's own blocks, where it has some."""
+    blocks: Callable[[str, tuple[slice, ...]], Blocks | None] = lambda name, slices: None
+    """A tensor's own blocks of what the slices say, where it has some and none is torn apart."""
 
 
 def load_checkpoint(
@@ -72,7 +72,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a GGUF file or a Hugging Face folder; ModelLoadError says what is wrong with it.
 
-    Of `size` ranks each loads its own part; a safetensors file is not read beyond it.
+    Of `size` ranks each loads its own part, and reads no other (but for whole blocks at its edges).
     """
     source, architecture = _opened(model_path)
     here = division(model_path, architecture, rank, size)
@@ -168,15 +168,12 @@ def _fused_blocks(source: _Source, architecture: Architecture, here: Division, f
 def _block_part(source: _Source, architecture: Architecture, here: Division, part: Part) -> Blocks | None:
     """The rank's blocks of a tensor, in the order that is wanted here; None where it has none."""
     name = source.name_of(part.name)
-    blocks, span = source.blocks(name), here.span(part)
+    blocks = source.blocks(name, _slices(here, part))
     if blocks is None:
         return None
     if not blocks.is_finite:
         raise _not_finite(source, name)
-    if span is not None:
-        assert part.cut is not None
-        blocks = blocks.rows(slice(span.start, span.stop)) if part.cut.axis == 0 else blocks.columns(span)
-    if blocks is not None and architecture.has_interleaved_rope and part.rope is not None:
+    if architecture.has_interleaved_rope and part.rope is not None:
         blocks = blocks.rows(_deinterleaved(torch.arange(len(blocks.words)), part.rope))
     return blocks
 
@@ -240,18 +237,19 @@ def _gguf_source(file: GgufFile) -> _Source:
     return _Source(
         file.path,
         shapes,
-        lambda name, slices: torch.from_numpy(file.tensor(name))[slices],
+        lambda name, slices: torch.from_numpy(file.tensor(name, slices)),
         tied="output.weight" not in shapes,
         name_of=_gguf_name,
-        blocks=lambda name: _gguf_blocks(file, name),
+        blocks=lambda name, slices: _gguf_blocks(file, name, slices),
     )
 
 
-def _gguf_blocks(file: GgufFile, name: str) -> Blocks | None:
-    """A tensor's own blocks; None where it is no matrix of a kind that is read in blocks."""
+def _gguf_blocks(file: GgufFile, name: str, slices: tuple[slice, ...]) -> Blocks | None:
+    """A tensor's own blocks; None where it is no matrix of a kind that is read in blocks, or they would be torn."""
     entry = file.tensors[name]
     read = GGUF_BLOCKS.get(entry.quantization.name)
-    return read(file.raw_rows(name)) if read is not None and len(entry.shape) == 2 else None
+    raw = file.raw_rows(name, slices) if read is not None and len(entry.shape) == 2 else None
+    return None if read is None or raw is None else read(raw)
 
 
 def _opened_folder(folder: Path) -> tuple[_Source, Architecture]:

@@ -18,6 +18,7 @@ from llm_engine.architecture import from_gguf
 from llm_engine.gguf_reader import GgufFile
 from llm_engine.memory import enough_memory_for
 from llm_engine.ranks import Alone
+from llm_engine.scoring import log_probabilities
 from llm_engine.weights import load_checkpoint
 
 HIDDEN = 32
@@ -121,7 +122,9 @@ def test_absurd_counts_in_a_gguf_are_refused_and_not_allocated(make_gguf):
             {"tensors": {"blk.0.attn_k.weight": np.zeros((8, HIDDEN), np.float32)}},
             ["blk.0.attn_k.weight", "[8, 32]", "[16, 32]"],
         ),
-        ({"tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, ["rope_freqs.weight", "not supported"]),
+        ({"tensors": {"rope_freqs.weight": np.ones(3, np.float32)}}, ["rope_freqs.weight", "[3]", "[4]"]),
+        ({"tensors": {"rope_freqs.weight": np.zeros(4, np.float32)}}, ["rope_freqs.weight", "0.0", "above 0"]),
+        ({"tensors": {"rope_factors_long.weight": np.ones(4, np.float32)}}, ["rope_factors_long.weight", "supported"]),
         (
             {"tensors": {"output_norm.weight": np.full(HIDDEN, np.nan, np.float32)}},
             ["output_norm.weight", "not finite"],
@@ -220,6 +223,31 @@ def test_a_gguf_is_stretched_by_its_factor_unless_its_type_says_none(make_gguf):
     for kind, expected in ((None, 4.0), ("linear", 4.0), ("none", None)):
         scaling = load(make_gguf({**factor, "llama.rope.scaling.type": kind})).architecture.rope_scaling
         assert (scaling and scaling.factor) == expected
+
+
+def test_a_gguf_whose_frequencies_have_factors_is_the_folder_that_is_stretched_as_llama_3_1(
+    make_folder, make_gguf, make_engine
+):
+    llama3 = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }  # fmt: skip
+    # As llama.cpp's converter works them out, of heads of 8.
+    factors = np.empty(4, np.float32)
+    for pair in range(4):
+        wavelength = 2 * np.pi * 10000.0 ** (2 * pair / 8)
+        smooth = (128 / wavelength - 1.0) / (4.0 - 1.0)
+        factors[pair] = 1.0 if smooth > 1 else 8.0 if smooth < 0 else 1 / ((1 - smooth) / 8.0 + smooth)
+    assert len(set(factors)) == 3
+
+    def held(path):
+        return torch.tensor(log_probabilities(make_engine(path), [index * 7 % 90 for index in range(100)]))
+
+    plain = held(make_gguf())
+    folder = held(make_folder({"rope_scaling": llama3}))
+    gguf = held(make_gguf(tensors={"rope_freqs.weight": factors}))
+    assert (folder - gguf).abs().max() < 1e-4
+    assert (folder - plain).abs().max() > 0.1
 
 
 def test_layers_that_guess_ahead_are_left_unread(make_folder, tiny_tensors):

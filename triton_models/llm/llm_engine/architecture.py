@@ -20,10 +20,12 @@ from .known_fields import MIXTURE_SILENT, READ, REQUIRED_VALUES, ROPE, ROPE_OF_K
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; "linear" uses `factor` alone."""
+    """How rotary frequencies are stretched; "linear" uses `factor` and `factors` alone."""
 
     kind: str
     factor: float
+    factors: tuple[float, ...] = ()
+    """By what each frequency is divided besides; empty: by nothing."""
     original_context_token_count: int = 8192
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0

@@ -30,7 +30,7 @@ def rotary_tables(
 def _scaled(frequencies: torch.Tensor, scaling: RopeScaling, base: float) -> torch.Tensor:
     """Stretch rotary frequencies: all alike, or as Llama 3.1 and YaRN do, the slow ones only."""
     if scaling.kind == "linear":
-        return frequencies / scaling.factor
+        return frequencies / (scaling.factor * torch.tensor(scaling.factors or 1.0))
     if scaling.kind == "yarn":
         kept = _yarn_kept(len(frequencies), scaling, base)
     else:

@@ -5,9 +5,11 @@ Invariants: every tensor that the architecture needs is there with its exact sha
 a cache file is either complete or absent. What is fused is `layouts.py`'s, what it means `model.py`'s.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import architecture as architectures
-from .architecture import Architecture
+from .architecture import Architecture, RopeScaling
 from .blocks import GGUF_BLOCKS, Blocks, joined, rounded, unnamed
 from .division import Division, division
 from .errors import ModelLoadError
@@ -109,7 +111,7 @@ def _opened(model_path: Path) -> tuple[_Source, Architecture]:
         raise ModelLoadError(f"{model_path}: there is no such file or folder")
     else:
         file = GgufFile(model_path)
-        source, architecture = _gguf_source(file), architectures.from_gguf(model_path, file.metadata)
+        source, architecture = _gguf_source(file), _gguf_architecture(file)
     _check(source, architecture)
     return source, architecture
 
@@ -223,6 +225,10 @@ _GGUF_NAMES = {
 }
 
 
+_ROPE_FACTORS = "rope_freqs.weight"
+"""By what each rotary frequency is divided."""
+
+
 def _gguf_name(name: str) -> str:
     """From model.layers.3.mlp.up_proj.weight to blk.3.ffn_up.weight."""
     stem, ending = name.rsplit(".", 1)
@@ -230,6 +236,22 @@ def _gguf_name(name: str) -> str:
         _, _, layer, part = stem.split(".", 3)
         return f"blk.{layer}.{_GGUF_NAMES[part]}.{ending}"
     return f"{_GGUF_NAMES[stem]}.{ending}"
+
+
+def _gguf_architecture(file: GgufFile) -> Architecture:
+    """What the fields say, and the tensor in which llama.cpp's converter keeps Llama 3.1's way to stretch a context."""
+    architecture = architectures.from_gguf(file.path, file.metadata)
+    entry, expected = file.tensors.get(_ROPE_FACTORS), (architecture.head_dim // 2,)
+    if entry is None:
+        return architecture
+    if entry.shape != expected:
+        found = list(entry.shape)
+        raise ModelLoadError(f"{file.path}: tensor {_ROPE_FACTORS} has shape {found}, expected {list(expected)}")
+    factors = tuple(file.tensor(_ROPE_FACTORS).tolist())
+    if not all(0 < factor < math.inf for factor in factors):
+        raise ModelLoadError(f"{file.path}: tensor {_ROPE_FACTORS} holds {factors}, expected finite ones above 0")
+    scaling = architecture.rope_scaling or RopeScaling(kind="linear", factor=1.0)
+    return dataclasses.replace(architecture, rope_scaling=dataclasses.replace(scaling, factors=factors))
 
 
 def _gguf_source(file: GgufFile) -> _Source:
@@ -240,6 +262,7 @@ def _gguf_source(file: GgufFile) -> _Source:
         lambda name, slices: torch.from_numpy(file.tensor(name, slices)),
         tied="output.weight" not in shapes,
         name_of=_gguf_name,
+        ignorable=frozenset([_ROPE_FACTORS]),
         blocks=lambda name, slices: _gguf_blocks(file, name, slices),
     )
 

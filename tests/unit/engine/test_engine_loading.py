@@ -360,15 +360,46 @@ def test_a_kv_bound_without_room_for_a_block_names_the_bytes(make_engine):
         make_engine(kv_cache_bytes=1000)
 
 
-def test_more_memory_than_there_is_is_refused_with_both_numbers(make_engine):
-    with pytest.raises(ModelLoadError, match=rf"kv_cache_bytes is {1 << 44} .* there are \d+ bytes of memory"):
-        make_engine(kv_cache_bytes=1 << 44)
+@pytest.mark.parametrize(
+    # All but five norms is rounded to eight bits.
+    ("dtype", "weight_bytes"),
+    [("fp32", 4 * 21664), ("bf16", 2 * 21664), ("int8", 21664 + 3 * 5 * HIDDEN)],
+)
+def test_more_memory_than_there_is_is_refused_with_all_numbers_before_the_weights_are_read(
+    make_folder, make_engine, monkeypatch, dtype, weight_bytes
+):
+    # A number that is none, which reading would find first.
+    path = make_folder(tensors={"model.norm.weight": torch.full((HIDDEN,), torch.nan)})
+    monkeypatch.setattr(rank_module, "machine_bytes", lambda: 1000 + weight_bytes)
+    words = f"{path}: the weights take {weight_bytes} bytes and kv_cache_bytes is {{}} for each of 1 ranks, but there are"
+    with pytest.raises(ModelLoadError, match=words.format(1001)):
+        make_engine(path, dtype=dtype, kv_cache_bytes=1001)
+    with pytest.raises(ModelLoadError, match="not finite"):
+        make_engine(path, dtype=dtype, kv_cache_bytes=1000)
 
 
-def test_what_torch_says_of_memory_is_a_load_error():
+def test_each_rank_counts_its_own_part_and_blocks_as_the_file_has_them(make_gguf):
+    wide = np.ones((48, HIDDEN), np.float32)
+    path = make_gguf(tensors={f"blk.{layer}.ffn_up.weight": (wide, "Q4_1") for layer in range(2)})
+    counts = []
+    for size in (1, 2):
+        load(path, size=size, check_room=counts.append)
+    numbers, norms, in_blocks = 21664, 5 * HIDDEN, 2 * wide.size
+    plain = 4 * (numbers - norms - in_blocks) + in_blocks * 20 // 32
+    assert counts == [plain + 4 * norms, plain // 2 + 4 * norms]
+
+
+def test_what_torch_says_of_memory_is_a_load_error_and_nothing_else():
     said = r"the weights cannot be held in memory: .*allocate"
     with pytest.raises(ModelLoadError, match=said), enough_memory_for("the weights"):
         torch.empty(1 << 60)
+    for words in ("CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory"):
+        with pytest.raises(ModelLoadError, match=words), enough_memory_for("the weights"):
+            raise RuntimeError(words)
+    with pytest.raises(ModelLoadError), enough_memory_for("the weights"):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="illegal"), enough_memory_for("the weights"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def test_a_rank_on_a_gpu_makes_it_the_current_one_before_it_reads_anything(make_folder, monkeypatch):

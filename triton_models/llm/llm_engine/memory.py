@@ -7,6 +7,8 @@ from pathlib import Path
 
 from .errors import ModelLoadError
 
+# What torch says where it gets none: of the machine's, of a GPU's, of a mapped file.
+_SHORTAGES = ("allocate memory", "out of memory", "not enough memory")
 _CGROUP_BOUND = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -21,8 +23,10 @@ def machine_bytes() -> int:
 
 @contextmanager
 def enough_memory_for(what: str) -> Iterator[None]:
-    """What torch raises where memory is short, as a ModelLoadError."""
+    """What torch raises where memory is short, as a ModelLoadError; nothing else that it raises."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in _SHORTAGES):
+            raise
         raise ModelLoadError(f"{what} cannot be held in memory: {error}") from error

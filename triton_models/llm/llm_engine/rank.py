@@ -6,6 +6,7 @@ the same number of blocks. An engine alone is the only rank of its group.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ class LoadedRank:
                 cache_dir=cache_dir,
                 rank=rank,
                 size=config.tensor_parallel_size,
+                check_room=partial(_check_room, config),
             )
         self.dtype = compute_dtype(config.dtype, self.device)
         is_cpu = self.device.type == "cpu"
@@ -183,15 +185,20 @@ def _gpu_attention(config: EngineConfig) -> "GpuAttention | None":
     return GpuAttention()
 
 
+def _check_room(config: EngineConfig, weight_bytes: int) -> None:
+    """Refuse what the machine cannot hold: each rank's weights and its KV blocks."""
+    has, here = machine_bytes(), len(config.own_ranks)
+    if config.device == "cpu" and (weight_bytes + config.kv_cache_bytes) * here > has:
+        raise ModelLoadError(
+            f"{config.model_path}: the weights take {weight_bytes} bytes and kv_cache_bytes is {config.kv_cache_bytes}"
+            f" for each of {here} ranks, but there are {has} bytes of memory"
+        )
+
+
 def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """How many KV blocks the bound holds on the rank that needs most for one, the padding block included."""
     architecture, size = checkpoint.architecture, config.tensor_parallel_size
     divisions = [division(Path(config.model_path), architecture, rank, size) for rank in range(size)]
-    has, here = machine_bytes(), len(config.own_ranks)
-    if config.device == "cpu" and config.kv_cache_bytes * here > has:
-        raise ModelLoadError(
-            f"kv_cache_bytes is {config.kv_cache_bytes} for each of {here} ranks, but there are {has} bytes of memory"
-        )
     layouts = [cache_layout(part.local(architecture), config.block_token_count, dtype) for part in divisions]
     one = max(layout.block_byte_count for layout in layouts) * architecture.layer_count
     count = config.kv_cache_bytes // one - 1

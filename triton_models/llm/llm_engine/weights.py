@@ -11,9 +11,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -67,17 +67,29 @@ class _Source:
     ignorable: frozenset[str] = frozenset()
     blocks: Callable[[str, tuple[slice, ...]], Blocks | None] = lambda name, slices: None
     """A tensor's own blocks of what the slices say, where it has some and none is torn apart."""
+    block_bytes: Mapping[str, float] = field(default_factory=dict)
+    """What a number of a tensor takes that has some, by name."""
 
 
 def load_checkpoint(
-    model_path: Path, *, dtype: str, cache_dir: Path | None, rank: int = 0, size: int = 1
+    model_path: Path,
+    *,
+    dtype: str,
+    cache_dir: Path | None,
+    rank: int = 0,
+    size: int = 1,
+    check_room: Callable[[int], None] = lambda byte_count: None,
 ) -> Checkpoint:
     """Load a GGUF file or a Hugging Face folder; ModelLoadError says what is wrong with it.
 
     Of `size` ranks each loads its own part, and reads no other (but for whole blocks at its edges).
+
+    Args:
+        check_room: is told what the weights will take, in bytes, before they are read, and may refuse it.
     """
     source, architecture = _opened(model_path)
     here = division(model_path, architecture, rank, size)
+    check_room(_byte_count(source, architecture, here, dtype))
     # A folder's tensors are mapped as they are; those of a GGUF file cost seconds to dequantise.
     is_cached = cache_dir is not None and not model_path.is_dir()
     cached = _cache_path(cache_dir, model_path, dtype, rank, size) if is_cached else None
@@ -131,6 +143,19 @@ def _check(source: _Source, architecture: Architecture) -> None:
     unused = sorted(set(source.shapes) - used)
     if unused:
         raise ModelLoadError(f"{source.path}: tensor {unused[0]} is not supported ({len(unused)} such)")
+
+
+def _byte_count(source: _Source, architecture: Architecture, here: Division, dtype: str) -> int:
+    """What a rank's weights take at least, in the types that they are held in."""
+    total = 0.0
+    for fused in fused_tensors(architecture, tied=source.tied):
+        for part in filter(here.is_here, fused.parts):
+            each: float = 4 if fused.is_exact else TORCH_DTYPES[dtype].itemsize
+            if len(part.shape) == 2 and not fused.is_exact:
+                is_rounded = dtype == "int8" and fused.can_be_rounded
+                each = source.block_bytes.get(source.name_of(part.name), 1 if is_rounded else each)
+            total += each * math.prod(here.shape(part))
+    return int(total)
 
 
 def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: str) -> dict[str, torch.Tensor | Blocks]:
@@ -264,6 +289,11 @@ def _gguf_source(file: GgufFile) -> _Source:
         name_of=_gguf_name,
         ignorable=frozenset([_ROPE_FACTORS]),
         blocks=lambda name, slices: _gguf_blocks(file, name, slices),
+        block_bytes={
+            entry.name: entry.byte_count / math.prod(entry.shape)
+            for entry in file.tensors.values()
+            if entry.quantization.name in GGUF_BLOCKS and entry.byte_count
+        },
     )
 
 

@@ -77,7 +77,10 @@ def test_sharded_folders_are_read_through_their_index(make_folder, tiny_tensors)
     sharded = load(folder).tensors
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
     (folder / "b.safetensors").unlink()
-    assert "b.safetensors" in refusal_of_part(folder)
+    message = refusal_of_part(folder)
+    assert (
+        f"b.safetensors: there is no such file, in which by model.safetensors.index.json tensor {names[1]}" in message
+    )
 
 
 def refusal_of_part(folder) -> str:
@@ -289,13 +292,30 @@ def test_damaged_folders_are_refused_by_file(make_folder, tmp_path):
     assert "nowhere" in refusal_of_part(tmp_path / "nowhere")
     folder = make_folder(tensors={"lm_head.weight": None})
     assert "lm_head.weight" in refusal_of_part(folder)
-    weights = make_folder() / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert "model.safetensors" in refusal_of_part(folder)
-    weights.unlink()
+    (make_folder() / "model.safetensors").unlink()
     assert "no *.safetensors" in refusal_of_part(folder)
-    (folder / "config.json").write_text("{")
-    assert "config.json" in refusal_of_part(folder)
+    for damaged in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(damaged)
+        assert "config.json: cannot be read" in refusal_of_part(folder)
+
+
+def test_a_folders_file_that_is_cut_is_refused_with_the_first_tensor_beyond_its_end(make_folder):
+    folder = make_folder()
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    data_start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:data_start])
+    begins_at = {entry["data_offsets"][0]: name for name, entry in header.items()}
+    for place in sorted(begins_at)[::5]:
+        end, cut = data_start + header[begins_at[place]]["data_offsets"][1], data_start + place + 4
+        file.write_bytes(whole[:cut])
+        expected = f"model.safetensors: truncated: tensor {begins_at[place]} ends at byte {end}, the file has {cut}"
+        assert expected in refusal_of_part(folder)
+    file.write_bytes(whole[:100])
+    assert f"truncated: the header ends at byte {data_start}, the file has 100" in refusal_of_part(folder)
+    for damaged in (b"", whole[:5], b"\xff" * 64, (10).to_bytes(8, "little") + b"[" * 10):
+        file.write_bytes(damaged)
+        assert "model.safetensors: " in refusal_of_part(folder)
 
 
 def test_the_weight_cache_gives_the_same_weights_and_follows_the_file(make_gguf, tmp_path):
@@ -371,7 +391,9 @@ def test_more_memory_than_there_is_is_refused_with_all_numbers_before_the_weight
     # A number that is none, which reading would find first.
     path = make_folder(tensors={"model.norm.weight": torch.full((HIDDEN,), torch.nan)})
     monkeypatch.setattr(rank_module, "machine_bytes", lambda: 1000 + weight_bytes)
-    words = f"{path}: the weights take {weight_bytes} bytes and kv_cache_bytes is {{}} for each of 1 ranks, but there are"
+    words = (
+        f"{path}: the weights take {weight_bytes} bytes and kv_cache_bytes is {{}} for each of 1 ranks, but there are"
+    )
     with pytest.raises(ModelLoadError, match=words.format(1001)):
         make_engine(path, dtype=dtype, kv_cache_bytes=1001)
     with pytest.raises(ModelLoadError, match="not finite"):

@@ -36,6 +36,9 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 # What a safetensors file's numbers may be; those of other types would be quantised, with scales beside them.
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
+_MOST_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, by its own library's bound."""
+
 _log = logging.getLogger("llm_engine.weights")
 
 
@@ -375,7 +378,11 @@ def _weight_files(folder: Path) -> list[Path]:
         places = _json(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
             raise ModelLoadError(f"{index}: field weight_map is not a table of tensors and their files")
-        return [folder / Path(name).name for name in sorted(set(places.values()))]
+        tensors = {folder / Path(place).name: name for name, place in sorted(places.items(), reverse=True)}
+        for path, name in tensors.items():
+            if not path.exists():
+                raise ModelLoadError(f"{path}: there is no such file, in which by {index.name} tensor {name} lies")
+        return sorted(tensors)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelLoadError(f"{folder}: there is no *.safetensors file")
@@ -386,13 +393,34 @@ def _open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ModelLoadError(f"{path}: cannot be read: {error}") from error
+        raise ModelLoadError(f"{path}: {_truncation(path) or f'cannot be read: {error}'}") from error
+
+
+def _truncation(path: Path) -> str:
+    """Where a safetensors file should end, by its own header; empty where it does, or where that cannot be told."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            data_start = 8 + header_bytes
+            if header_bytes > _MOST_HEADER_BYTES:
+                return ""
+            if data_start > size:
+                return f"truncated: the header ends at byte {data_start}, the file has {size}"
+            header = json.loads(file.read(header_bytes))
+        ends = [
+            (data_start + entry["data_offsets"][1], name) for name, entry in header.items() if name != "__metadata__"
+        ]
+        end, name = min(found for found in ends if found[0] > size)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
+    return f"truncated: tensor {name} ends at byte {end}, the file has {size}"
 
 
 def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path}: expected a JSON object")

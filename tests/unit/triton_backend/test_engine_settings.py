@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from engine_settings import engine_config
+
+from llm_engine import EngineConfig
 
 CONFIG = Path(__file__).resolve().parents[3] / "triton_models" / "llm" / "config.pbtxt"
 
@@ -49,7 +52,10 @@ def test_a_value_out_of_bounds_is_the_engines_to_refuse():
         engine_config({"model_path": "a.gguf", "max_sequences": "0"}, {})
 
 
-def test_the_shipped_parameters_are_settings_that_the_engine_has():
+def test_the_shipped_parameters_are_all_settings_that_the_engine_has_and_leave_them_as_they_are():
     names = re.findall(r'key: "(\w+)"', CONFIG.read_text())
-    assert "model_path" in names
-    engine_config(dict.fromkeys(names, "") | {"model_path": "a.gguf"}, {})
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(EngineConfig))
+    shipped = dict.fromkeys(names, "")
+    for environment in ({}, {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}):
+        given = {"model_path": "a.gguf", "tensor_parallel_size": "2"}
+        assert engine_config(shipped | given, environment) == engine_config(given, environment)

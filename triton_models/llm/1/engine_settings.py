@@ -41,7 +41,8 @@ def setting_values(settings: type, parameters: Mapping[str, str], environment: M
     Args:
         settings: its annotations are the names and types; it needs a `model_path`.
         parameters: config.pbtxt's parameters by name, lower case (`kv_cache_bytes`).
-        environment: the process's; `TIDEGATE_ENGINE_KV_CACHE_BYTES` wins over the parameter, and that over torchrun's.
+        environment: the process's; `TIDEGATE_ENGINE_KV_CACHE_BYTES` wins over the parameter, and that, where it is
+            not empty, over torchrun's.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, no model path.
@@ -52,7 +53,11 @@ def setting_values(settings: type, parameters: Mapping[str, str], environment: M
         for name, variable in _TORCHRUN_VARIABLES.items()
         if name in types and variable in environment
     }
-    texts |= {name: (f"parameter {name}", text) for name, text in parameters.items() if name not in _TRITON_PARAMETERS}
+    texts |= {
+        name: (f"parameter {name}", text)
+        for name, text in parameters.items()
+        if name not in _TRITON_PARAMETERS and (text.strip() or name not in texts)
+    }
     for variable, text in environment.items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             texts[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = (variable, text)

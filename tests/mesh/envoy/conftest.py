@@ -29,6 +29,7 @@ from xds.service.orca.v3 import orca_pb2
 
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
 from tidegate.cli.envoy_config import EnvoySettings, envoy_command, write_envoy_files
+from tidegate.common import headers
 from tidegate.common.errors import Reason, TidegateError, abort
 from tidegate.common.grpc_server import Server
 from tidegate.scheduler import envoy_messages
@@ -79,6 +80,8 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
                 await abort(context, self.refuse_with)
             match order["do"]:
                 case "report":
+                    if headers.BROWNOUT in self.seen[-1]:
+                        await context.send_initial_metadata(((headers.BROWNOUT, self.seen[-1][headers.BROWNOUT]),))
                     load = orca_load_report_pb2.OrcaLoadReport(application_utilization=self.utilization)
                     context.set_trailing_metadata((("endpoint-load-metrics-bin", load.SerializeToString()),))
                     yield json.dumps({"name": self.name, "headers": self.seen[-1], "bytes": len(text)})

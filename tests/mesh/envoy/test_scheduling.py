@@ -39,6 +39,16 @@ async def test_the_schedulers_headers_reach_the_replica_that_it_named(mesh, clie
         assert json.loads(events[0].delta.text)["name"] == replica.inference.name
 
 
+async def test_a_brownouts_bound_reaches_the_replica_and_its_step_the_client(mesh, client, stub):
+    mesh.scheduler.set_headers = {"x-tidegate-max-tokens": "256", "x-tidegate-brownout": "2"}
+    response = await client.post(CHAT, json=BODY)
+    assert response.json()["headers"]["x-tidegate-max-tokens"] == "256"
+    assert response.headers["x-tidegate-brownout"] == "2"
+    call = stub.Generate(inference_pb2.GenerateRequest(text="hi"))
+    assert json.loads((await call.read()).delta.text)["headers"]["x-tidegate-max-tokens"] == "256"
+    assert dict(await call.initial_metadata())["x-tidegate-brownout"] == "2"
+
+
 async def test_without_a_name_all_replicas_are_used(mesh, client):
     names = {(await client.post(CHAT, json=BODY)).json()["name"] for _ in range(10)}
     assert names == {"replica-0", "replica-1"}

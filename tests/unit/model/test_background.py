@@ -69,13 +69,16 @@ async def test_a_complete_answer_with_a_key_is_recorded_as_it_was_sent(start_ser
     assert record.answer.finished == events[-1].finished
 
 
-async def test_without_a_key_or_in_error_or_resumed_nothing_is_recorded(start_service, fake_triton, channel_to, cache):
+async def test_without_a_key_or_in_error_or_resumed_or_shortened_nothing_is_recorded(
+    start_service, fake_triton, channel_to, cache
+):
     async with start_service(fake_triton("abc" * 30, pace=0.01), mesh_address=cache.address) as service:
         stub = inference_pb2_grpc.InferenceStub(channel_to(service))
         key = ("x-tidegate-answer-key", KEY.hex())
         await generate(stub, (), text="hello", max_tokens=2)
         await generate(stub, (key, ("x-tidegate-timeout-ms", "60")), text="hello")
         await generate(stub, (key,), text="hello", max_tokens=4, resume={"token_ids": [97]})
+        await generate(stub, (key, ("x-tidegate-max-tokens", "2")), text="hello", max_tokens=4)
         await asyncio.sleep(0.05)
     assert cache.records == []
 

@@ -87,6 +87,21 @@ async def test_max_tokens_ends_it_with_length(start_service, fake_triton, channe
     assert events[-1].finished.usage.completion_token_count == 3
 
 
+async def test_an_answer_that_a_brownout_shortens_is_cut_and_says_so(start_service, fake_triton, channel_to):
+    shortened = ((headers.MAX_TOKENS, "3"), (headers.BROWNOUT, "2"))
+    async with start_service(fake_triton("abcdef")) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        call = stub.Generate(ask(max_tokens=5), metadata=shortened)
+        events = [event async for event in call]
+        assert text_of(events) == "abc"
+        assert events[-1].finished.reason == inference_pb2.FINISH_REASON_LENGTH
+        assert dict(await call.initial_metadata())[headers.BROWNOUT] == "2"
+        assert text_of(await collect(stub, ask(max_tokens=2), metadata=shortened)) == "ab"
+        call = stub.Generate(ask(max_tokens=5))
+        assert text_of([event async for event in call]) == "abcde"
+        assert headers.BROWNOUT not in dict(await call.initial_metadata())
+
+
 async def test_an_absent_seed_is_drawn_and_a_given_one_kept(start_service, fake_triton, channel_to):
     triton = fake_triton("a")
     async with start_service(triton) as service:

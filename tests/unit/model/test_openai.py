@@ -58,6 +58,20 @@ async def test_without_stream_it_is_one_json_object(start_service, fake_triton, 
     assert answer["usage"]["completion_tokens"] == len("Grüße".encode()) + 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_a_brownout_shortens_says_so_in_its_header(start_service, fake_triton, channel_to, stream):
+    shortened = ((headers.MAX_TOKENS, "3"), (headers.BROWNOUT, "2"))
+    async with start_service(fake_triton("abcdef")) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+        call = stub.ChatCompletions(body(stream=stream), metadata=shortened)
+        text = b"".join(part.data for part in await collect(call)).decode()
+        assert '"finish_reason":"length"' in text
+        assert dict(await call.initial_metadata())[headers.BROWNOUT] == "2"
+        call = stub.ChatCompletions(body(stream=stream))
+        await collect(call)
+        assert headers.BROWNOUT not in dict(await call.initial_metadata())
+
+
 async def test_completions_continue_a_text(start_service, fake_triton, channel_to):
     request = httpbody_pb2.HttpBody(data=b'{"prompt":"ab","max_tokens":2}')
     triton = fake_triton("cdef")

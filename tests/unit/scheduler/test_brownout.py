@@ -1,0 +1,89 @@
+"""The brownout in a whole scheduler: what a step does to requests, where it is told, and that it goes by itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from tidegate.common import headers
+from tidegate.scheduler.answer_lengths import AnswerLengths
+from tidegate.scheduler.brownout import LAST_STEP, Signs
+from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
+from tidegate.scheduler.observations import Ended, Observations
+from tidegate.scheduler.request import Request, ServiceClass
+from tidegate.scheduler.service import signs_of
+from tidegate.v1 import replica_pb2
+
+HELD = {"tick_seconds": 10.0}
+"""Nobody looks at the brownout while such a test runs: the step stays where the test puts it."""
+
+QUICK = {"tick_seconds": 0.01, "brownout_queue_delay_seconds": 0.02, "brownout_up_seconds": 0.05}
+
+LADDER = [0, 1, 2, 3, 5]
+"""The steps of a mesh without a lite model."""
+
+
+def shown_on_the_metrics_page(world) -> float | None:
+    registry = CollectorRegistry()
+    world.service.gauges.register(registry)
+    return registry.get_sample_value("tidegate_brownout_step")
+
+
+@pytest.mark.parametrize(
+    ("step", "service_class", "is_shortened"),
+    [
+        (1, "batch", False),
+        (2, "batch", True),
+        (2, "standard", False),
+        (3, "standard", True),
+        (5, "realtime", False),
+    ],
+)
+async def test_an_answer_is_shortened_by_headers_that_name_the_bound_and_the_step(
+    start_world, step, service_class, is_shortened
+):
+    world = await start_world(brownout_max_tokens=99, **HELD)
+    world.service.expectations.brownout.step = step
+    world.replica.grant("c")
+    await world.credits(1)
+    fields = world.decided(await world.exchange().run({headers.SERVICE_CLASS: service_class}))
+    assert fields[headers.CREDIT] == "c"
+    told = fields.get(headers.MAX_TOKENS), fields.get(headers.BROWNOUT)
+    assert told == (("99", str(step)) if is_shortened else (None, None))
+
+
+@pytest.mark.parametrize(
+    ("down_seconds", "is_idle"), [(0.05, False), (1000.0, True)], ids=["fares well again", "has nothing to do"]
+)
+async def test_steps_are_taken_told_and_taken_back_by_themselves(start_world, down_seconds, is_idle):
+    with capture_logs() as logs:
+        world = await start_world(brownout_down_seconds=down_seconds, **QUICK)
+        assert shown_on_the_metrics_page(world) == 0
+        waiting = world.exchange()
+        await waiting.begin({headers.SERVICE_CLASS: "realtime"})
+        await world.until(lambda snapshot: snapshot.brownout_step == LAST_STEP)
+        assert shown_on_the_metrics_page(world) == LAST_STEP
+        world.replica.grant("c")
+        assert world.decided(await waiting.receive())[headers.CREDIT] == "c"
+        if is_idle:
+            outcome = replica_pb2.Outcome(credit_id="c", outcome=replica_pb2.REQUEST_OUTCOME_COMPLETED)
+            world.replica.say(outcome=outcome)
+        await world.until(lambda snapshot: snapshot.brownout_step == 0)
+        assert shown_on_the_metrics_page(world) == 0
+    told = [(entry["before"], entry["step"]) for entry in logs if entry["event"] == "brownout"]
+    up = list(pairwise(LADDER))
+    assert told == up + [(after, before) for before, after in reversed(up)]
+
+
+def test_a_class_fares_as_its_oldest_wait_and_its_first_tokens_say():
+    lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 1_000, 1_000)))
+    observations = Observations(lanes, AnswerLengths(256))
+    lanes.add(Waiting("w", ServiceClass.STANDARD, 1, 1, 1, since=7.0, deadline=60.0))
+    request = Request("r", "/", "", False, "t", 0.0, 0.0, queue_seconds=1.0)
+    observations.dispatch(request, "c", 1)
+    observations.end(Ended("c", True, 0.5, 1.0, 1, 1), 9.0)
+    assert signs_of(ServiceClass.STANDARD, lanes, observations, 10.0) == Signs(3.0, 1.5, 0.5)
+    assert signs_of(ServiceClass.REALTIME, lanes, observations, 10.0) == Signs(0.0, None, 0.5)

@@ -36,6 +36,9 @@ LONGEST_FIELD_BYTES: Final = 200
 
 ELLIPSIS: Final = "…"
 
+BROWNOUT_STEP: Final = "brownout_step"
+"""The name of the step in the metadata of google.rpc.ErrorInfo."""
+
 _GRPC_MESSAGE_SAFE: Final = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
@@ -114,16 +117,24 @@ class TidegateError(Exception):
         message: one sentence for a person, with the numbers; the end of a long one is left out.
         field: the field at fault, as the client wrote it (`messages[0].role`); empty for none, and bounded too.
         retry_after_seconds: when to try again; None where the reason does not make sense to retry.
+        brownout_step: the step of the brownout that refuses the request; 0 for none.
     """
 
     def __init__(
-        self, reason: Reason, message: str, *, field: str = "", retry_after_seconds: float | None = None
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        field: str = "",
+        retry_after_seconds: float | None = None,
+        brownout_step: int = 0,
     ) -> None:
         self.reason = reason
         self.message = _shortened(message, LONGEST_MESSAGE_BYTES)
         self.field = _shortened(field, LONGEST_FIELD_BYTES)
         super().__init__(self.message)
         self.retry_after_seconds = retry_after_seconds if SURFACES[reason].retryable else None
+        self.brownout_step = brownout_step
 
     @property
     def surface(self) -> Surface:
@@ -180,6 +191,12 @@ def retry_headers(error: TidegateError) -> list[tuple[str, str]]:
     return pairs
 
 
+def refusal_headers(error: TidegateError) -> list[tuple[str, str]]:
+    """What every refusal says of itself, on whichever surface: its reason, a brownout's step, and when to retry."""
+    step = [(headers.BROWNOUT, str(error.brownout_step))] if error.brownout_step else []
+    return [(headers.REASON, error.reason.name), *step, *retry_headers(error)]
+
+
 def grpc_message(error: TidegateError) -> str:
     """The message as the header grpc-message has it: printable ASCII, all else percent-encoded."""
     return quote(error.message, safe=_GRPC_MESSAGE_SAFE)
@@ -187,7 +204,10 @@ def grpc_message(error: TidegateError) -> str:
 
 def to_status(error: TidegateError) -> status_pb2.Status:
     """The error as google.rpc.Status with ErrorInfo, BadRequest and RetryInfo as they apply."""
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason.name, domain=ERROR_DOMAIN)]
+    info = error_details_pb2.ErrorInfo(reason=error.reason.name, domain=ERROR_DOMAIN)
+    if error.brownout_step:
+        info.metadata[BROWNOUT_STEP] = str(error.brownout_step)
+    details: list[Any] = [info]
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
@@ -212,17 +232,23 @@ def from_status(status: status_pb2.Status) -> TidegateError:
     reason = Reason.__members__.get(info.reason, Reason.INTERNAL_ERROR)
     field = request.field_violations[0].field if request.field_violations else ""
     seconds = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
-    return TidegateError(reason, status.message, field=field, retry_after_seconds=seconds)
+    step = info.metadata.get(BROWNOUT_STEP, "")
+    return TidegateError(
+        reason,
+        status.message,
+        field=field,
+        retry_after_seconds=seconds,
+        brownout_step=int(step) if step.isdecimal() else 0,
+    )
 
 
 def trailing_metadata(error: TidegateError) -> Sequence[tuple[str, str | bytes]]:
     """Everything a refused gRPC call carries beside its status."""
     return [
         ("grpc-status-details-bin", to_status(error).SerializeToString()),
-        (headers.REASON, error.reason.name),
         (headers.ERROR_BODY, openai_json(error)),
         (headers.HTTP_STATUS, str(error.surface.http_status)),
-        *retry_headers(error),
+        *refusal_headers(error),
     ]
 
 

@@ -60,7 +60,7 @@ MAX_TOKENS: Final = "x-tidegate-max-tokens"
 """The bound on the answer's tokens that the scheduler sets in a brownout; the request's own holds where it is less."""
 
 BROWNOUT: Final = "x-tidegate-brownout"
-"""On a request and on what answers it: the step of the brownout that touched it. Absent: none did."""
+"""On a request, and on what answers or refuses it: the step of the brownout that touched it. Absent: none did."""
 
 FLOOR: Final = "x-tidegate-floor"
 """There on a request that its class's floor pays for: nothing more urgent may pause it, or the floor would be none."""

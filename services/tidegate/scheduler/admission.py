@@ -236,7 +236,8 @@ class Admission:
         if self._lanes.floor(service_class) > 0 and not len(self._lanes.lane(service_class)):
             return None  # A floor is what no brownout takes, and one that waits is enough to use it.
         message = f"No {service_class.label} requests are taken while more urgent ones wait too long"
-        return self._overloaded(f"{message} (brownout step {self._brownout.step})", conditions)
+        step = self._brownout.step
+        return self._overloaded(f"{message} (brownout step {step})", conditions, brownout_step=step)
 
     def _total_bound(self, request: Request) -> str:
         lanes = [self._lanes.lane(one) for one in ServiceClass]
@@ -268,13 +269,14 @@ class Admission:
             f"The {service_class.label} queue is full by {bound}; {count} requests wait in it", conditions
         )
 
-    def _overloaded(self, message: str, conditions: Conditions) -> TidegateError:
+    def _overloaded(self, message: str, conditions: Conditions, *, brownout_step: int = 0) -> TidegateError:
         leaving = max(1, round(len(self._lanes) * RETRY_ROOM_SHARE))
         seconds = expected_wait(leaving, conditions.drain_rate)
         return TidegateError(
             Reason.SERVER_IS_OVERLOADED,
             message,
             retry_after_seconds=_retry_seconds(self._default_retry_seconds if seconds is None else seconds, conditions),
+            brownout_step=brownout_step,
         )
 
 

@@ -10,7 +10,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 
 from tidegate.common import headers
-from tidegate.common.errors import TidegateError, grpc_message, openai_json, retry_headers, to_status
+from tidegate.common.errors import TidegateError, grpc_message, openai_json, refusal_headers, to_status
 from tidegate.scheduler.pipeline import Decision
 from tidegate.scheduler.request import Request
 from tidegate.scheduler.shedding import LONGEST_DELAY_SECONDS
@@ -57,7 +57,7 @@ def go_on(decision: Decision, *, in_headers: bool) -> ext_proc.ProcessingRespons
 
 def refuse(error: TidegateError, request: Request) -> ext_proc.ProcessingResponse:
     """Answers the client instead of the mesh: an OpenAI error over HTTP, a status with details over gRPC."""
-    fields = [*retry_headers(error), (headers.REASON, error.reason.name)]
+    fields = refusal_headers(error)
     if request.is_grpc:
         # Envoy would write these by itself for gRPC, but takes gRPC-Web for plain HTTP.
         fields += [

@@ -139,6 +139,20 @@ async def test_a_refusal_of_the_scheduler_reaches_clients_as_it_was_meant(mesh, 
     assert [replica.inference.seen for replica in mesh.replicas] == [[], []]
 
 
+async def test_a_refusal_by_a_brownout_names_its_step_on_every_surface(mesh, client, stub):
+    mesh.scheduler.refuse_on_headers = TidegateError(
+        Reason.SERVER_IS_OVERLOADED, "Not now.", retry_after_seconds=2.5, brownout_step=5
+    )
+    response = await client.post(CHAT, json={"prompt": "hello"})
+    check_openai_error(response, Reason.SERVER_IS_OVERLOADED)
+    assert response.headers["x-tidegate-brownout"] == "5"
+    caught = await grpc_error(stub.Generate(inference_pb2.GenerateRequest(text="hello")))
+    assert check_grpc_error(caught, Reason.SERVER_IS_OVERLOADED)["x-tidegate-brownout"] == "5"
+    for is_text in (False, True):
+        web = await grpc_web(client, inference_pb2.GenerateRequest(text="hello"), is_text=is_text)
+        assert web.headers["x-tidegate-brownout"] == "5"
+
+
 async def test_unknown_urls(mesh, client):
     for method, path in (("GET", "/"), ("POST", "/v1/embeddings"), ("GET", "/v1/chat"), ("POST", "/v2/models")):
         check_openai_error(await client.request(method, path), Reason.UNKNOWN_URL)

@@ -146,6 +146,14 @@ def test_an_error_survives_the_way_between_services(error: TidegateError) -> Non
         assert back.retry_after_seconds == error.retry_after_seconds
 
 
+def test_a_brownouts_step_stands_in_a_header_and_survives_the_way_between_services() -> None:
+    error = TidegateError(Reason.SERVER_IS_OVERLOADED, "not now", brownout_step=5)
+    assert dict(trailing_metadata(error))["x-tidegate-brownout"] == "5"
+    assert from_status(to_status(error)).brownout_step == 5
+    assert "x-tidegate-brownout" not in dict(trailing_metadata(BUSY_ERROR))
+    assert from_status(to_status(BUSY_ERROR)).brownout_step == 0
+
+
 def test_a_reason_that_is_not_known_is_an_internal_error() -> None:
     assert from_refusal(errors_pb2.Refusal(reason="FROM_THE_FUTURE", message="m")).reason is Reason.INTERNAL_ERROR
     assert from_status(status_pb2.Status(code=3, message="m")).reason is Reason.INTERNAL_ERROR

@@ -15,7 +15,7 @@ from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
 from tidegate.scheduler.observations import Ended, Observations
 from tidegate.scheduler.request import Request, ServiceClass
 from tidegate.scheduler.service import signs_of
-from tidegate.v1 import replica_pb2
+from tidegate.v1 import inference_pb2, replica_pb2
 
 HELD = {"tick_seconds": 10.0}
 """Nobody looks at the brownout while such a test runs: the step stays where the test puts it."""
@@ -76,6 +76,37 @@ async def test_steps_are_taken_told_and_taken_back_by_themselves(start_world, do
     told = [(entry["before"], entry["step"]) for entry in logs if entry["event"] == "brownout"]
     up = list(pairwise(LADDER))
     assert told == up + [(after, before) for before, after in reversed(up)]
+
+
+@pytest.mark.parametrize("is_known_from_headers", [True, False])
+@pytest.mark.parametrize(
+    "surface",
+    [{}, {":path": "/tidegate.v1.Inference/Generate", "content-type": "application/grpc"}],
+    ids=["http", "grpc"],
+)
+async def test_a_refusal_carries_the_step(start_world, surface, is_known_from_headers):
+    world = await start_world(batch_floor=0.0, **HELD)
+    world.service.expectations.brownout.step = 1
+    exchange = world.exchange()
+    if is_known_from_headers:
+        await exchange.send_headers({**surface, headers.SERVICE_CLASS: "batch"})
+        response = await exchange.receive()
+    else:
+        world.preprocess.answer = lambda request: world.prepared(
+            request, service_class=inference_pb2.SERVICE_CLASS_BATCH
+        )
+        response = await exchange.run(surface, b"\0\0\0\0\0" if surface else b"{}")
+    fields = {item.header.key: item.header.raw_value for item in response.immediate_response.headers.set_headers}
+    assert (fields[headers.REASON], fields[headers.BROWNOUT]) == (b"SERVER_IS_OVERLOADED", b"1")
+
+
+async def test_what_is_refused_for_another_reason_carries_no_step(start_world):
+    world = await start_world(standard_request_limit=1, **HELD)
+    world.service.expectations.brownout.step = 1
+    await world.exchange().begin()
+    await world.replica.demand(1)
+    status, fields, _ = world.refused(await world.exchange().run())
+    assert (status, headers.BROWNOUT in fields) == (503, False)
 
 
 def test_a_class_fares_as_its_oldest_wait_and_its_first_tokens_say():

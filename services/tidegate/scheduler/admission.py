@@ -75,6 +75,7 @@ class Conditions:
         held_request_count: requests in any stage with this scheduler, the one that is asked about included.
         random_share: uniform in [0, 1), for the jitter.
         outlook: what is to be expected for one more request; None: the drain rate is all that is known.
+        has_cache: whether there is a cache to ask for known answers.
     """
 
     now: float
@@ -83,6 +84,7 @@ class Conditions:
     held_request_count: int
     random_share: float
     outlook: Outlook | None = None
+    has_cache: bool = False
 
 
 class Admission:
@@ -120,11 +122,14 @@ class Admission:
         """Why a request can be refused before its body is read; None when it cannot.
 
         The class is often known from the body only, so a full lane counts here where the mesh named the class, or
-        where all lanes are full.
+        where all lanes are full. Whether its answer is known, too, the body alone can tell: what a brownout leaves
+        nothing else goes on to the cache.
         """
         if conditions.held_request_count > self._held_request_limit:
             message = f"The scheduler is at its limit of {self._held_request_limit} requests"
             return self._overloaded(message, conditions)
+        if self._may_be_known(request, conditions):
+            return self._refusal_of_any(request, conditions)
         if request.named_class is not None:
             bound = self._lanes.lane(request.named_class).full_bound(0, 0)
             if bound:
@@ -229,6 +234,14 @@ class Admission:
             expected_seconds=outlook.service_seconds(int(SMALL_SHARE * habit.answer_token_count), conditions.now),
         )
         return self._late(small, conditions)
+
+    def _may_be_known(self, request: Request, conditions: Conditions) -> bool:
+        """Whether nothing but a known answer is left for a request, and it may have one."""
+        if self._brownout is None or request.named_class is None or not conditions.has_cache:
+            return False
+        habit = self._habits.get(request.tenant)
+        is_left = self._brownout.leaves_known_answers(request.named_class)
+        return is_left and (habit is None or habit.may_be_known)
 
     def _left_out(self, service_class: ServiceClass, conditions: Conditions) -> TidegateError | None:
         if self._brownout is None or not self._brownout.refuses(service_class):

@@ -91,6 +91,10 @@ class Brownout:
             return self.step >= 1
         return service_class is ServiceClass.STANDARD and self.step >= LAST_STEP
 
+    def leaves_known_answers(self, service_class: ServiceClass) -> bool:
+        """Whether of a class known answers alone are still given."""
+        return self.step >= LAST_STEP and self.refuses(service_class)
+
     def shortens(self, service_class: ServiceClass) -> bool:
         """Whether answers of a class are kept short."""
         if service_class is ServiceClass.BATCH:

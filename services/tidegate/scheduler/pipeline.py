@@ -140,6 +140,7 @@ class Pipeline:
         """Decides about a prepared request, however long it waits."""
         if await self._cache.knows(request.answer_key, request.tenant):
             self._note_accepted(request)
+            self._expectations.habits.see_known(request.tenant)
             return self._replay(request)
         decision = self._prefer_lite(request)
         if decision is not None:
@@ -179,6 +180,7 @@ class Pipeline:
             held_request_count=self._outcomes.held_request_count,
             random_share=random.random(),
             outlook=self._expectations.outlook,
+            has_cache=self._cache.is_reachable,
         )
 
     async def _prepare(self, request: Request, kind: preprocess_pb2.BodyKind.ValueType, message: bytes) -> None:

@@ -12,7 +12,8 @@ TENANT_LIMIT: Final = 1_000
 """Tenants that are remembered; the one heard of longest ago is forgotten first."""
 
 STEADY_COUNT: Final = 20
-"""After so many requests of one class in a row, the next one is taken to be of it, too."""
+"""After so many requests of one class in a row, the next one is taken to be of it, too. The same of requests whose
+answers nobody can know before, because they are drawn by lot."""
 
 NEWEST_WEIGHT: Final = 0.1
 """What the newest request counts in the averages."""
@@ -20,17 +21,24 @@ NEWEST_WEIGHT: Final = 0.1
 
 @dataclass(slots=True)
 class Habit:
-    """The requests of a tenant: their class, and how many in a row had it; cost and answer tokens on average."""
+    """The requests of a tenant: their class, and how many in a row had it; cost and answer tokens on average; how many
+    in a row had no answer that could be known."""
 
     service_class: ServiceClass
     count: int
     cost: float
     answer_token_count: float
+    drawn_count: int = 0
 
     @property
     def is_steady(self) -> bool:
         """Whether the next one is likely to be of that class."""
         return self.count >= STEADY_COUNT
+
+    @property
+    def may_be_known(self) -> bool:
+        """Whether the answer to the next one may be known."""
+        return self.drawn_count < STEADY_COUNT
 
 
 class TenantHabits:
@@ -44,7 +52,7 @@ class TenantHabits:
         return self._habits.get(tenant)
 
     def see(self, request: Request) -> None:
-        """A prepared request."""
+        """A prepared request whose answer is not known."""
         habit = self._habits.get(request.tenant)
         if habit is None:
             habit = Habit(request.service_class, 0, request.cost, request.answer_token_count)
@@ -54,5 +62,12 @@ class TenantHabits:
         self._habits.move_to_end(request.tenant)
         habit.count = habit.count + 1 if habit.service_class is request.service_class else 1
         habit.service_class = request.service_class
+        habit.drawn_count = 0 if request.answer_key else habit.drawn_count + 1
         habit.cost += NEWEST_WEIGHT * (request.cost - habit.cost)
         habit.answer_token_count += NEWEST_WEIGHT * (request.answer_token_count - habit.answer_token_count)
+
+    def see_known(self, tenant: str) -> None:
+        """A request whose answer is known; it says nothing of those that are not."""
+        habit = self._habits.get(tenant)
+        if habit is not None:
+            habit.drawn_count = 0

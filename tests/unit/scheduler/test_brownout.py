@@ -13,8 +13,9 @@ from tidegate.scheduler.answer_lengths import AnswerLengths
 from tidegate.scheduler.brownout import LAST_STEP, Signs
 from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
 from tidegate.scheduler.observations import Ended, Observations
-from tidegate.scheduler.request import Request, ServiceClass
+from tidegate.scheduler.request import CLASSES_BY_LABEL, Request, ServiceClass
 from tidegate.scheduler.service import signs_of
+from tidegate.scheduler.tenant_habits import STEADY_COUNT
 from tidegate.v1 import inference_pb2, replica_pb2
 
 HELD = {"tick_seconds": 10.0}
@@ -107,6 +108,75 @@ async def test_what_is_refused_for_another_reason_carries_no_step(start_world):
     await world.replica.demand(1)
     status, fields, _ = world.refused(await world.exchange().run())
     assert (status, headers.BROWNOUT in fields) == (503, False)
+
+
+KEY = b"k" * 32
+STANDARD = {headers.SERVICE_CLASS: "standard"}
+
+
+@pytest.fixture
+async def last_step(start_world):
+    """A scheduler at the last step, before a cache that may know the answer to all that is asked."""
+
+    async def begin(**settings):
+        world = await start_world(standard_floor=0.0, batch_floor=0.0, **{**HELD, **settings})
+        world.preprocess.answer = lambda request: world.prepared(request, answer_key=KEY)
+        world.service.expectations.brownout.step = LAST_STEP
+        return world
+
+    return begin
+
+
+async def is_refused_from_headers(world, fields) -> bool:
+    exchange = world.exchange()
+    await exchange.send_headers(fields)
+    return (await exchange.receive()).HasField("immediate_response")
+
+
+@pytest.mark.parametrize("service_class", ["standard", "batch"])
+async def test_at_the_last_step_a_known_answer_is_given(last_step, service_class):
+    world = await last_step(**{f"{service_class}_request_limit": 1})
+    waiting = Waiting("w", CLASSES_BY_LABEL[service_class], 1, 1, 1, since=0.0, deadline=1e12)
+    world.service.dispatcher.add(waiting)  # A full lane is none of its business.
+    world.cache.known.add(KEY)
+    fields = world.decided(await world.exchange().run({headers.SERVICE_CLASS: service_class}))
+    assert (fields[headers.ROUTE], fields[headers.ANSWER_KEY]) == ("cache", KEY.hex())
+
+
+async def test_at_the_last_step_an_answer_that_is_not_known_is_refused_with_the_step(last_step):
+    world = await last_step()
+    status, fields, _ = world.refused(await world.exchange().run(STANDARD))
+    assert (status, fields[headers.BROWNOUT]) == (503, str(LAST_STEP))
+    assert len(world.cache.lookups) == 1
+
+
+async def test_before_the_last_step_batch_is_refused_from_its_headers(last_step):
+    world = await last_step()
+    world.service.expectations.brownout.step = LAST_STEP - 1
+    assert await is_refused_from_headers(world, {headers.SERVICE_CLASS: "batch"})
+
+
+async def test_with_the_cache_out_of_reach_headers_are_refused_at_the_last_step(last_step):
+    world = await last_step(cache_timeout_seconds=0.05, dependency_failure_limit=1, dependency_pause_seconds=60.0)
+    world.cache.delay_seconds = 5.0
+    assert not await is_refused_from_headers(world, STANDARD)
+    await world.exchange().run(STANDARD)
+    assert await is_refused_from_headers(world, STANDARD)
+
+
+async def test_a_tenant_whose_answers_are_drawn_by_lot_is_refused_from_its_headers_at_the_last_step(last_step):
+    world = await last_step()
+    world.preprocess.answer = world.prepared
+    for _ in range(STEADY_COUNT):
+        assert not await is_refused_from_headers(world, STANDARD)
+        await world.exchange().run(STANDARD)
+    assert await is_refused_from_headers(world, STANDARD)
+    assert not await is_refused_from_headers(world, {**STANDARD, headers.TENANT: "other"})
+    # Who names no class is read anyway, and what is then known counts for all.
+    world.preprocess.answer = lambda request: world.prepared(request, answer_key=KEY)
+    world.cache.known.add(KEY)
+    assert world.decided(await world.exchange().run())[headers.ROUTE] == "cache"
+    assert not await is_refused_from_headers(world, STANDARD)
 
 
 def test_a_class_fares_as_its_oldest_wait_and_its_first_tokens_say():

@@ -17,8 +17,7 @@ from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor
 
 from tidegate.cli.endpoints import CLUSTERS, endpoints_path, write_endpoints
-from tidegate.cli.local_replies import envoy_replies, local_reply_config
-from tidegate.common.errors import Reason, TidegateError, openai_json
+from tidegate.cli.local_replies import envoy_replies, local_reply_config, lua_replies
 from tidegate.common.limits_file import write_limits
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.v1 import batch_pb2, inference_pb2, scheduler_pb2
@@ -138,8 +137,7 @@ def placeholders(settings: EnvoySettings) -> dict[str, str]:
         "MESH_HOST": settings.mesh_host,
         "MESH_PORT": str(settings.mesh_port),
         "LOCAL_REPLIES": json.dumps(local_reply_config(replies)),
-        "INTERNAL_ERROR": _openai_error(Reason.INTERNAL_ERROR, "The request failed inside the mesh."),
-        "REPLICA_UNAVAILABLE": _openai_error(Reason.REPLICA_UNAVAILABLE, "The replica stopped before it answered."),
+        **lua_replies(),
         "API_KEYS_OFF": json.dumps(not keys),
         "API_KEYS": json.dumps([{"key": key, "client": tenant} for key, tenant in keys.items()]),
         "SCHEDULER_TIMEOUT_SECONDS": str(settings.scheduler_timeout_seconds),
@@ -249,13 +247,6 @@ def envoy_command(
     if log_path is not None:
         argv += ["--log-path", str(log_path)]
     return argv
-
-
-def _openai_error(reason: Reason, message: str) -> str:
-    """An error object as it stands between the long brackets of Lua."""
-    text = openai_json(TidegateError(reason, message))
-    assert "]]" not in text and "\\" not in text, text
-    return text
 
 
 def _transport_socket(settings: EnvoySettings) -> dict[str, Any] | None:

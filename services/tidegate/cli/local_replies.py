@@ -4,6 +4,7 @@ Envoy's own replies (unknown URL, wrong key, no healthy replica, malformed HTTP,
 that `local_reply_config` builds, so that they carry the reason, body, status and headers of common/errors.py.
 The first entry that matches wins, and each reason stands twice: for gRPC requests, and for all others.
 Refusals of the scheduler pass through here too, because Envoy counts them as its own; they stay as they are.
+What a service leaves without a reason, Envoy's Lua filter says, with the replies of `lua_replies`.
 """
 
 from __future__ import annotations
@@ -126,6 +127,20 @@ def _retried_later(condition: str, message: str) -> list[EnvoyReply]:
     ]
 
 
+def lua_replies() -> dict[str, str]:
+    """What Envoy's Lua filter answers over HTTP for a service that gave no reason, as Lua, by their names there."""
+    return {
+        "INTERNAL_ERROR": _lua_table(TidegateError(Reason.INTERNAL_ERROR, "The request failed inside the mesh.")),
+        "REPLICA_UNAVAILABLE": _lua_table(
+            TidegateError(
+                Reason.REPLICA_UNAVAILABLE,
+                "The replica stopped before it answered.",
+                retry_after_seconds=UNAVAILABLE_RETRY_SECONDS,
+            )
+        ),
+    }
+
+
 def local_reply_config(replies: tuple[EnvoyReply, ...]) -> dict[str, Any]:
     """Envoy's LocalReplyConfig for these replies."""
     mappers = [_mapper(SCHEDULER_REPLY, [])]
@@ -158,11 +173,8 @@ def _grpc_mapper(reply: EnvoyReply) -> dict[str, Any]:
 
 def _http_mapper(reply: EnvoyReply) -> dict[str, Any]:
     error = _error(reply)
-    fields = [
-        (name, value) for name, value in _metadata(error) if not name.startswith("grpc-") and name not in ONLY_GRPC
-    ]
     # HTTP that is too malformed to have got an id gets one here; others have theirs written over it.
-    mapper = _mapper(reply.condition, fields, [(headers.REQUEST_ID, "%UNIQUE_ID%")]) | {
+    mapper = _mapper(reply.condition, _http_fields(error), [(headers.REQUEST_ID, "%UNIQUE_ID%")]) | {
         "body": {"inline_string": openai_json(error)}
     }
     mapper["body_format_override"] = {
@@ -172,6 +184,19 @@ def _http_mapper(reply: EnvoyReply) -> dict[str, Any]:
     if not reply.keeps_status:
         mapper["status_code"] = error.surface.http_status
     return mapper
+
+
+def _lua_table(error: TidegateError) -> str:
+    """A reply over HTTP as a table of Lua: its body and its headers, the status among them."""
+    fields = [(":status", str(error.surface.http_status)), ("content-type", "application/json"), *_http_fields(error)]
+    pairs = ", ".join(f"[ {_lua_text(name)} ] = {_lua_text(value)}" for name, value in fields)
+    return f"{{body = {_lua_text(openai_json(error))}, headers = {{{pairs}}}}}"
+
+
+def _lua_text(text: str) -> str:
+    """A text between the long brackets of Lua, in which nothing is escaped."""
+    assert "]]" not in text and "\\" not in text, text
+    return f"[[{text}]]"
 
 
 def _mapper(
@@ -189,6 +214,11 @@ def _mapper(
         for name, value in literal_fields + (substituted_fields or [])
     ]
     return mapper
+
+
+def _http_fields(error: TidegateError) -> list[tuple[str, str]]:
+    """What clients of HTTP see of it."""
+    return [(name, value) for name, value in _metadata(error) if not name.startswith("grpc-") and name not in ONLY_GRPC]
 
 
 def _metadata(error: TidegateError) -> list[tuple[str, str]]:

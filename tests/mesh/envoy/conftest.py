@@ -95,6 +95,8 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
                     await abort(context, error)
                 case "crash":
                     raise RuntimeError("a fault of the service")
+                case "end":
+                    await context.abort(grpc.StatusCode[order["status"]], "without a reason")
                 case "stream":
                     for index in range(order["count"]):
                         yield f"chunk {index}"

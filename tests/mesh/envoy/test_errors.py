@@ -14,7 +14,7 @@ import httpx
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from tidegate.common.errors import SURFACES, Reason, TidegateError, openai_body
+from tidegate.common.errors import SURFACES, Reason, TidegateError, openai_body, retry_headers
 from tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -115,9 +115,27 @@ async def test_retry_times_stand_in_all_forms(mesh, client):
 
 async def test_a_fault_of_a_service_is_an_internal_error_without_its_text(mesh, client):
     response = await client.post(CHAT, json={"prompt": '{"do": "crash"}'})
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    check_openai_error(response, Reason.INTERNAL_ERROR)
     assert "RuntimeError" not in response.text
     assert not [name for name in response.headers if name.startswith("grpc-")]
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ("UNAVAILABLE", Reason.REPLICA_UNAVAILABLE),
+        ("INTERNAL", Reason.INTERNAL_ERROR),
+        ("UNIMPLEMENTED", Reason.INTERNAL_ERROR),
+    ],
+)
+async def test_a_status_without_a_reason_gets_what_the_table_says(mesh, client, status, reason):
+    response = await client.post(CHAT, json={"prompt": json.dumps({"do": "end", "status": status})})
+    error = check_openai_error(response, reason)
+    assert "without a reason" not in str(error["message"])
+    told = TidegateError(reason, "", retry_after_seconds=1)
+    expected = {name: value for name, value in retry_headers(told) if not name.startswith("grpc-")}
+    names = {"retry-after", "retry-after-ms", "x-should-retry"}
+    assert {name: value for name, value in response.headers.items() if name in names} == expected
 
 
 @pytest.mark.parametrize("phase", ["headers", "body"])

@@ -28,6 +28,10 @@ class Sample(msgspec.Struct, array_like=True):
     brownout_step: int = 0
     """0 is none; absent from schedulers that have no ladder."""
     brownout_name: str = ""
+    shed: dict[str, float] = {}
+    """What Envoy refuses by lot before it asks the scheduler, by lane; 1 is all."""
+    limited_tenants: int = 0
+    """Tenants that Envoy holds to a rate for the scheduler."""
 
 
 def from_snapshot(snapshot: scheduler_pb2.Snapshot, seconds: float) -> Sample:
@@ -44,6 +48,8 @@ def from_snapshot(snapshot: scheduler_pb2.Snapshot, seconds: float) -> Sample:
         running=sum(replica.load.running_request_count for replica in replicas),
         brownout_step=step,
         brownout_name=name,
+        shed={class_name(lane.service_class): lane.shed_share for lane in snapshot.lanes},
+        limited_tenants=snapshot.limited_tenant_count,
     )
 
 

@@ -177,6 +177,8 @@ class SchedulerService:
             cache=self.cache,
             outcomes=self.outcomes,
             brownout=self.expectations.brownout,
+            shedder=self.shedder,
+            limits=self.limits,
             anomalies=self.anomalies,
             weights=weights,
             answer_token_count=settings.expected_answer_token_count,

@@ -26,6 +26,8 @@ from tidegate.scheduler.queue_status import QueueStatuses, Status, not_found
 from tidegate.scheduler.replica_table import ReplicaTable
 from tidegate.scheduler.replicas import CreditStreams
 from tidegate.scheduler.request import ServiceClass
+from tidegate.scheduler.shedding import Shedder
+from tidegate.scheduler.tenant_limits import TenantLimits
 from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 SHORTEST_INTERVAL_SECONDS: Final = 0.1
@@ -52,6 +54,8 @@ class Snapshots:
         cache: CacheClient,
         outcomes: Outcomes,
         brownout: Brownout,
+        shedder: Shedder,
+        limits: TenantLimits,
         anomalies: Anomalies,
         weights: Weights,
         answer_token_count: int,
@@ -66,6 +70,8 @@ class Snapshots:
         self._cache = cache
         self._outcomes = outcomes
         self._brownout = brownout
+        self._shedder = shedder
+        self._limits = limits
         self._anomalies = anomalies
         self._weights = weights
         self._answer_token_count = answer_token_count
@@ -86,6 +92,7 @@ class Snapshots:
             ],
             totals=self._totals(),
             brownout_step=self._brownout.step,
+            limited_tenant_count=len({key.tenant for key in self._limits.limits}),
             dependencies=[
                 scheduler_pb2.DependencySnapshot(
                     name=name, reachable=dependency.is_reachable, last_error=dependency.last_error
@@ -110,6 +117,7 @@ class Snapshots:
             oldest_wait=_duration(now - oldest.since) if oldest is not None else None,
             tenant_count=lane.queue.tenant_count,
             drain_rate=self._dispatcher.drain.rate(now) or 0.0,
+            shed_share=1 - self._shedder.shares[service_class],
         )
 
     def _replicas(

@@ -14,9 +14,11 @@ from tidegate.bench.flows import Flow, Load
 from tidegate.bench.ledger import Attempt, Comparison, Ending, Ledger, Outcome, Record, WorkerFigures, judge
 from tidegate.bench.plan import Plan
 from tidegate.bench.report.page import page
-from tidegate.bench.samples import Sample
+from tidegate.bench.report.pictures import PICTURES, limited_tenants, prepare, shed_level
+from tidegate.bench.samples import Sample, from_snapshot
 from tidegate.bench.summary import summary
 from tidegate.bench.tables import summary_rows
+from tidegate.v1 import scheduler_pb2
 
 
 def record(number: int, *attempts: Attempt, tenant: str = "a", planned: float = 0.0, deadline: float = 2.0) -> Record:
@@ -144,8 +146,38 @@ def test_the_page_has_every_run_in_every_picture_and_nothing_from_elsewhere():
     assert not re.search(r"https?://|@import|url\(", text)
     assert "without <any>" not in text
     assert text.count("without &lt;any&gt;</figcaption>") == text.count("with</figcaption>") == tags.count["svg"] / 2
-    assert tags.count["svg"] == 20
+    assert tags.count["svg"] == 2 * len(PICTURES)
     assert "C = 12.5 requests/s" in text
+
+
+def test_a_sample_has_what_envoy_refuses_for_the_scheduler():
+    snapshot = scheduler_pb2.Snapshot(
+        lanes=[
+            scheduler_pb2.LaneSnapshot(service_class=1),
+            scheduler_pb2.LaneSnapshot(service_class=2, shed_share=0.75),
+        ],
+        brownout_step=3,
+        limited_tenant_count=2,
+    )
+    sample = from_snapshot(snapshot, 1.5)
+    assert (sample.shed, sample.limited_tenants) == ({"realtime": 0.0, "standard": 0.75}, 2)
+    assert sample.brownout_step == 3
+
+
+def test_the_shed_level_shows_the_step_and_what_envoy_refuses_on_one_scale():
+    samples = [Sample(seconds=each, waiting={}, drain_rate=1, credits=3, in_flight=2, ready_replicas=1, running=2,
+                      brownout_step=5 * each, shed={"standard": 0.75 * each}, limited_tenants=3 * each)
+               for each in (0, 1)]  # fmt: skip
+    run = prepare(ledger(samples=samples))
+    chart = shed_level(run)
+    assert [(layer.name, layer.ys) for layer in chart.layers] == [("brownout, a fifth each step", [0.0, 1.0])]
+    assert {line.name: line.ys for line in chart.lines} == {
+        "realtime refused by Envoy": [0.0, 0.0],
+        "standard refused by Envoy": [0.0, 0.75],
+        "batch refused by Envoy": [0.0, 0.0],
+    }
+    assert max(chart.heights()) == 1.0
+    assert [layer.ys for layer in limited_tenants(run).layers] == [[0.0, 3.0]]
 
 
 def test_charts_side_by_side_have_the_same_scale():

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import grpc
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tidegate.scheduler.request import ServiceClass
+from tidegate.scheduler.tenant_limits import Key
 from tidegate.v1 import inference_pb2, scheduler_pb2
 
 
@@ -24,6 +27,21 @@ async def test_a_snapshot_shows_lanes_replicas_and_dependencies(world):
     (replica,) = snapshot.replicas
     assert (replica.connected, replica.credit_count, replica.load.running_request_count) == (True, 2, 3)
     assert [dependency.name for dependency in snapshot.dependencies] == ["preprocess", "cache"]
+
+
+async def test_a_snapshot_shows_what_envoy_refuses_for_the_scheduler(world):
+    shedder, limits, now = world.service.shedder, world.service.limits, time.monotonic()
+    keys = [Key("acme", ""), Key("acme", "batch"), Key("other", "")]
+    for _ in range(2_000):
+        shedder.see(ServiceClass.STANDARD, now - 2.0, now, None)
+        for key in keys:
+            limits.see(key)
+    shedder.end_interval(now + 1.0)
+    limits.end_interval(now + 1.0)
+    snapshot = await world.snapshot()
+    assert 0 < snapshot.lanes[1].shed_share < 1
+    assert [lane.shed_share for lane in snapshot.lanes] == [1 - shedder.shares[one] for one in ServiceClass]
+    assert snapshot.limited_tenant_count == 2
 
 
 async def test_snapshots_come_at_once_and_then_each_interval(world):

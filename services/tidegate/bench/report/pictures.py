@@ -38,6 +38,9 @@ OUTCOMES: Final = (
 
 LANES: Final = (("realtime", "c1"), ("standard", "c2"), ("batch", "c3"))
 
+LAST_STEP: Final = 5
+"""Of the brownout's ladder, as Snapshot has it."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -174,13 +177,29 @@ def engines(run: Run) -> Chart:
     return Chart(xs=[sample.seconds for sample in samples] or [0.0], lines=lines if samples else [], steps=True)
 
 
-def brownout(run: Run) -> Chart:
-    """The step of the brownout ladder."""
+def shed_level(run: Run) -> Chart:
+    """What Envoy refuses for the scheduler, and the step of the brownout ladder."""
     samples = run.ledger.samples
-    line = Series("step", [float(sample.brownout_step) for sample in samples], "missed")
+    step = Series("brownout, a fifth each step", [sample.brownout_step / LAST_STEP for sample in samples], "missed")
+    lines = [
+        Series(f"{name} refused by Envoy", [sample.shed.get(name, 0.0) for sample in samples], colour)
+        for name, colour in LANES
+    ]
     return Chart(
-        xs=[sample.seconds for sample in samples] or [0.0], layers=[line] if samples else [], steps=True, y_values=[4.0]
+        xs=[sample.seconds for sample in samples] or [0.0],
+        layers=[step] if samples else [],
+        lines=lines if samples else [],
+        steps=True,
+        y_text=_percent,
+        y_values=[1.0],
     )
+
+
+def limited_tenants(run: Run) -> Chart:
+    """Tenants whose requests Envoy holds to a rate."""
+    samples = run.ledger.samples
+    line = Series("tenants", [float(sample.limited_tenants) for sample in samples], "c1")
+    return Chart(xs=[sample.seconds for sample in samples] or [0.0], layers=[line] if samples else [], steps=True)
 
 
 PICTURES: Final = (
@@ -193,7 +212,12 @@ PICTURES: Final = (
     Picture("Refusals by reason", "attempts per second, retries included", refusals),
     Picture("Queue by lane", "requests that wait in the scheduler", queues),
     Picture("Engines", "answers being generated, and credits that nobody has spent", engines),
-    Picture("Brownout", "the step of the ladder; 0 sheds nothing", brownout),
+    Picture(
+        "Shed level",
+        "what Envoy refuses by lot before it asks the scheduler, and how far up the brownout's ladder is",
+        shed_level,
+    ),
+    Picture("Limited tenants", "those that Envoy holds to a rate, for nearly all they ask is refused", limited_tenants),
 )
 
 

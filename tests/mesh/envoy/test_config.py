@@ -80,6 +80,34 @@ def test_only_the_ingress_can_be_reached_from_other_hosts(tmp_path: Path):
     assert document["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
 
 
+def test_wherever_requests_are_tried_again_the_retries_are_a_tenth_of_the_traffic_at_most(tmp_path: Path):
+    resources = yaml.safe_load(rendered(tmp_path))["static_resources"]
+    clusters = {cluster["name"]: cluster for cluster in resources["clusters"]}
+    retrying = {route["cluster"] for route in _routes(resources["listeners"]) if "retry_policy" in route}
+    members = {name for cluster in retrying for name in _members(clusters[cluster])}
+    assert {"model", "lite", "cache", "waiting", "mesh"} <= members
+    for name in retrying | members:
+        (thresholds,) = clusters[name]["circuit_breakers"]["thresholds"]
+        assert thresholds["retry_budget"]["budget_percent"] == {"value": 10}, name
+        assert "priority" not in thresholds and "max_retries" not in thresholds, name
+
+
+def _routes(node) -> list[dict]:
+    """The actions of all routes, wherever they stand."""
+    if isinstance(node, list):
+        return [route for each in node for route in _routes(each)]
+    if not isinstance(node, dict):
+        return []
+    found = [node["route"]] if isinstance(node.get("route"), dict) else []
+    return found + [route for each in node.values() for route in _routes(each)]
+
+
+def _members(cluster) -> list[str]:
+    """The clusters behind an aggregate one; of any other, itself."""
+    aggregate = cluster.get("cluster_type")
+    return aggregate["typed_config"]["clusters"] if aggregate else [cluster["name"]]
+
+
 def test_the_rendered_file_is_for_its_owner_only(tmp_path: Path):
     rendered(tmp_path)
     rendered(tmp_path)

@@ -1,98 +1,240 @@
-"""Public routers, and plain round robin, before the same replicas under the same load as Tidegate.
+"""Tidegate beside public routers and plain round robin, before the same engines, under the same load and protocol.
 
 The routers come from an environment of their own (`pip install smg vllm-router`), so that nothing of them is needed
-otherwise. Replicas are told to queue without a bound, as engines do by default; each router runs at its defaults,
-and smg once more as told by hand what the engines hold.
+otherwise. First Tidegate runs, as it is by default; then, with that mesh gone, the others run before replicas that
+queue without a bound, as engines do by default. Each router runs at its defaults, and once more told by hand what the
+engines hold. All get the same requests over HTTP, of clients that give up at their deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
+import numpy as np
 from table import Table
 
 from tidegate.bench.arrivals import Poisson
 from tidegate.bench.columns import columns_of
 from tidegate.bench.flows import Flow, Load
 from tidegate.bench.ledger import Outcome
+from tidegate.bench.lengths import ConstantLength, draw
 from tidegate.bench.own_mesh import OwnMesh, stop_process
 from tidegate.bench.plain_envoy import UNBOUNDED, PlainEnvoy
 from tidegate.bench.plan import Plan
 from tidegate.bench.running import run
 from tidegate.bench.scenarios import Shape
 from tidegate.bench.statistics import percentile
+from tidegate.bench.summary import summary
 from tidegate.bench.targets import Target
 from tidegate.bench.workers import Workers
 from tidegate.cli.ports import free_ports
-from tidegate.cli.state import Mesh
 
 PEERS: Final = ("smg", "vllm-router")
-TIMES: Final = (2, 5)
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
+SETTLE_SECONDS: Final = 2.0
+
 SLOTS: Final = 64
 """Of the two engines together: what a person would have to tell a router by hand."""
+
+QUEUE: Final = SLOTS // 4
+"""Told by hand, too: about a quarter of an answer's time, which the deadline leaves room for."""
+
+BEST_POLICY: Final = {"smg": "least_load", "vllm-router": "power_of_two"}
+"""The balancing that fits requests with nothing in common; both go by prefixes at their defaults."""
+
+TIDEGATE: Final = "Tidegate"
+ROUND_ROBIN: Final = "round robin"
+AT_DEFAULTS: Final = (ROUND_ROBIN, *(f"{peer} at its defaults" for peer in PEERS))
+BY_HAND: Final = tuple(f"{peer} told that the engines hold {SLOTS}" for peer in PEERS)
+
+TENANTS: Final = tuple(f"tenant-{number}" for number in range(5))
+CLASSES: Final = {"realtime": 0.3, "standard": 2.35, "batch": 2.35}
+"""How often C is asked for by each class: together five times."""
+
+EQUAL: Final = Shape(prompt_tokens=ConstantLength(128), answer_tokens=ConstantLength(96))
+
+PROMPT_TOKEN_SECONDS: Final = 0.1275e-3
+ANSWER_TOKEN_SECONDS: Final = 14.7e-3 / 32 + 0.178e-3
+"""What a token takes of a full engine's time, by its preset (h200-70b): a step's base is that of 32 sequences."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One load that all have to bear.
+
+    Attributes:
+        capacity: C for its requests, a second.
+        share_by_hand: of the best one told by hand, what Tidegate must reach.
+        is_for_all: whether those at their defaults run, too; what they let wait is late at 2 C as it is at 10 C.
+    """
+
+    name: str
+    flows: tuple[Flow, ...]
+    capacity: float
+    share_by_hand: float
+    is_for_all: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one made of a load: goodput in per cent of C, seconds, and per cent of realtime requests in time."""
+
+    goodput: float
+    ttft: float
+    refused: float
+    realtime_share: float
+    realtime_ttft: float
+
+    @property
+    def words(self) -> str:
+        """All of it."""
+        words = f"{self.goodput:.0f} % of C (P99 TTFT {self.ttft:.2f} s, refused {self.refused:.0%}"
+        if not math.isnan(self.realtime_share):
+            words += f"; realtime {self.realtime_share:.1f} % in time, P99 TTFT {self.realtime_ttft:.2f} s"
+        return f"{words})"
+
+
+Results = dict[str, Result]
+"""Of one load, by who ran."""
 
 
 async def peers(
     table: Table, workers: Workers, capacity: float, shape: Shape, seconds: float, environment: Path | None
 ) -> None:
-    """Adds a row a router and load: none of them has a bound, they are here to compare with."""
+    """Runs all of them, one after the other; a row for each that Tidegate must not be behind, a note with all figures.
+
+    Args:
+        capacity: C for requests of the shape, a second; that of equal requests is derived from what they cost.
+    """
+    contests = contests_of(capacity, shape, seconds)
+    results: list[Results] = [{} for _ in contests]
+
+    async def measure(target: Target) -> None:
+        for contest, of_all in zip(contests, results, strict=True):
+            if contest.is_for_all or target.name in (TIDEGATE, *BY_HAND):
+                of_all[target.name] = await _measure(contest, workers, target)
+
+    async with OwnMesh(replicas=2, engine="llm_sim", tenants=(*TENANTS, "default")) as mesh:
+        await measure(mesh.target(name=TIDEGATE, protocol="http"))
     async with OwnMesh(replicas=2, engine="llm_sim", settings=UNBOUNDED) as mesh:
         addresses = [mesh.address(f"model-{index}") for index in range(2)]
         async with PlainEnvoy(addresses, mesh.home) as plain:
-            state = mesh.state
-            await _measure(table, workers, "round robin", plain.round_robin, state, capacity, shape, seconds)
-            if environment is None:
-                print("  no --peers: public routers are left out", flush=True)
-                return
-            for name, program, arguments in _routers(plain.replicas):
-                async with _Router(environment / "bin" / program, arguments, mesh.home / f"{name}.log") as router:
-                    await _measure(table, workers, name, router.address, state, capacity, shape, seconds)
+            own = mesh.target(protocol="http")
+            await measure(msgspec.structs.replace(own, name=ROUND_ROBIN, address=plain.round_robin))
+            for name, program, arguments in _routers(plain.replicas) if environment is not None else []:
+                assert environment is not None
+                log = mesh.home / f"{program}.log"
+                async with _Router(environment / "bin" / program, arguments, log) as router:
+                    await measure(msgspec.structs.replace(own, name=name, address=router.address))
+    if environment is None:
+        table.note(f"Without --peers {' and '.join(PEERS)} are left out: Tidegate stands beside round robin alone.")
+    for contest, of_all in zip(contests, results, strict=True):
+        add_rows(table, contest, of_all)
+
+
+def contests_of(capacity: float, shape: Shape, seconds: float) -> list[Contest]:
+    """Equal requests and mixed lengths at 2 C and 10 C, tenants and classes at 5 C.
+
+    Floods of 30 s take some 15 minutes: three for each at its defaults, five for Tidegate and those told by hand.
+    """
+    equal = msgspec.structs.replace(EQUAL, deadline_seconds=shape.deadline_seconds)
+    equal_capacity = capacity * mean_cost_seconds(shape) / mean_cost_seconds(equal)
+    contests = []
+    for times in (2, 10):
+        flow = _flow("flood", times * equal_capacity, equal, seconds)
+        contests.append(Contest(f"equal requests, {times} C", (flow,), equal_capacity, 0.95, times == 2))
+        flow = _flow("flood", times * capacity, shape, seconds)
+        contests.append(Contest(f"mixed lengths, {times} C", (flow,), capacity, 1.0, times == 2))
+    tenants = dict.fromkeys(TENANTS, 1.0)
+    flows = tuple(
+        msgspec.structs.replace(_flow(name, times * capacity, shape, seconds), service_class=name, tenants=tenants)
+        for name, times in CLASSES.items()
+    )
+    contests.append(Contest("tenants and classes, 5 C", flows, capacity, 1.0, True))
+    return contests
+
+
+def mean_cost_seconds(shape: Shape) -> float:
+    """How much of a full engine's time a request takes, on average."""
+    random = np.random.default_rng(1)
+    prompts, answers = (draw(lengths, 100_000, random) for lengths in (shape.prompt_tokens, shape.answer_tokens))
+    return float(PROMPT_TOKEN_SECONDS * prompts.mean() + ANSWER_TOKEN_SECONDS * answers.mean())
+
+
+def add_rows(table: Table, contest: Contest, results: Results) -> None:
+    """Tidegate's goodput, and realtime's share where there is one, against the best of each kind."""
+    table.note(f"{contest.name}: " + "; ".join(f"{name} {result.words}" for name, result in results.items()))
+    own = results[TIDEGATE]
+    for who, names, share in (
+        ("at its defaults", AT_DEFAULTS, 1.0),
+        ("told by hand", BY_HAND, contest.share_by_hand),
+    ):
+        others = {name: result for name, result in results.items() if name in names}
+        if not others:
+            continue
+        best = max(others, key=lambda name: others[name].goodput)
+        how = f"{own.goodput:.0f} % of C; {best}: {others[best].goodput:.0f} %"
+        ratio = own.goodput / max(1e-9, others[best].goodput)
+        table.at_least(f"{contest.name}: goodput against the best {who}", ratio, share, "x", how)
+        if not math.isnan(own.realtime_share):
+            best = max(others, key=lambda name: others[name].realtime_share)
+            other = others[best]
+            how = f"the bound is {best}'s; P99 TTFT {own.realtime_ttft:.2f} s, its {other.realtime_ttft:.2f} s"
+            name = f"{contest.name}: realtime in time against the best {who}"
+            table.at_least(name, own.realtime_share, other.realtime_share, "%", how)
+
+
+def _flow(name: str, rate: float, shape: Shape, seconds: float) -> Flow:
+    return Flow(
+        name=name,
+        arrivals=Poisson(rate),
+        duration_seconds=seconds,
+        prompt_tokens=shape.prompt_tokens,
+        answer_tokens=shape.answer_tokens,
+        deadline_seconds=shape.deadline_seconds,
+    )
+
+
+async def _measure(contest: Contest, workers: Workers, target: Target) -> Result:
+    print(f"  {target.name}: {contest.name}", flush=True)
+    plan = Plan(load=Load(name=contest.name, flows=contest.flows), seed=1)
+    ledger = await run(plan, target, workers=workers)
+    for warning in summary(ledger).warnings:
+        print(f"    note: {warning}", flush=True)
+    columns = columns_of(ledger.records)
+    in_time, realtime = columns.of(Outcome.IN_TIME), columns.service_class == "realtime"
+    result = Result(
+        goodput=100 * float(in_time.sum()) / ledger.duration_seconds / contest.capacity,
+        ttft=percentile(columns.ttft, 99),
+        refused=float(columns.of(Outcome.REFUSED).mean()),
+        realtime_share=100 * float(in_time[realtime].mean()) if realtime.any() else math.nan,
+        realtime_ttft=percentile(columns.ttft[realtime], 99),
+    )
+    print(f"    {result.words}", flush=True)
+    await asyncio.sleep(SETTLE_SECONDS)
+    return result
 
 
 def _routers(replicas: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    urls = [f"http://{address}" for address in replicas]
-    bounded = ["--max-concurrent-requests", str(SLOTS), "--queue-size", str(SLOTS // 4)]
+    """Name, program and arguments of each."""
+    urls = ["--worker-urls", *(f"http://{address}" for address in replicas)]
+    launch = {"smg": ["launch", *urls], "vllm-router": urls}
+    bounds = ["--max-concurrent-requests", str(SLOTS), "--queue-size", str(QUEUE)]
     return [
-        ("vllm-router at its defaults", "vllm-router", ["--worker-urls", *urls]),
-        ("smg at its defaults", "smg", ["launch", "--worker-urls", *urls]),
-        (f"smg told that the engines hold {SLOTS}", "smg", ["launch", "--worker-urls", *urls, *bounded]),
+        *((f"{peer} at its defaults", peer, launch[peer]) for peer in PEERS),
+        *(
+            (name, peer, [*launch[peer], *bounds, "--policy", BEST_POLICY[peer]])
+            for name, peer in zip(BY_HAND, PEERS, strict=True)
+        ),
     ]
-
-
-async def _measure(
-    table: Table, workers: Workers, name: str, address: str, mesh: Mesh, capacity: float, shape: Shape, seconds: float
-) -> None:
-    target = Target(
-        name=name,
-        address=address,
-        protocol="http",
-        model=mesh.model_name,
-        engine="llm_sim",
-        model_path=mesh.model_path,
-    )
-    for times in TIMES:
-        print(f"  {name}, {times} C", flush=True)
-        flow = Flow(
-            name="flood",
-            arrivals=Poisson(times * capacity),
-            duration_seconds=seconds,
-            prompt_tokens=shape.prompt_tokens,
-            answer_tokens=shape.answer_tokens,
-            deadline_seconds=shape.deadline_seconds,
-        )
-        ledger = await run(Plan(load=Load(name=name, flows=(flow,)), seed=1), target, workers=workers)
-        columns = columns_of(ledger.records)
-        share = 100 * float(columns.of(Outcome.IN_TIME).sum()) / seconds / capacity
-        ttft = percentile(columns.ttft, 99)
-        how = f"P99 TTFT {ttft:.1f} s, refused {columns.of(Outcome.REFUSED).mean():.0%}; no bound, to compare with"
-        table.at_least(f"goodput at {times} C, {name}", share, 0, "% of C", how)
-        await asyncio.sleep(2.0)
 
 
 class _Router:

@@ -1,4 +1,4 @@
-"""What the overload benchmark reads from a ledger's columns beside the usual figures. Pure."""
+"""What the overload benchmark reads from a ledger's columns, and from metrics, beside the usual figures. Pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.bench.columns import Columns
 from tidegate.bench.ledger import Outcome
@@ -51,3 +52,17 @@ def cost_shares(columns: Columns, begin: float, end: float) -> dict[str, float]:
         str(tenant): float(columns.tokens[inside & (columns.tenant == tenant)].sum()) / total
         for tenant in sorted(set(columns.tenant))
     }
+
+
+def engine_attempts(page: str) -> int:
+    """How often a replica began a request, or went on with one, by its metrics page; what it refused it never began.
+
+    An answer that went on at another replica counts there, and here once more.
+    """
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    began = sum(
+        sample.value
+        for sample in samples
+        if sample.name == "tidegate_requests_total" and sample.labels["outcome"] != "refused"
+    )
+    return round(began + sum(sample.value for sample in samples if sample.name == "tidegate_resumes_total"))

@@ -6,6 +6,7 @@ import math
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.bench.columns import Columns
@@ -16,6 +17,16 @@ STEP_SECONDS: Final = 0.25
 
 CALM_REQUESTS: Final = 5
 """So many requests in a row must be as usual."""
+
+
+def admitted_ttft(columns: Columns) -> NDArray[np.float64]:
+    """The times to first token of what was not refused, late or not; seconds.
+
+    One that was given up before its first token counts with the time until then, so that it is not left out.
+    """
+    given_up = columns.of(Outcome.DEADLINE_EXCEEDED) & np.isnan(columns.ttft)
+    seconds = np.where(given_up, columns.ended - columns.planned, columns.ttft)
+    return seconds[~columns.of(Outcome.REFUSED) & ~np.isnan(seconds)]
 
 
 def recovery_seconds(columns: Columns, load_ended: float, *, usual: float) -> float:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tidegate.bench.columns import columns_of
+from tidegate.bench.ledger import Attempt, Ending, Outcome, Record, judge
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
@@ -42,3 +45,23 @@ def test_attempts_at_an_engine_are_all_it_began_and_all_that_went_on(rows):
         "tidegate_resumes_total 2.0\n"
     )
     assert rows.engine_attempts(page) == 48
+
+
+def record(number: int, ending: Ending, *, first_token: float | None = None, ended: float = 1.0) -> Record:
+    """One request planned at 0 s, to be answered within 2 s."""
+    attempt = Attempt(sent=0.0, ended=ended, ending=ending, first_token=first_token, last_token=first_token and ended)
+    found = Record(number, "flood", "default", "standard", 0.0, 2.0, 16, 8, attempts=[attempt])
+    found.outcome = judge(found)
+    return found
+
+
+def test_what_was_admitted_and_late_counts_among_first_tokens_and_what_was_refused_does_not(rows):
+    records = [
+        record(0, Ending.COMPLETED, first_token=0.1, ended=1.0),
+        record(1, Ending.COMPLETED, first_token=1.5, ended=2.5),
+        record(2, Ending.DEADLINE_EXCEEDED, first_token=1.9, ended=2.0),
+        record(3, Ending.DEADLINE_EXCEEDED, ended=2.25),
+        record(4, Ending.REFUSED, ended=0.01),
+    ]
+    assert [one.outcome for one in records[:2]] == [Outcome.IN_TIME, Outcome.LATE]
+    assert rows.admitted_ttft(columns_of(records)).tolist() == [0.1, 1.5, 1.9, 2.25]

@@ -22,6 +22,7 @@ from typing import Final
 import httpx
 import numpy as np
 from overload_cpu import cpu_bound
+from overload_eta import told_waits
 from overload_peers import PEERS, peers
 from overload_rows import admitted_ttft, cost_shares, engine_attempts, recovery_seconds, seconds_to_rate
 from overload_streams import live_streams, many_waiting
@@ -53,8 +54,8 @@ CALM_SECONDS: Final = 0.5
 """A mesh is as before when nothing waits and the time to first token is as it was, for so long."""
 
 PARTS: Final = (
-    "goodput", "storm", "fairness", "floor", "square", "bursts", "retries", "schedulers", "drift", "cpu", "streams",
-    "waiting", "peers",
+    "goodput", "storm", "fairness", "floor", "square", "bursts", "eta", "retries", "schedulers", "drift", "cpu",
+    "streams", "waiting", "peers",
 )  # fmt: skip
 
 DRIFT_REQUESTS: Final = 100_000
@@ -68,6 +69,9 @@ to lose."""
 DRIFT_LEAVE_SHARE: Final = 0.36
 DRIFT_LEAVE_WITHIN_SECONDS: Final = 0.3
 """About the time of an answer, so that nearly all who mean to leave do: in the queue, before a token, after some."""
+
+ETA_DEADLINE_SECONDS: Final = 60.0
+"""With which batch requests may wait for some 25 s, longer than the queue becomes."""
 
 SHAPE: Final = Shape(answer_tokens=LogNormalLength(median=96, sigma=0.6, high=256, low=8))
 """Long enough that at ten times of C the engine is what there is too little of, not the two cores that the mesh and the
@@ -206,7 +210,7 @@ async def fair(bench: Bench) -> None:
     index = fairness(columns, bench.seconds)
     first = f"without the first 10 s, {index[0]:.3f}" if len(index) > 1 else "of all of it, too short to leave out 10 s"
     index = index[1:] or index
-    how = f"{first}; mean {np.mean(index):.3f}; nine ask for 0.3 C each, one for 3 C, longer answers, output counts twice"
+    how = f"{first}; mean {np.mean(index):.3f}; nine ask for 0.3 C each, one for 3 C, longer answers; output counts twice"
     bench.table.at_least("Jain's index of tokens per 10 s, lowest", min(index), 0.95, "", how, aim=0.99)
     flows = [bench.flow(name, 1.5, tenants={name: 1.0}) for name in ("one", "two", "four")]
     shares = cost_shares(
@@ -252,6 +256,19 @@ async def bursts(bench: Bench) -> None:
     bench.table.at_most(
         "bursts of which something was left", len(left), 0, "bursts", f"of {count}; {'; '.join(left[:3])}"
     )
+
+
+async def eta(bench: Bench) -> None:
+    """A queue that grows as long as the load lasts, of requests that may wait for a place in it."""
+    flow = bench.flow(
+        "waiting",
+        1.0,
+        service_class="batch",
+        tenants=dict.fromkeys(("tenant-0", "tenant-1", "tenant-2"), 1.0),
+        deadline_seconds=ETA_DEADLINE_SECONDS,
+    )
+    await told_waits(bench.table, bench.mesh, bench.workers, flow, 0.3 * bench.capacity)
+    await bench.until_idle()
 
 
 async def retries(bench: Bench) -> None:
@@ -353,6 +370,7 @@ MEASURES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
     "floor": floor,
     "square": square,
     "bursts": bursts,
+    "eta": eta,
     "retries": retries,
     "schedulers": schedulers,
     "drift": drift,

@@ -65,3 +65,17 @@ def test_what_was_admitted_and_late_counts_among_first_tokens_and_what_was_refus
     ]
     assert [one.outcome for one in records[:2]] == [Outcome.IN_TIME, Outcome.LATE]
     assert rows.admitted_ttft(columns_of(records)).tolist() == [0.1, 1.5, 1.9, 2.25]
+
+
+def test_the_error_of_a_told_wait_is_a_share_of_the_wait_that_came_and_short_waits_do_not_count():
+    eta = module("overload_eta")
+    told = [
+        eta.Told(wait_seconds=3.0, left_seconds=2.0, first_token_seconds=2.5),
+        eta.Told(wait_seconds=3.0, left_seconds=4.0, first_token_seconds=4.5),
+        eta.Told(wait_seconds=3.0, left_seconds=0.4, first_token_seconds=0.9),
+        eta.Told(wait_seconds=3.0, error="UNAVAILABLE: refused"),
+        eta.Told(left_seconds=2.0, first_token_seconds=2.5),
+    ]
+    errors = eta.errors_of(told)
+    assert (errors.of_wait, errors.waited, errors.late) == ([50.0, 25.0], [2.0, 4.0], 1)
+    assert errors.of_first_token == pytest.approx([20.0, 100 / 3])

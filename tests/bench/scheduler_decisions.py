@@ -1,8 +1,9 @@
-"""Measures what a decision costs the scheduler when nothing waits: `python tests/bench/scheduler_decisions.py`.
+"""Measures what a decision costs the scheduler when nothing waits: `make bench SCENARIO=scheduler_decisions`.
 
 A scheduler process of its own is spoken to as Envoy does, over one HTTP/2 connection, by a client that keeps some
 requests under way. A fake replica has granted credits enough, and a fake preprocess answers at once. The figure to
-trust on a busy machine is decisions per second of the scheduler's own processor time.
+trust on a busy machine is decisions per second of the scheduler's own processor time. Exit status 1 if a row does not
+hold.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from envoy.service.ext_proc.v3 import external_processor_pb2_grpc as ext_proc_grpc
+from table import Table
 
 from tidegate.common.memory import mimalloc_library, with_mimalloc
 from tidegate.v1 import preprocess_pb2, preprocess_pb2_grpc, replica_pb2, replica_pb2_grpc, scheduler_pb2
 from tidegate.v1 import scheduler_pb2_grpc as scheduler_grpc
 
-LEASE_SECONDS = 3600
+LEASE_SECONDS: Final = 3600
+ALONE_COUNT: Final = 1_000
+"""Decisions one at a time, so that ten of them are above the P99."""
 
 
 class Replica(replica_pb2_grpc.ReplicaServicer):
@@ -93,17 +97,18 @@ async def decide(stub: Any, first: Any, body: Any) -> float:
     return time.perf_counter() - began
 
 
-async def measure(port: int, pid: int, count: int, parallel: int) -> None:
-    """Runs the exchanges and prints the figures."""
+async def measure(table: Table, port: int, pid: int, count: int, parallel: int) -> None:
+    """Runs the exchanges and adds the rows."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = ext_proc_grpc.ExternalProcessorStub(channel)
         await _ready(channel)
         first, body = messages()
         for _ in range(100):
             await decide(stub, first, body)
-        alone = [await decide(stub, first, body) for _ in range(300)]
-        p99 = statistics.quantiles(alone, n=100)[98]
-        print(f"one at a time: p50 {statistics.median(alone) * 1000:.2f} ms, p99 {p99 * 1000:.2f} ms")
+        alone = [1000 * await decide(stub, first, body) for _ in range(ALONE_COUNT)]
+        how = "one at a time, nothing waits"
+        table.at_most("scheduler's decision, P50", statistics.median(alone), 3, "ms", how)
+        table.at_most("scheduler's decision, P99", statistics.quantiles(alone, n=100)[98], 15, "ms", how)
         remaining = iter(range(count))
 
         async def work() -> list[float]:
@@ -112,8 +117,11 @@ async def measure(port: int, pid: int, count: int, parallel: int) -> None:
         began, cpu = time.perf_counter(), cpu_seconds(pid)
         times = [seconds for part in await asyncio.gather(*(work() for _ in range(parallel))) for seconds in part]
         seconds, cpu = time.perf_counter() - began, cpu_seconds(pid) - cpu
-        print(f"{parallel} at a time: {count / seconds:.0f} decisions/s, p50 {statistics.median(times) * 1000:.2f} ms")
-        print(f"scheduler: {cpu / count * 1e6:.0f} us of processor time each, {count / cpu:.0f} decisions/s a core")
+        how = (
+            f"{parallel} at a time, p50 {statistics.median(times) * 1000:.1f} ms; {cpu / count * 1e6:.0f} us of processor"
+            f" time each, {count / cpu:.0f} decisions/s a core"
+        )
+        table.at_least("scheduler's decisions a process", count / seconds, 1_000, "/s", how)
 
 
 async def _ready(channel: grpc.aio.Channel) -> None:
@@ -137,10 +145,11 @@ def cpu_seconds(pid: int) -> float:
     return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def main(count: int, parallel: int) -> None:
-    """Starts everything, measures, and ends it."""
+async def main(count: int, parallel: int, json_path: Path | None) -> int:
+    """Starts everything, measures, and ends it; the exit status."""
+    table = Table("The scheduler's decisions while nothing waits")
     server = grpc.aio.server()
-    replica_pb2_grpc.add_ReplicaServicer_to_server(Replica(count + 2000), server)
+    replica_pb2_grpc.add_ReplicaServicer_to_server(Replica(count + 2 * ALONE_COUNT), server)
     preprocess_pb2_grpc.add_PreprocessServicer_to_server(Preprocess(), server)
     fakes_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -161,16 +170,18 @@ async def main(count: int, parallel: int) -> None:
         environment = with_mimalloc({**os.environ, **environment}, mimalloc_library())
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tidegate.scheduler", env=environment)
         try:
-            await measure(port, process.pid, count, parallel)
+            await measure(table, port, process.pid, count, parallel)
         finally:
             process.kill()
             await process.wait()
             await server.stop(0)
+    return table.finish(json_path)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=3000, help="decisions to measure")
     parser.add_argument("--parallel", type=int, default=32, help="requests under way at once")
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     arguments = parser.parse_args()
-    asyncio.run(main(arguments.count, arguments.parallel))
+    sys.exit(asyncio.run(main(arguments.count, arguments.parallel, arguments.json)))

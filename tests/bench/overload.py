@@ -165,7 +165,7 @@ async def goodput(bench: Bench) -> None:
             admitted = admitted_ttft(flood)
             ttft = percentile(admitted, 99)
             late = len(admitted) - int(flood.of(Outcome.IN_TIME).sum())
-            how = f"{1000 * ttft:.0f} ms against {1000 * calm_ttft:.0f} ms at 0.9 C; {late} of {len(admitted)} not in time"
+            how = f"{1000 * ttft:.0f} ms against {1000 * calm_ttft:.0f} ms at 0.9 C; {late} of {len(admitted)} late"
             bench.table.at_most("P99 TTFT of what was admitted at 10 C", ttft / calm_ttft, 1.5, "x", how, aim=1.2)
             refusal = 1000 * percentile(flood.refusal_seconds, 99)
             how = f"p50 {1000 * percentile(flood.refusal_seconds, 50):.1f}"
@@ -210,7 +210,7 @@ async def fair(bench: Bench) -> None:
     index = fairness(columns, bench.seconds)
     first = f"without the first 10 s, {index[0]:.3f}" if len(index) > 1 else "of all of it, too short to leave out 10 s"
     index = index[1:] or index
-    how = f"{first}; mean {np.mean(index):.3f}; nine ask for 0.3 C each, one for 3 C, longer answers; output counts twice"
+    how = f"{first}; mean {np.mean(index):.3f}; nine ask for 0.3 C each, one 3 C, longer answers; output counts twice"
     bench.table.at_least("Jain's index of tokens per 10 s, lowest", min(index), 0.95, "", how, aim=0.99)
     flows = [bench.flow(name, 1.5, tenants={name: 1.0}) for name in ("one", "two", "four")]
     shares = cost_shares(
@@ -293,7 +293,7 @@ async def retries(bench: Bench) -> None:
     columns = columns_of(ledger.records)
     came = len(columns) * (1 - outage_seconds / flow.duration_seconds)
     attempts = sum(len(record.attempts) for record in ledger.records)
-    how = f"{at_the_engine}, by the replicas' count, for about {came:.0f} requests outside the outage; clients tried {attempts}"
+    how = f"{at_the_engine}, as replicas count; {came:.0f} requests outside the outage; clients tried {attempts} times"
     bench.table.at_most("attempts at the engine in a retry storm", at_the_engine / came, 1.1, "x", how)
     back = seconds_to_rate(columns, outage_begins + outage_seconds, 0.9)
     bench.table.at_most("recovered after the outage", back, 5, "s", "until 90 % of a second's requests are in time")

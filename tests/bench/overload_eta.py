@@ -73,9 +73,10 @@ async def told_waits(table: Table, mesh: OwnMesh, workers: Workers, background: 
     figure = percentile(errors.of_wait, 50)
     failed = sum(bool(one.error) for one in told)
     how = (
-        f"P90 {percentile(errors.of_wait, 90):.0f} %, {errors.late} of {len(errors.waited)} waited longer than told; waits of"
-        f" {LEAST_SECONDS} s or more, {percentile(errors.waited, 50):.1f} s (P50), {percentile(errors.waited, 99):.1f} s (P99);"
-        f" until the first token came {percentile(errors.of_first_token, 50):.0f} %; {failed} of {len(told)} refused or late"
+        f"P90 {percentile(errors.of_wait, 90):.0f} %; {errors.late} of {len(errors.waited)} waited longer than told;"
+        f" waits of {LEAST_SECONDS} s or more, {percentile(errors.waited, 50):.1f} s (P50) and"
+        f" {percentile(errors.waited, 99):.1f} s (P99); against the first token"
+        f" {percentile(errors.of_first_token, 50):.0f} %; {failed} of {len(told)} refused or late"
     )
     table.at_most("error of the wait that is told first, P50", figure, MOST_ERROR, "% of the wait", how)
 

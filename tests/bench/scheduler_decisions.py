@@ -118,8 +118,8 @@ async def measure(table: Table, port: int, pid: int, count: int, parallel: int) 
         times = [seconds for part in await asyncio.gather(*(work() for _ in range(parallel))) for seconds in part]
         seconds, cpu = time.perf_counter() - began, cpu_seconds(pid) - cpu
         how = (
-            f"{parallel} at a time, p50 {statistics.median(times) * 1000:.1f} ms; {cpu / count * 1e6:.0f} us of processor"
-            f" time each, {count / cpu:.0f} decisions/s a core"
+            f"{parallel} at a time, p50 {statistics.median(times) * 1000:.1f} ms; {cpu / count * 1e6:.0f} us of"
+            f" processor time each, {count / cpu:.0f} decisions/s a core"
         )
         table.at_least("scheduler's decisions a process", count / seconds, 1_000, "/s", how)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -10,13 +11,10 @@ import pytest
 
 from tidegate.bench.columns import columns_of
 from tidegate.bench.ledger import Attempt, Ending, Outcome, Record, judge
+from tidegate.bench.lengths import ConstantLength
+from tidegate.bench.scenarios import Shape
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return module("overload_rows")
 
 
 def module(name: str):
@@ -31,6 +29,16 @@ def module(name: str):
         return found
     finally:
         sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return module("overload_rows")
+
+
+@pytest.fixture(scope="module")
+def peers():
+    return module("overload_peers")
 
 
 def test_attempts_at_an_engine_are_all_it_began_and_all_that_went_on(rows):
@@ -79,3 +87,40 @@ def test_the_error_of_a_told_wait_is_a_share_of_the_wait_that_came_and_short_wai
     errors = eta.errors_of(told)
     assert (errors.of_wait, errors.waited, errors.late) == ([50.0, 25.0], [2.0, 4.0], 1)
     assert errors.of_first_token == pytest.approx([20.0, 100 / 3])
+
+
+def compared(peers, share_by_hand: float, **results: tuple[float, float]) -> dict[str, tuple[float, float, bool]]:
+    """Each row's figure and bound, and whether it holds; of goodput and realtime's share of each who ran."""
+    table = sys.modules["table"].Table("")
+    names = {"own": peers.TIDEGATE, "turns": peers.ROUND_ROBIN, "default": peers.AT_DEFAULTS[1]}
+    names |= {"told": peers.BY_HAND[0], "better": peers.BY_HAND[1]}
+    made = {names[who]: peers.Result(goodput, 1.0, 0.0, realtime, 0.5) for who, (goodput, realtime) in results.items()}
+    peers.add_rows(table, peers.Contest("load", (), 20.0, share_by_hand, True), made)
+    return {row.name.removeprefix("load: "): (row.figure, row.bound, row.holds) for row in table.rows}
+
+
+def test_tidegate_is_held_to_the_best_of_each_kind(peers):
+    none = math.nan
+    others = {"turns": (30, none), "default": (48, none), "told": (90, none), "better": (100, none)}
+    found = compared(peers, 0.95, own=(96, none), **others)
+    assert found == {
+        "goodput against the best at its defaults": (2.0, 1.0, True),
+        "goodput against the best told by hand": (0.96, 0.95, True),
+    }
+    assert not compared(peers, 1.0, own=(96, none), told=(90, none), better=(100, none))[
+        "goodput against the best told by hand"
+    ][2]
+
+
+def test_realtime_is_held_to_the_best_share_of_any_other_whatever_its_goodput(peers):
+    found = compared(peers, 1.0, own=(100, 99.0), told=(90, 99.5), better=(95, 40.0))
+    assert found["realtime in time against the best told by hand"] == (99.0, 99.5, False)
+
+
+def test_the_capacity_for_equal_requests_follows_from_what_they_cost(peers):
+    shape = Shape(prompt_tokens=ConstantLength(128), answer_tokens=ConstantLength(192))
+    contests = {contest.name: contest for contest in peers.contests_of(20.0, shape, 30.0)}
+    seconds = [peers.mean_cost_seconds(one) for one in (shape, peers.EQUAL)]
+    assert contests["equal requests, 2 C"].capacity == pytest.approx(20.0 * seconds[0] / seconds[1])
+    assert contests["mixed lengths, 10 C"].flows[0].arrivals.rate == 200.0
+    assert sum(flow.arrivals.rate for flow in contests["tenants and classes, 5 C"].flows) == pytest.approx(100.0)

@@ -81,10 +81,16 @@ class Dispatcher:
     def expected_wait(self, waiting: Waiting, now: float, *, position: int | None = None) -> float | None:
         """Seconds until a waiting request leaves, by the measured rate; None when that is not known.
 
+        By cost as soon as that rate is known: that of requests is too high while slots are filled that nobody freed.
+
         Args:
             position: of the request, where the caller knows it; to find it takes time.
         """
-        return expected_wait(position or self.lanes.position(waiting), self.drain.rate(now))
+        position = position or self.lanes.position(waiting)
+        rate = None if self._work is None else self._work.rate(now)
+        if rate is None:
+            return expected_wait(position, self.drain.rate(now))
+        return expected_wait(self.lanes.cost_until(waiting, position), rate)
 
     def _note_backlog(self, now: float) -> None:
         self.drain.set_backlog(len(self.lanes) > 0, now)

@@ -166,10 +166,10 @@ class Arrivals:
         )
 
 
-def expected_wait(request_count_before: int, rate: float | None) -> float | None:
-    """Seconds until so many requests have left; None when the rate is not known, infinite when nothing leaves."""
+def expected_wait(before: float, rate: float | None) -> float | None:
+    """Seconds until so many requests (or so much cost) have left; None when the rate is not known, infinite at 0."""
     if rate is None:
         return None
-    if request_count_before == 0:
+    if before == 0:
         return 0.0
-    return request_count_before / rate if rate > 0 else float("inf")
+    return before / rate if rate > 0 else float("inf")

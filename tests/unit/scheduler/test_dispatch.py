@@ -27,8 +27,8 @@ def dispatcher():
     return Dispatcher(lanes, table, DrainRate(10), weights=Weights(0.6, 0.4), alternative_count=2)
 
 
-def place(name, service_class=ServiceClass.STANDARD, now=0.0):
-    return Waiting(name, service_class, 10, 5, 100, now, now + 60)
+def place(name, service_class=ServiceClass.STANDARD, now=0.0, cost=1.0):
+    return Waiting(name, service_class, 10, 5, 100, now, now + 60, cost=cost)
 
 
 def matched(dispatcher, now=0.0):
@@ -103,6 +103,30 @@ def test_the_expected_wait_follows_the_measured_rate(dispatcher):
     last = list(dispatcher.lanes)[-1]
     assert dispatcher.lanes.position(last) == 20
     assert dispatcher.expected_wait(last, 2.0) == pytest.approx(2.0, rel=0.05)
+
+
+def test_the_expected_wait_goes_by_what_those_before_cost(dispatcher):
+    dispatcher = Dispatcher(
+        dispatcher.lanes,
+        dispatcher.table,
+        DrainRate(10),
+        weights=Weights(0.6, 0.4),
+        alternative_count=2,
+        work=WorkRates(10),
+    )
+    for number in range(20):
+        dispatcher.add(place(str(number)))
+    for number in range(20, 40):
+        dispatcher.add(place(str(number), cost=3.0))
+    dispatcher.match(0)
+    for number in range(1, 21):
+        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
+        dispatcher.match(number * 0.1)
+    # Ten that cost 1 left in a second; the 20 that cost 3 take six.
+    last = list(dispatcher.lanes)[-1]
+    assert dispatcher.expected_wait(last, 2.0) == pytest.approx(6.0, rel=0.05)
+    dispatcher.add(place("urgent", ServiceClass.REALTIME, cost=10.0))
+    assert dispatcher.expected_wait(last, 2.0) == pytest.approx(7.0, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -127,13 +127,13 @@ async def peers(
     async with OwnMesh(replicas=2, engine="llm_sim", settings=UNBOUNDED) as mesh:
         addresses = [mesh.address(f"model-{index}") for index in range(2)]
         async with PlainEnvoy(addresses, mesh.home) as plain:
-            own = mesh.target(protocol="http")
-            await measure(msgspec.structs.replace(own, name=ROUND_ROBIN, address=plain.round_robin))
+            files = {"model": mesh.state.model_name, "engine": mesh.engine, "model_path": mesh.state.model_path}
+            await measure(Target(name=ROUND_ROBIN, address=plain.round_robin, protocol="http", **files))
             for name, program, arguments in _routers(plain.replicas) if environment is not None else []:
                 assert environment is not None
                 log = mesh.home / f"{program}.log"
                 async with _Router(environment / "bin" / program, arguments, log) as router:
-                    await measure(msgspec.structs.replace(own, name=name, address=router.address))
+                    await measure(Target(name=name, address=router.address, protocol="http", **files))
     if environment is None:
         table.note(f"Without --peers {' and '.join(PEERS)} are left out: Tidegate stands beside round robin alone.")
     for contest, of_all in zip(contests, results, strict=True):

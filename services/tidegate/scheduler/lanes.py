@@ -253,7 +253,7 @@ class Lanes:
         urgent = [lane for other, lane in self._lanes.items() if other < waiting.service_class]
         # A position that was computed a moment ago may be too small for what is urgent now.
         place = max(1, position - sum(map(len, urgent)))
-        return sum(lane.cost for lane in urgent) + place * own.cost / len(own)
+        return sum(lane.cost for lane in urgent) + place * own.cost / max(1, len(own))
 
     def position(self, waiting: Waiting) -> int:
         """How many leave before it, and itself: 1 is next. An estimate between tenants; linear in what waits."""

@@ -1,8 +1,8 @@
 """Measures the engine alone and against its peers, each figure beside its bound: `make bench SCENARIO=engine`.
 
-All run on the CPU of one machine in one run, in turn: the same model (SmolLM2-135M-Instruct, Q4_1), the same prompts
-as token ids, the same threads, greedy, each once warmed up. Our engine is measured in every type that it has, and the
-quickest counts; the default's figure stands beside it. Exit status 1 if a row does not hold.
+All but the part `gpu` run on the CPU of one machine in one run, in turn: the same model (SmolLM2-135M-Instruct, Q4_1),
+the same prompts as token ids, the same threads, greedy, each once warmed up. Our engine is measured in every type that
+it has, and the quickest counts; the default's figure stands beside it. Exit status 1 if a row does not hold.
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import engine_gpu
 import structlog
-from engine_peers import BATCHING_PEERS, LLAMA_CPP, NATIVE_LLAMA_CPP, PEER_MODELS, Peer, peer_bench
-from engine_runs import CACHE_FOLDER, ENGINE_FOLDER, Case, RunFailed, own_bench, own_inside
+from engine_peers import (
+    BATCHING_PEERS,
+    LLAMA_CPP,
+    NATIVE_LLAMA_CPP,
+    PEER_MODELS,
+    TRANSFORMERS,
+    Peer,
+    peer_bench,
+)
+from engine_runs import CACHE_FOLDER, ENGINE_FOLDER, Case, RunFailed, own_bench, own_inside, triton_python
 from engine_triton import TritonDidNotStart, running_triton, tokens_per_second
 from table import Table
 
@@ -68,7 +77,7 @@ class Bench:
         self.churn_seconds: float = arguments.churn_seconds
         self.dtypes: Sequence[str] = arguments.dtype or all_dtypes()
         self.default_dtype = default_dtype()
-        self._peers: Path | None = arguments.peers
+        self.peers: Path | None = arguments.peers
         self._own: dict[str, dict[str, float]] = {}
 
     def own(self, case: Case) -> dict[str, float]:
@@ -87,10 +96,10 @@ class Bench:
         prompts = case.prompts_file(self.folder)
         own: dict[str, list[float]] = {dtype: [] for dtype in self.dtypes}
         found: dict[str, list[dict[str, Any]]] = {}
-        installed = {peer: python for peer in peers if (python := peer.python(self._peers)) is not None}
+        installed = {peer: python for peer in peers if (python := peer.python(self.peers)) is not None}
         for peer in peers:
             if peer not in installed:
-                self.table.note(peer.not_installed(self._peers))
+                self.table.note(peer.not_installed(self.peers))
         for _ in range(self.rounds):
             for dtype in self.dtypes:
                 result = own_bench(case, prompts, model=self.model, dtype=dtype, threads=self.threads)
@@ -285,6 +294,18 @@ def quality(bench: Bench) -> None:
         )
 
 
+def gpu(bench: Bench) -> None:
+    """The engine on a GPU, where there is one."""
+    engine_gpu.measure(
+        bench.table,
+        Path(triton_python()),
+        TRANSFORMERS.python(bench.peers),
+        device="cuda",
+        shapes=engine_gpu.FULL_SHAPES,
+        rounds=bench.rounds,
+    )
+
+
 PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     "decode-one": decode_one,
     "decode-many": decode_many,
@@ -296,6 +317,7 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     "gap": gap,
     "churn": churn,
     "quality": quality,
+    "gpu": gpu,
 }
 
 
@@ -354,7 +376,7 @@ def measure(arguments: argparse.Namespace) -> int:
     CACHE_FOLDER.mkdir(parents=True, exist_ok=True)
     # The client tells when its Triton comes and goes, which here is meant.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    table = Table(f"The engine on the CPU, {arguments.threads} threads, {Path(arguments.model).name}")
+    table = Table(f"The engine, {arguments.threads} threads, {Path(arguments.model).name}")
     failed = False
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as folder:
         bench = Bench(arguments, table, Path(folder))

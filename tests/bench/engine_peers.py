@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from engine_runs import CACHE_FOLDER, DRIVERS, Case, RunFailed, flags, run
-from running_mesh import REPOSITORY
+from engine_runs import CACHE_FOLDER, DRIVERS, REPOSITORY, Case, RunFailed, flags, run
 
 REFERENCE_ENVIRONMENT: Final = REPOSITORY / ".venv-reference"
 
@@ -48,10 +47,13 @@ NATIVE_LLAMA_CPP: Final = Peer(
 )
 """The same built for the machine, which the package of its server is not: here to compare with, without a bound."""
 
+TRANSFORMERS: Final = Peer(
+    "transformers", "transformers_batching.py", "torch transformers accelerate gguf", reads_gguf=False
+)
 BATCHING_PEERS: Final = (
     Peer("openvino", "openvino_batching.py", "openvino-genai", reads_gguf=True),
     Peer("vllm", "vllm_steps.py", "--no-deps -r tests/bench/drivers/vllm.txt", reads_gguf=False),
-    Peer("transformers", "transformers_batching.py", "torch transformers accelerate gguf", reads_gguf=False),
+    TRANSFORMERS,
 )
 """Those that run many sequences in one batch."""
 

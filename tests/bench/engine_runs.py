@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from running_mesh import REPOSITORY
-
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
 DRIVERS: Final = Path(__file__).resolve().parent / "drivers"
 ENGINE_FOLDER: Final = REPOSITORY / "triton_models" / "llm"
 CACHE_FOLDER: Final = REPOSITORY / ".tidegate" / "cache"
@@ -79,8 +78,11 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def run(command: list[str], name: str) -> dict[str, Any]:
+def run(command: list[str], name: str, seconds: float = RUN_SECONDS) -> dict[str, Any]:
     """Runs a command to its end, and reads the last line that it wrote.
+
+    Args:
+        seconds: the bound on it.
 
     Raises:
         RunFailed: it failed, wrote no result, or did not end in time.
@@ -95,7 +97,7 @@ def run(command: list[str], name: str) -> dict[str, Any]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=RUN_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -28,6 +28,8 @@ class Job:
     """bf16 or fp32, for engines that do not compute from the file's own type."""
     context_tokens: int
     """The longest sequence, prompt and output together, rounded up."""
+    device: str
+    """cpu or cuda, for engines that have a choice."""
 
 
 def parse_job() -> Job:
@@ -38,11 +40,13 @@ def parse_job() -> Job:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     prompts = json.loads(given.prompts.read_text())
     longest = max(map(len, prompts)) + given.tokens
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))
-    return Job(given.model, prompts, given.tokens, given.threads, given.dtype, (longest // 64 + 1) * 64)
+    context = (longest // 64 + 1) * 64
+    return Job(given.model, prompts, given.tokens, given.threads, given.dtype, context, given.device)
 
 
 def decode_tokens_per_second(moments: list[list[float]]) -> float | None:

@@ -28,6 +28,7 @@ from engine_peers import (
     PEER_MODELS,
     TRANSFORMERS,
     Peer,
+    hugging_face_folder,
     peer_bench,
 )
 from engine_runs import CACHE_FOLDER, ENGINE_FOLDER, Case, RunFailed, own_bench, own_inside, triton_python
@@ -47,9 +48,11 @@ ANSWER_TOKENS: Final = 128
 STREAMS: Final = 32
 PREFILL_TOKENS: Final = 1024
 TEXT_FILE: Final = Path(__file__).resolve().parent / "engine_text.txt"
-EXACT_DTYPE: Final = "fp32"
 PLAIN_DTYPE: Final = "bf16"
-"""What the share of the machine and the memory are told of."""
+"""What the share of the machine and the memory are told of, and what others lose is told against."""
+
+MOST_PERPLEXITY, LEAST_AGREEMENT = 1.05, 90.0
+"""Against that, as a ratio and in per cent: what rounding to eight bits may cost, and nothing else costs more."""
 
 DECODE_ONE: Final = Case("decode, one sequence", 1, PROMPT_TOKENS, ANSWER_TOKENS, "decode_tokens_per_second")
 DECODE_MANY: Final = Case(
@@ -263,32 +266,37 @@ def churn(bench: Bench) -> None:
 
 
 def quality(bench: Bench) -> None:
-    """What each type costs, on a text that the model has not seen."""
+    """What each type costs, on a text that the model has not seen, of weights that no type keeps as they are."""
     text = load_text_model(bench.model, "engine")
     token_ids = text.tokenizer.encode(TEXT_FILE.read_text(encoding="utf-8"), allow_special=False)
     file = bench.folder / "text.json"
     file.write_text(json.dumps(token_ids))
-    dtypes = [EXACT_DTYPE, *(dtype for dtype in bench.dtypes if dtype != EXACT_DTYPE)]
-    found = {
-        dtype: own_inside("agreement", model=bench.model, dtype=dtype, threads=bench.threads, text=file)
-        for dtype in dtypes
-    }
-    exact = found[EXACT_DTYPE]
-    for dtype in dtypes[1:]:
-        other = found[dtype]
-        same = sum(one == two for one, two in zip(other["likeliest"], exact["likeliest"], strict=True))
-        how = f"{len(exact['likeliest'])} tokens of {TEXT_FILE.name}"
+    plain = hugging_face_folder(bench.model, PEER_MODELS, PLAIN_DTYPE)
+    eight = hugging_face_folder(bench.model, PEER_MODELS, "fp8")
+    kinds = {dtype: (str(plain), dtype) for dtype in bench.dtypes if dtype != PLAIN_DTYPE}
+    kinds["FP8 weights"] = (str(eight), PLAIN_DTYPE)
+    kinds["the file's blocks"] = (bench.model, PLAIN_DTYPE)
+
+    def found(model: str, dtype: str) -> dict[str, Any]:
+        return own_inside("agreement", model=model, dtype=dtype, threads=bench.threads, text=file)
+
+    base = found(str(plain), PLAIN_DTYPE)
+    count = len(base["likeliest"])
+    how = f"{count} tokens of {TEXT_FILE.name}"
+    for kind, (model, dtype) in kinds.items():
+        other = found(model, dtype)
+        same = sum(one == two for one, two in zip(other["likeliest"], base["likeliest"], strict=True))
         bench.table.at_most(
-            f"perplexity in {dtype} against {EXACT_DTYPE}",
-            other["perplexity"] / exact["perplexity"],
-            1.05,
+            f"perplexity of {kind} against {PLAIN_DTYPE}",
+            other["perplexity"] / base["perplexity"],
+            MOST_PERPLEXITY,
             "x",
-            f"{other['perplexity']:.3f} against {exact['perplexity']:.3f}, {how}",
+            f"{other['perplexity']:.3f} against {base['perplexity']:.3f}, {how}",
         )
         bench.table.at_least(
-            f"likeliest token the same in {dtype} as in {EXACT_DTYPE}",
-            100 * same / len(exact["likeliest"]),
-            90,
+            f"likeliest token the same of {kind} as of {PLAIN_DTYPE}",
+            100 * same / count,
+            LEAST_AGREEMENT,
             "%",
             f"{same} of {how}",
         )

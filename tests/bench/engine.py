@@ -214,16 +214,17 @@ async def _start(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """What is resident beside the KV blocks."""
-    found = own_inside("memory", model=bench.model, dtype=PLAIN_DTYPE, threads=bench.threads)
+    """What is resident beside the KV blocks, of weights that are bf16 and not a file's blocks."""
+    folder = hugging_face_folder(bench.model, PEER_MODELS, PLAIN_DTYPE)
+    found = own_inside("memory", model=str(folder), dtype=PLAIN_DTYPE, threads=bench.threads)
     resident, kv = found["resident_bytes"], found["kv_bytes"]
     bench.table.at_most(
         "resident memory beside the KV blocks",
         (resident - kv) / 2**30,
         1.5,
         "GiB",
-        f"{PLAIN_DTYPE}; at most {resident / 2**30:.2f} GiB, of which {kv / 2**30:.2f} GiB are the KV blocks of 32 x"
-        f" 2,048 tokens, {found['kv_used']:.0%} of them used",
+        f"{PLAIN_DTYPE} weights; at most {resident / 2**30:.2f} GiB, of which {kv / 2**30:.2f} GiB are the KV blocks of"
+        f" 32 x 2,048 tokens, {found['kv_used']:.0%} of them used",
     )
 
 

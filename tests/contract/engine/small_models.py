@@ -126,3 +126,23 @@ def save_spoiled_model(folder: Path) -> None:
 def tokens_of(count: int) -> list[int]:
     """A prompt of so many tokens."""
     return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+
+
+def decoded(engine, prompts: dict[str, list[int]], count: int) -> dict[str, tuple[list, list, list]]:
+    """Of each prompt, so many greedy tokens, their log-probabilities, and those of the twenty likeliest."""
+    from llm_engine import SamplingParams, SequenceRequest
+
+    sampling = SamplingParams(temperature=0.0, logprobs=20)
+    for name, prompt in prompts.items():
+        engine.add(
+            SequenceRequest(request_id=name, token_ids=prompt, max_tokens=count, sampling=sampling, ignore_eos=True)
+        )
+    answers = {name: ([], [], []) for name in prompts}
+    while engine.has_work:
+        for output in engine.step():
+            for kept, new in zip(
+                answers[output.request_id], (output.token_ids, output.logprobs, output.top_logprobs), strict=True
+            ):
+                kept.extend(new)
+    assert all(len(tokens) == count for tokens, *_ in answers.values())
+    return answers

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from small_models import SHAPES, small_model
+from small_models import SHAPES, decoded, small_model
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -22,36 +22,24 @@ def test_logits_are_those_of_transformers(tmp_path, make_engine, prompt_logits, 
         assert difference < 1e-4 * expected.abs().max(), (shape, count)
 
 
-@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["by kernels", "by torch"])
-@pytest.mark.parametrize(
-    "shape", ["grouped", "qwen2", "qwen3_moe", "deepseek_v2", "deepseek_v3, yarn", "deepseek_v3, whole vectors"]
-)
-def test_decoding_together_gives_the_log_probabilities_of_transformers(
-    tmp_path, make_engine, reference_logits, shape, cpu_kernels
+@pytest.mark.parametrize(("cpu_kernels", "seed"), [(True, 2), (False, 3)], ids=["by kernels", "by torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decoding_together_and_alone_gives_the_log_probabilities_of_transformers(
+    tmp_path, make_engine, reference_logits, shape, cpu_kernels, seed
 ):
-    from llm_engine import SamplingParams, SequenceRequest
-
-    model = small_model(**SHAPES[shape], seed=2)
+    model = small_model(**SHAPES[shape], seed=seed)
     model.save_pretrained(tmp_path)
-    engine = make_engine(tmp_path, kv_cache_bytes=1 << 24, step_token_budget=48, cpu_kernels=cpu_kernels)
+    settings = {"kv_cache_bytes": 1 << 24, "step_token_budget": 48, "prefix_reuse": False}
+    engine = make_engine(tmp_path, cpu_kernels=cpu_kernels, **settings)
     # The sizes of the other latents are no whole vectors on every processor.
     if shape == "deepseek_v3, whole vectors" or "deepseek" not in shape:
         assert engine._rank.kv_cache.reads_blocks == cpu_kernels
-    source = torch.Generator().manual_seed(3)
+    source = torch.Generator().manual_seed(seed + 1)
     prompts = {str(count): torch.randint(0, 300, (count,), generator=source).tolist() for count in (1, 9, 30, 60, 100)}
-    answers = {name: ([], []) for name in prompts}
-    for name, prompt in prompts.items():
-        sampling = SamplingParams(temperature=0.0, logprobs=1)
-        engine.add(
-            SequenceRequest(request_id=name, token_ids=prompt, max_tokens=12, sampling=sampling, ignore_eos=True)
-        )
-    while engine.has_work:
-        for output in engine.step():
-            answers[output.request_id][0].extend(output.token_ids)
-            answers[output.request_id][1].extend(output.logprobs)
-    for name, prompt in prompts.items():
-        tokens, logprobs = answers[name]
-        assert len(tokens) == 12
+    together, alone = decoded(engine, prompts, 12), decoded(engine, {"60": prompts["60"]}, 12)
+    assert alone["60"][0] == together["60"][0]
+    for name, (tokens, logprobs, _) in [*together.items(), *alone.items()]:
+        prompt = prompts[name]
         expected = reference_logits(model, prompt + tokens)[len(prompt) - 1 : -1].log_softmax(dim=-1)
         chosen = expected.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         assert (chosen - torch.tensor(logprobs)).abs().max() < 1e-3, name

@@ -7,7 +7,8 @@ import threading
 import time
 
 import pytest
-from small_models import LATENT, SHAPES, save_spoiled_model, small_model, tokens_of
+import torch
+from small_models import LATENT, SHAPES, decoded, save_spoiled_model, small_model, tokens_of
 
 SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True}
 
@@ -31,15 +32,24 @@ def make_ranks(make_engine):
     ("shape", "size"),
     [
         (SMOLLM2, 2),
+        (SHAPES["grouped"], 3),
         (SHAPES["grouped"], 4),
         (SHAPES["qwen2"], 3),
+        (SHAPES["qwen3"], 2),
+        (SHAPES["qwen3"], 3),
+        (SHAPES["qwen3, one kv head, tied"], 4),
         (SHAPES["qwen3_moe"], 2),
         (SHAPES["deepseek_v2, groups, no query latent"], 2),
+        (SHAPES["deepseek_v3"], 2),
         (SHAPES["deepseek_v3, yarn"], 3),
+        (SHAPES["deepseek_v3"], 4),
     ],
-    ids=["uneven heads", "more ranks than kv heads", "qwen2", "qwen3_moe", "deepseek_v2", "deepseek_v3"],
-)
-def test_logits_are_those_of_one_rank(tmp_path, make_ranks, prompt_logits, reference_logits, shape, size):
+    ids=[
+        "llama, uneven heads, 2", "llama, 3", "llama, 4", "qwen2, 3", "qwen3, 2", "qwen3, 3", "qwen3, one kv head, 4",
+        "qwen3_moe, 2", "deepseek_v2, 2", "deepseek_v3, 2", "deepseek_v3, yarn, 3", "deepseek_v3, 4",
+    ],
+)  # fmt: skip
+def test_logits_and_texts_are_those_of_one_rank(tmp_path, make_ranks, prompt_logits, reference_logits, shape, size):
     model = small_model(**shape)
     model.save_pretrained(tmp_path)
     engine = make_ranks(tmp_path, size)
@@ -47,32 +57,11 @@ def test_logits_are_those_of_one_rank(tmp_path, make_ranks, prompt_logits, refer
         expected = reference_logits(model, tokens_of(count))
         difference = (prompt_logits(engine, tokens_of(count)) - expected).abs().max()
         assert difference < 1e-3, count
-
-
-def test_texts_of_a_batch_are_those_of_one_rank(tmp_path, make_ranks):
-    from llm_engine import SamplingParams, SequenceRequest
-
-    greedy = SamplingParams(temperature=0.0)
-    small_model(**SHAPES["deepseek_v3"]).save_pretrained(tmp_path)
-    texts = []
-    for size in (1, 2):
-        engine, answers = make_ranks(tmp_path, size), {}
-        for count in (3, 20, 60, 90):
-            engine.add(
-                SequenceRequest(
-                    request_id=str(count),
-                    token_ids=tokens_of(count),
-                    max_tokens=20,
-                    sampling=greedy,
-                    ignore_eos=True,
-                )
-            )
-        while engine.has_work:
-            for output in engine.step():
-                answers.setdefault(output.request_id, []).extend(output.token_ids)
-        texts.append(answers)
-    assert texts[0] == texts[1]
-    assert all(len(tokens) == 20 for tokens in texts[0].values())
+    prompts = {str(count): tokens_of(count) for count in (3, 20, 60, 90)}
+    found, expected = decoded(engine, prompts, 20), decoded(make_ranks(tmp_path, 1), prompts, 20)
+    for name, (tokens, _, likeliest) in found.items():
+        assert tokens == expected[name][0], name
+        assert torch.tensor(likeliest).allclose(torch.tensor(expected[name][2]), rtol=0, atol=1e-3), name
 
 
 def test_a_rank_that_dies_ends_the_engine_at_once(tmp_path, make_ranks):

@@ -31,6 +31,11 @@ def main() -> None:
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
     loaded.save_pretrained(part)
+    # The file's own name for itself, which is no path, and no field that our engine knows.
+    config = part / "config.json"
+    fields = json.loads(config.read_text())
+    fields.pop("_model_name_or_path", None)
+    config.write_text(json.dumps(fields))
     if dtype == "fp8":
         _round(part)
     part.rename(folder)

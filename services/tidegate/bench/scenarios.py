@@ -134,7 +134,7 @@ def _long_tail(shape: Shape) -> Scenario:
     tail = LogNormalLength(median=400, sigma=0.3, high=1024)
     return Scenario(
         name="long-tail",
-        summary="0.9 C of work, in which one request in twenty is ten times as long as the rest",
+        summary="0.8 C of work, in which one answer in twenty is eight times as long as the rest",
         steps=(
             Load(
                 name="long-tail",

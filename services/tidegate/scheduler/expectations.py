@@ -20,7 +20,7 @@ class Expectations:
     """What is known, and by whom.
 
     Args:
-        answer_quantile: an answer is expected to be no longer than this share of the tenant's answers were.
+        answer_quantile: an answer is expected to be no longer than this share of the tenant's of that model were.
     """
 
     outlook: Outlook
@@ -32,14 +32,21 @@ class Expectations:
     def expect(self, request: Request, now: float) -> None:
         """Works out what a prepared request will take."""
         lengths = self.observations.lengths
-        max_tokens = request.max_tokens or lengths.default_token_count
-        request.answer_token_count = lengths.expected(request.tenant, max_tokens, self.answer_quantile)
-        usual = lengths.expected(request.tenant, max_tokens, USUAL_QUANTILE)
+        request.answer_token_count = self._answer_token_count(request, request.model, self.answer_quantile)
+        usual = self._answer_token_count(request, request.model, USUAL_QUANTILE)
         request.cost = cost_of(request.prompt_token_count, usual)
         self.outlook.expect(request.cost, usual, now)
         # A length that nobody has seen yet is no reason to refuse: then nobody ever would.
-        counted = request.answer_token_count if lengths.is_known(request.tenant) else 1
+        counted = request.answer_token_count if lengths.is_known(request.tenant, request.model) else 1
         request.expected_seconds = self.outlook.service_seconds(counted, now)
+
+    def answer_token_count(self, request: Request, model: str) -> int:
+        """The tokens that a prepared request's answer has at most, as expected of this model."""
+        return self._answer_token_count(request, model, self.answer_quantile)
+
+    def _answer_token_count(self, request: Request, model: str, quantile: float) -> int:
+        lengths = self.observations.lengths
+        return lengths.expected(request.tenant, model, request.max_tokens or lengths.default_token_count, quantile)
 
     def count(self, request: Request, now: float) -> None:
         """Counts a request among what comes for the replicas, after `expect`."""

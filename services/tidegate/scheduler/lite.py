@@ -63,26 +63,32 @@ class Lite:
 
     def is_preferred(self, request: Request) -> bool:
         """Whether a prepared request is to go there however little there is to do."""
-        return request.prompt_token_count <= self.prompt_token_limit and self._can_read(request)
+        return request.prompt_token_count <= self.prompt_token_limit and self._can_read(
+            request, request.answer_token_count
+        )
 
     def may_help(self, request: Request, now: float) -> bool:
         """Whether a request of which only the headers are known could go there now."""
         return self.is_there and request.named_class in (None, ServiceClass.STANDARD) and self.placer.can_place(now)
 
-    def place(self, request: Request, now: float) -> Placement | None:
-        """Spends a credit there on a prepared request; None where none can be spent, or where it cannot answer it."""
-        if not (self.is_named(request) or self._can_read(request)):
+    def place(self, request: Request, answer_token_count: int, now: float) -> Placement | None:
+        """Spends a credit there on a prepared request; None where none can be spent, or where it cannot answer it.
+
+        Args:
+            answer_token_count: as expected of this model.
+        """
+        if not (self.is_named(request) or self._can_read(request, answer_token_count)):
             return None
-        return self.placer.place(request.answer_token_count, now)
+        return self.placer.place(answer_token_count, now)
 
     def put_back(self, placement: Placement) -> None:
         """Takes back the credit of a request that was placed and not sent."""
         self.placer.put_back(placement)
 
-    def _can_read(self, request: Request) -> bool:
+    def _can_read(self, request: Request, answer_token_count: int) -> bool:
         """Whether a standard request that asks for another model can be answered there as it is."""
         if not self.is_there or not request.is_portable or request.service_class is not ServiceClass.STANDARD:
             return False
         limits = [replica.load.max_context_tokens for replica in self.table if replica.load is not None]
-        need = TOKEN_RATIO * request.prompt_token_count + TEMPLATE_TOKENS + request.answer_token_count
+        need = TOKEN_RATIO * request.prompt_token_count + TEMPLATE_TOKENS + answer_token_count
         return need <= min(limits, default=0)

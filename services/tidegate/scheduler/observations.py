@@ -54,9 +54,11 @@ class Ended:
 @dataclass(frozen=True, slots=True)
 class _Dispatched:
     tenant: str
+    model: str
     service_class: ServiceClass
     cost: float
     queue_seconds: float
+    is_lite: bool
 
 
 class Observations:
@@ -82,14 +84,27 @@ class Observations:
 
     def dispatch(self, request: Request, credit_id: str, cost: float) -> None:
         """A request goes to a replica."""
-        self._dispatched[credit_id] = _Dispatched(request.tenant, request.service_class, cost, request.queue_seconds)
+        self._remember(
+            credit_id,
+            _Dispatched(request.tenant, request.model, request.service_class, cost, request.queue_seconds, False),
+        )
+
+    def dispatch_to_lite(self, request: Request, credit_id: str, model: str) -> None:
+        """A request goes to a replica of the lite model.
+
+        Nothing was charged for it, and its times say nothing of the other replicas: it tells the length of its answer.
+        """
+        self._remember(credit_id, _Dispatched(request.tenant, model, request.service_class, 0.0, 0.0, True))
+
+    def _remember(self, credit_id: str, dispatched: _Dispatched) -> None:
+        self._dispatched[credit_id] = dispatched
         if len(self._dispatched) > DISPATCHED_LIMIT:
             self._dispatched.popitem(last=False)
 
     def forget(self, credit_id: str) -> None:
         """A request did not go to a replica after all: its tenant gets back what it was charged."""
         dispatched = self._dispatched.pop(credit_id, None)
-        if dispatched is not None:
+        if dispatched is not None and not dispatched.is_lite:
             self._lanes.charge(dispatched.service_class, dispatched.tenant, -dispatched.cost)
 
     def end(self, ended: Ended, now: float) -> None:
@@ -97,16 +112,20 @@ class Observations:
         dispatched = self._dispatched.pop(ended.credit_id, None)
         if dispatched is None:
             return
+        is_whole = ended.is_completed and ended.first_token_seconds is not None
+        if is_whole:
+            self.lengths.see(dispatched.tenant, dispatched.model, ended.completion_token_count)
+        if dispatched.is_lite:
+            return
         actual = cost_of(ended.prompt_token_count, ended.completion_token_count)
         self._lanes.charge(dispatched.service_class, dispatched.tenant, actual - dispatched.cost)
         if ended.first_token_seconds is not None:
             waited = dispatched.queue_seconds + ended.first_token_seconds
             self._windows[dispatched.service_class].append((now, waited))
-        if not ended.is_completed or ended.first_token_seconds is None:
+        if ended.first_token_seconds is None or not is_whole:
             return
         self._completed_at = now
         self._completed_count += 1
-        self.lengths.see(dispatched.tenant, ended.completion_token_count)
         self._first_token.add(ended.first_token_seconds)
         self._duration.add(ended.duration_seconds)
         self._cost.add(actual)

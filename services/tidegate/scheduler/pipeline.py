@@ -159,6 +159,7 @@ class Pipeline:
     def undo(self, decision: Decision) -> None:
         """Takes back a decision that did not reach Envoy."""
         if decision.placement is not None and decision.lite is not None:
+            self._expectations.observations.forget(decision.placement.credit_id)
             self._lite.put_back(decision.placement)
         elif decision.placement is not None:
             self._expectations.observations.forget(decision.placement.credit_id)
@@ -228,7 +229,8 @@ class Pipeline:
         return None
 
     def _to_lite(self, request: Request, why: Why) -> Decision | None:
-        placement = self._lite.place(request, self._clock())
+        expected = self._expectations.answer_token_count(request, self._lite.model_name)
+        placement = self._lite.place(request, expected, self._clock())
         if placement is None and why is not Why.NAME:
             return None
         self._note_accepted(request)
@@ -240,6 +242,7 @@ class Pipeline:
         if placement is not None:
             fields += self._placement_fields(request, placement)
             self._outcomes.count_lite(why.value)
+            self._expectations.observations.dispatch_to_lite(request, placement.credit_id, self._lite.model_name)
         return Decision(tuple(fields), changes_route=True, placement=placement, lite=why)
 
     def _note_accepted(self, request: Request) -> None:

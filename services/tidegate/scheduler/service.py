@@ -338,7 +338,9 @@ class SchedulerService:
         self.shedder.see_end()
 
     def _note_lite_outcome(self, replica: Replica, outcome: replica_pb2.Outcome) -> None:
-        note_outcome(self.lite.placer, replica, outcome, self._clock())
+        now = self._clock()
+        note_outcome(self.lite.placer, replica, outcome, now)
+        self.expectations.observations.end(ended(outcome), now)
         self.shedder.see_end()
 
     def _circuit(self) -> Circuit:

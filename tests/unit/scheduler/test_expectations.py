@@ -10,7 +10,7 @@ import pytest
 
 from tidegate.common.errors import Reason
 from tidegate.scheduler.admission import Admission, Conditions, latest_start
-from tidegate.scheduler.answer_lengths import FEWEST_ANSWERS, TENANT_LIMIT, AnswerLengths
+from tidegate.scheduler.answer_lengths import FEWEST_ANSWERS, HISTOGRAM_LIMIT, AnswerLengths
 from tidegate.scheduler.brownout import Brownout, Signs, Terms
 from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.fair_shares import FairShares, max_min_shares
@@ -29,33 +29,57 @@ NOW = 100.0
 class TestAnswerLengths:
     def test_nothing_known_is_the_default_and_max_tokens_is_the_cap(self):
         lengths = AnswerLengths(256)
-        assert lengths.expected("t", 1000, 0.9) == 256
-        assert lengths.expected("t", 16, 0.9) == 16
+        assert lengths.expected("t", "m", 1000, 0.9) == 256
+        assert lengths.expected("t", "m", 16, 0.9) == 16
 
     def test_a_quantile_of_what_was_seen_is_expected_within_a_quarter(self):
         lengths = AnswerLengths(256)
         for number in range(100):
-            lengths.see("t", 1 + number * 37 % 100)
-        assert 50 <= lengths.expected("t", 1000, 0.5) <= 63
-        assert 90 <= lengths.expected("t", 1000, 0.9) <= 113
+            lengths.see("t", "m", 1 + number * 37 % 100)
+        assert 50 <= lengths.expected("t", "m", 1000, 0.5) <= 63
+        assert 90 <= lengths.expected("t", "m", 1000, 0.9) <= 113
 
     def test_the_past_fades(self):
         lengths = AnswerLengths(256)
         for length in [10] * 1000 + [400] * 1000:
-            lengths.see("t", length)
-        assert lengths.expected("t", 1000, 0.5) >= 400
+            lengths.see("t", "m", length)
+        assert lengths.expected("t", "m", 1000, 0.5) >= 400
+
+    def test_each_model_has_answers_of_its_own_length(self):
+        lengths = AnswerLengths(256)
+        for _ in range(100):
+            lengths.see("t", "usual", 400)
+            lengths.see("t", "lite", 8)
+        assert lengths.expected("t", "usual", 1000, 0.5) >= 400
+        assert lengths.expected("t", "lite", 1000, 0.5) <= 10
+
+    def test_of_a_model_of_which_little_is_known_the_tenants_answers_of_all_models_are_expected(self):
+        lengths = AnswerLengths(256)
+        for _ in range(15):
+            lengths.see("t", "one", 8)
+            lengths.see("t", "other", 100)
+        for _ in range(1000):
+            lengths.see("else", "one", 400)
+        # Neither model alone says anything by now.
+        for model in ("one", "other", "new"):
+            assert lengths.expected("t", model, 1000, 0.4) <= 10
+            assert 100 <= lengths.expected("t", model, 1000, 0.6) <= 125
 
     def test_a_tenant_of_which_little_is_known_is_like_all(self):
         lengths = AnswerLengths(256)
+        assert not lengths.is_known("unknown", "m")
         for _ in range(100):
-            lengths.see("known", 8)
-        assert lengths.expected("unknown", 1000, 0.5) <= 10
+            lengths.see("known", "m", 8)
+        assert lengths.expected("unknown", "m", 1000, 0.5) <= 10
+        assert lengths.is_known("unknown", "new")
 
-    def test_tenants_are_bounded(self):
+    def test_what_is_kept_is_bounded_and_the_tenant_heard_of_longest_ago_is_forgotten(self):
         lengths = AnswerLengths(256)
-        for number in range(TENANT_LIMIT + 10):
-            lengths.see(str(number), 5)
-        assert len(lengths._tenants) == TENANT_LIMIT
+        for number in range(HISTOGRAM_LIMIT // 2 + 10):
+            for model in ("usual", "lite"):
+                lengths.see(str(number), model, 5)
+        assert sum(len(models) for models in lengths._tenants.values()) == HISTOGRAM_LIMIT
+        assert list(lengths._tenants) == [str(number) for number in range(10, HISTOGRAM_LIMIT // 2 + 10)]
 
 
 class TestArrivals:
@@ -336,6 +360,24 @@ class TestObservations:
         observations.forget("d")
         queue = lanes.lane(STANDARD).queue
         assert queue._counters["t"] == 0
+
+    def test_of_the_lite_model_only_the_lengths_of_answers_are_learnt(self):
+        world = World(answers_seen=30)
+        before = (world.observations.first_token_seconds, world.observations.service_seconds(100, NOW))
+        charged = dict(world.lanes.lane(STANDARD).queue._counters)
+        request = world.request()
+        request.model = "usual"
+        for number in range(30):
+            world.observations.dispatch_to_lite(request, f"lite-{number}", "small")
+            world.observations.end(Ended(f"lite-{number}", True, 5.0, 9.0, 10, 8), NOW)
+        world.observations.dispatch_to_lite(request, "left", "small")
+        world.observations.forget("left")
+        lengths = world.observations.lengths
+        assert lengths.expected("t", "small", 1000, 0.9) <= 10
+        assert lengths.expected("t", "", 1000, 0.5) >= 100
+        assert world.observations.first_token_percentile(STANDARD, 0.95, NOW) == 0.01
+        assert (world.observations.first_token_seconds, world.observations.service_seconds(100, NOW)) == before
+        assert dict(world.lanes.lane(STANDARD).queue._counters) == charged
 
     def test_the_percentile_counts_the_queue_and_forgets(self):
         lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 10, 10)))

@@ -163,6 +163,23 @@ async def test_what_ended_there_ends_here(start):
     await world.until(lambda snapshot: snapshot.replicas[1].in_flight_count == 0)
 
 
+async def test_how_long_its_answers_are_is_learnt_apart(start):
+    world = await start(lite_prompt_token_limit=10)
+    lengths = world.service.expectations.observations.lengths
+    for number in range(30):
+        world.lite.grant(f"credit-{number}")
+        await world.until(lambda snapshot: snapshot.replicas[1].credit_count > 0)
+        credit = world.decided(await world.exchange().run())[headers.CREDIT]
+        outcome = replica_pb2.Outcome(
+            credit_id=credit, outcome=replica_pb2.REQUEST_OUTCOME_COMPLETED, completion_token_count=3
+        )
+        outcome.time_to_first_token.FromMilliseconds(10)
+        world.lite.say(outcome=outcome)
+    await world.until(lambda snapshot: snapshot.replicas[1].in_flight_count == 0)
+    assert lengths.expected("acme", "small", 16, 0.5) <= 4
+    assert [list(models) for models in lengths._tenants.values()] == [["small"]]
+
+
 def test_a_name_without_replicas_is_refused():
     with pytest.raises(ValueError, match="lite_endpoints_file and lite_model_name"):
         Settings(lite_model_name="small")

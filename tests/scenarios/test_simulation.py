@@ -11,9 +11,10 @@ from simulation.mesh import Mesh, MeshSpec, Retries
 from simulation.simulator import Simulator
 from simulation.state import faults
 from simulation.stepped_engine import SteppedEngine
-from simulation.workload import Kind, burst, poisson, square_wave, together
+from simulation.workload import Kind, burst, fixed, poisson, square_wave, together
 
 from tidegate.scheduler.config import Settings
+from tidegate.scheduler.request import ServiceClass
 
 ENGINES = [FluidEngine, SteppedEngine]
 
@@ -92,6 +93,15 @@ class TestEngines:
         assert max(firsts, key=firsts.get) == "later"
         assert firsts["later"] >= lasts["urgent"]
 
+    def test_the_last_of_the_least_urgent_gives_its_slot_and_goes_on_where_it_was(self, engine_class):
+        spec = EngineSpec(slot_count=2, base_seconds=0.01, per_sequence_seconds=0.0, prefill_tokens_per_second=1e9)
+        starts = {"first": (0.0, 1, 101, 2), "second": (0.005, 1, 101, 2), "urgent": (0.5, 1, 51, 0)}
+        firsts, lasts = run_engine(engine_class, spec, starts)
+        assert firsts["urgent"] == pytest.approx(0.51, abs=0.03)
+        assert lasts["first"] == pytest.approx(1.01, abs=0.03)
+        # As much later as the urgent one took.
+        assert lasts["second"] == pytest.approx(1.02 + 0.5, abs=0.03)
+
     def test_a_cancelled_sequence_frees_its_slot(self, engine_class):
         simulator = Simulator(1)
         engine = engine_class(simulator, EngineSpec(slot_count=1), lambda: None)
@@ -114,6 +124,30 @@ def test_the_flow_and_the_real_batcher_agree():
         medians[engine_class] = percentile([job.ended_at - job.sent_at for job in mesh.jobs], 0.5)
     # The flow knows no wait for the end of a step.
     assert medians[FluidEngine] == pytest.approx(medians[SteppedEngine], rel=0.1)
+
+
+@pytest.mark.parametrize("engine_class", ENGINES)
+def test_a_realtime_request_takes_the_slot_of_a_batch_one_which_loses_no_token(engine_class):
+    mesh = Mesh(MeshSpec(engines=(EngineSpec(),), engine_class=engine_class), 1, warm_up_seconds=60.0)
+    batch = Kind(answer=fixed(400), max_tokens=400, service_class=ServiceClass.BATCH, deadline_seconds=None)
+    start = mesh.now
+    mesh.play(
+        together(
+            (batch.job(number, start + 0.1 * number, mesh.simulator.random) for number in range(8)),
+            [Job("urgent", start + 2, service_class=ServiceClass.REALTIME)],
+        )
+    )
+    mesh.run_for(1.9)
+    assert mesh.replicas[0].engine.load().running == 8
+    mesh.run_for(1.1)
+    urgent = next(job for job in mesh.jobs if job.job_id == "urgent")
+    assert urgent.end is End.COMPLETED
+    assert urgent.time_to_first_token_seconds < 0.1
+    assert ends(mesh.jobs)["open"] == 8
+    mesh.run_for(20)
+    assert ends(mesh.jobs) == {"completed": 9}
+    assert {job.generated_token_count for job in mesh.jobs if job is not urgent} == {400}
+    assert faults(mesh) == []
 
 
 class TestClients:

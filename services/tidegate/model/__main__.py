@@ -105,7 +105,7 @@ class ModelService:
             settings.address, settings.model_name, model.context_token_count, lambda: triton.latest_load
         )
         self.slots = Slots(
-            CreditLedger(_credit_terms(settings), life),
+            CreditLedger(credit_terms(settings), life),
             self.load.retry_after_seconds,
             refuses_late=settings.refuses_late,
         )
@@ -213,7 +213,8 @@ class ModelService:
         await self._triton.close()
 
 
-def _credit_terms(settings: Settings) -> CreditTerms:
+def credit_terms(settings: Settings) -> CreditTerms:
+    """The bounds of the ledger, by these settings."""
     return CreditTerms(
         lease_seconds=settings.credit_lease_seconds,
         grace_seconds=settings.credit_grace_seconds,

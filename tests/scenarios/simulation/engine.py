@@ -7,7 +7,8 @@ decodes gets one token; what a step computes of prompts, at most `chunk_token_co
 `FluidEngine` integrates that law and has an event for each first and last token only, so that hours of a hundred
 replicas take seconds. `SteppedEngine` takes each step with the real engine's batcher and block pool; a test compares
 the two. Both keep the KV cache's bound: the fluid one takes the room of a whole answer at its start (an engine
-without recomputation), the stepped one as the batcher does.
+without recomputation), the stepped one as the batcher does. Both pause the least urgent sequence for a strictly more
+urgent one that finds no slot; it keeps its room and what is computed, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ class Generation:
     generated_token_count: float = 0.0
     stage: str = "new"
     """new, waiting, prefill, decode, ended."""
+    has_room: bool = False
+    """Whether the KV cache has its room: since it ran first."""
     starts_at_progress: float = 0.0
 
     @property
@@ -163,9 +166,7 @@ class FluidEngine:
         """Takes a sequence; it waits here where slots or KV blocks are short."""
         self._advance()
         generation.order = next(self._orders)
-        generation.stage = "waiting"
-        self._waiting_count += 1
-        heapq.heappush(self._waiting, (generation.priority, generation.order, generation))
+        self._wait(generation)
         self._changed()
 
     def cancel(self, generation: Generation) -> None:
@@ -177,16 +178,54 @@ class FluidEngine:
         self._changed()
 
     def _leave(self, generation: Generation) -> None:
+        if generation.has_room:
+            self._kv_token_count -= generation.token_count
         if generation.stage == "waiting":
             self._waiting_count -= 1
-        elif generation.stage == "prefill":
+        else:
+            self._stop(generation)
+        generation.stage = "ended"
+
+    def _stop(self, generation: Generation) -> None:
+        """Takes a running sequence out of the batch, with what it has computed."""
+        if generation.stage == "prefill":
             self._prefilling_count -= 1
-            self._kv_token_count -= generation.token_count
         else:
             self._decoding_count -= 1
-            self._kv_token_count -= generation.token_count
             generation.generated_token_count = 1 + self._progress - generation.starts_at_progress
-        generation.stage = "ended"
+
+    def _pause(self, generation: Generation) -> None:
+        """Lets a running sequence wait, at its place by urgency."""
+        self._stop(generation)
+        self._prefilling = [entry for entry in self._prefilling if entry[2] is not generation]
+        self._decoding = [entry for entry in self._decoding if entry[2] is not generation]
+        heapq.heapify(self._prefilling)
+        heapq.heapify(self._decoding)
+        self._wait(generation)
+
+    def _wait(self, generation: Generation) -> None:
+        generation.stage = "waiting"
+        self._waiting_count += 1
+        heapq.heappush(self._waiting, (generation.priority, generation.order, generation))
+
+    def _run(self, generation: Generation) -> None:
+        """Takes a sequence into the batch, or takes it in again."""
+        if not generation.has_room:
+            generation.has_room = True
+            self._kv_token_count += generation.token_count
+        if generation.generated_token_count:
+            self._decode(generation)
+        else:
+            generation.stage = "prefill"
+            self._prefilling_count += 1
+            heapq.heappush(self._prefilling, (generation.priority, generation.order, generation))
+
+    def _decode(self, generation: Generation) -> None:
+        generation.stage = "decode"
+        generation.starts_at_progress = self._progress + 1 - generation.generated_token_count
+        self._decoding_count += 1
+        last_at = self._progress + max(0.0, generation.answer_token_count - generation.generated_token_count)
+        heapq.heappush(self._decoding, (last_at, generation.order, generation))
 
     def _advance(self) -> None:
         """Lets the flow run from when it was last looked at until now."""
@@ -211,22 +250,31 @@ class FluidEngine:
 
     def _changed(self) -> None:
         """Lets in what there is room for, and says when something happens next."""
-        while (first := self._first(self._waiting, "waiting")) is not None and self._has_room(first):
+        while (first := self._first(self._waiting, "waiting")) is not None and self._make_room(first):
             heapq.heappop(self._waiting)
             self._waiting_count -= 1
-            first.stage = "prefill"
-            self._prefilling_count += 1
-            self._kv_token_count += first.token_count
-            heapq.heappush(self._prefilling, (first.priority, first.order, first))
+            self._run(first)
         if self._event is not None:
             self._event.cancel()
         seconds = self._next_seconds()
         self._event = None if seconds is None else self._simulator.after(seconds, self._happen)
         self._on_load()
 
-    def _has_room(self, generation: Generation) -> bool:
-        has_blocks = self._kv_token_count + generation.token_count <= self.spec.kv_token_count
-        return self.running_count < self.spec.slot_count and (has_blocks or not self.running_count)
+    def _make_room(self, generation: Generation) -> bool:
+        """Whether a sequence can run now; pauses the least urgent one for it where only a slot is missing."""
+        is_held = generation.has_room or self._kv_token_count + generation.token_count <= self.spec.kv_token_count
+        if not (is_held or not self.running_count):
+            return False
+        if self.running_count < self.spec.slot_count:
+            return True
+        running = [
+            entry[2] for entry in (*self._prefilling, *self._decoding) if entry[2].stage in ("prefill", "decode")
+        ]
+        last = max(running, key=lambda one: (one.priority, one.order))
+        if last.priority <= generation.priority:
+            return False
+        self._pause(last)
+        return True
 
     def _next_seconds(self) -> float | None:
         step_seconds, prefill_rate = self._rates()
@@ -263,11 +311,7 @@ class FluidEngine:
         self._prefilling_count -= 1
         generation.prefilled_token_count = generation.prompt_token_count
         generation.generated_token_count = 1
-        generation.stage = "decode"
-        generation.starts_at_progress = self._progress
-        self._decoding_count += 1
-        last_at = self._progress + max(0, generation.answer_token_count - 1)
-        heapq.heappush(self._decoding, (last_at, generation.order, generation))
+        self._decode(generation)
         return [generation.on_first_token]
 
     @staticmethod

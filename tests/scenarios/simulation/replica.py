@@ -1,7 +1,8 @@
 """A replica: the production's credit ledger and load figures around a simulated engine.
 
-This is what `model/slots.py`, `model/engine_watch.py` and `model/replica_servicer.py` do with futures and streams.
-Whether a request starts, waits or is refused, and who gets how many credits, is the ledger's decision.
+This is what `model/slots.py` and `model/replica_servicer.py` do with futures and streams. Whether a request starts,
+waits or is refused, and who gets how many credits, is the ledger's decision, on the service's own terms; how many slots
+there are, and credits ahead of them, is what `model/engine_watch.py` makes of the engine's load.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
+
 from simulation.engine import EngineSpec, FluidEngine, Generation
 from simulation.job import End, Job
 from simulation.simulator import Event, Simulator
+from tidegate.common.errors import TidegateError
+from tidegate.model.__main__ import credit_terms
 from tidegate.model.call import ENGINE_PRIORITIES
+from tidegate.model.capacity import Capacity
 from tidegate.model.config import Settings
-from tidegate.model.credits import Admitted, CreditLedger, Decision, Granted, Revoked, Spent, Terms, Urgency
+from tidegate.model.credits import Admitted, CreditLedger, Decision, Granted, Revoked, Spent, Urgency
+from tidegate.model.engine_watch import EngineWatch
 from tidegate.model.load import ReplicaLoad
+from tidegate.model.look_ahead import LookAhead
+from tidegate.model.triton_messages import EngineLoad
 from tidegate.v1 import replica_pb2
 
 SETTINGS: Final = Settings(model_path="simulated")
@@ -71,10 +80,20 @@ class SimulatedReplica:
         load_interval_seconds: float = 1.0,
     ) -> None:
         self.address = address
-        self.ledger = CreditLedger(_terms(queue_limit), id_prefix=address)
+        settings = SETTINGS if queue_limit is None else msgspec.structs.replace(SETTINGS, queue_limit=queue_limit)
+        self.ledger = CreditLedger(credit_terms(settings), id_prefix=address)
         self.load = ReplicaLoad(address, "simulated", 2**17, lambda: self.engine.load(), simulator.clock)
         self.load.slots = self  # type: ignore[assignment]  # It reads the ledger of it, and who is starting.
-        self.engine = engine_class(simulator, spec, self._take_load)
+        self.load.capacity = Capacity(settings.tpot_target_seconds)
+        self.load.look_ahead = LookAhead(settings.credit_ahead_limit, simulator.now)
+        self.ready = False
+        """Whether its engine is there."""
+        # This replica is its Triton and its slots; what it does with time is not needed here.
+        self._watch = EngineWatch(
+            self, self, self.load, None, slot_limit=settings.slot_limit, set_serving=None,
+            poll_seconds=settings.load_poll_seconds,
+        )  # fmt: skip
+        self.engine = engine_class(simulator, spec, lambda: self._watch.take_load(self.latest_load))
         self.starting_count = 0
         """Requests that have a slot and no token yet, as the slots count them."""
         self.attempt_count = 0
@@ -87,7 +106,6 @@ class SimulatedReplica:
         self._sessions: dict[int, Session] = {}
         self._held: dict[int, _Held] = {}
         self._key_of: dict[Job, int] = {}
-        self._capacity = (0, False)
         self._timer: Event | None = None
         self._load_timer: Event | None = None
         self._told_at = -load_interval_seconds
@@ -95,9 +113,10 @@ class SimulatedReplica:
         self.set_ready(True)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether its engine is there."""
-        return not self.load.not_ready_reason
+    def latest_load(self) -> EngineLoad:
+        """What the engine says of itself."""
+        load: EngineLoad = self.engine.load()
+        return load
 
     @property
     def busy_count(self) -> int:
@@ -110,14 +129,19 @@ class SimulatedReplica:
 
     def set_ready(self, ready: bool) -> None:
         """The engine comes, or goes away with all that ran in it."""
-        self.load.not_ready_reason = "" if ready else "the engine is away"
-        if ready:
-            self._take_load()
-        else:
-            for key in list(self._held):
-                self._finish(key, End.FAILED, "REPLICA_UNAVAILABLE")
-            self._set_capacity((0, False))
+        self.ready = ready
+        self._watch.take_ready(ready)
         self._tell_load_soon()
+
+    def fail_waiting(self, error: TidegateError) -> None:
+        """The engine went away, and what ran in it with what waited for it."""
+        for key in list(self._held):
+            self._finish(key, End.FAILED, error.reason.name)
+
+    def set_capacity(self, slot_count: int, *, can_start: bool, ahead: int) -> None:
+        """What the engine watch makes of the engine's load."""
+        self.ledger.set_capacity(slot_count, can_start=can_start, ahead=ahead)
+        self._update()
 
     def connect(self, tell: Callable[[replica_pb2.ReplicaMessage], None]) -> Session:
         """A scheduler's stream is open."""
@@ -148,7 +172,7 @@ class SimulatedReplica:
 
     def take(self, job: Job, credit_id: str) -> str:
         """A request arrives; the word of a refusal, or empty."""
-        if not self.is_ready:
+        if not self.ready:
             return "REPLICA_UNAVAILABLE"
         now = self._simulator.now
         key = next(self._keys)
@@ -173,6 +197,8 @@ class SimulatedReplica:
     def _start(self, key: int) -> None:
         held = self._held[key]
         held.spent = self.ledger.spent_by(key)
+        if held.spent is not None and held.spent.gap_seconds is not None:
+            self.load.look_ahead.add_gap(held.spent.gap_seconds, self._simulator.now)
         if held.spent is not None and held.spent.session in self._sessions:
             self._sessions[held.spent.session].arrived.append(held.spent.credit_id)
         self.attempt_count += 1
@@ -210,6 +236,9 @@ class SimulatedReplica:
             self.engine.cancel(held.generation)
             job.prefilled_token_count += round(held.generation.prefilled_token_count)
             job.generated_token_count += round(held.generation.generated_token_count)
+            self.load.look_ahead.add_turnover(self._simulator.now)
+        if end is End.COMPLETED:
+            self.load.add_need(job.token_count)
         self.load.add_request(failed=end is End.FAILED)
         self.ledger.release(key)
         self._report(held, end)
@@ -229,24 +258,12 @@ class SimulatedReplica:
             outcome=OUTCOMES[end],
             prompt_token_count=job.prompt_token_count,
             completion_token_count=job.generated_token_count,
+            paused=held.spent.was_paused,
         )
         if job.first_token_at is not None:
             outcome.time_to_first_token.FromNanoseconds(int((job.first_token_at - held.arrived_at) * 1e9))
         outcome.duration.FromNanoseconds(int((self._simulator.now - held.arrived_at) * 1e9))
         session.tell(replica_pb2.ReplicaMessage(outcome=outcome))
-
-    def _take_load(self) -> None:
-        """Takes the engine's figures, as the engine watch does."""
-        if not self.is_ready:
-            return
-        load = self.engine.load()
-        self._set_capacity((load.max_sequences, load.waiting == 0))
-
-    def _set_capacity(self, capacity: tuple[int, bool]) -> None:
-        if capacity != self._capacity:
-            self._capacity = capacity
-            self.ledger.set_capacity(capacity[0], can_start=capacity[1])
-            self._update()
 
     def _update(self) -> None:
         """Delivers what the ledger decided after a change, as the slots do."""
@@ -299,13 +316,3 @@ class SimulatedReplica:
             # One average of all streams: the mean gap, as often as there were tokens.
             self.load.add_tokens(token_count, gap_seconds)
         return self.load.snapshot()
-
-
-def _terms(queue_limit: int | None) -> Terms:
-    return Terms(
-        lease_seconds=SETTINGS.credit_lease_seconds,
-        grace_seconds=SETTINGS.credit_grace_seconds,
-        protected_seconds=SETTINGS.credit_protected_seconds,
-        queue_limit=SETTINGS.queue_limit if queue_limit is None else queue_limit,
-        overflow_slot_count=SETTINGS.overflow_slot_count,
-    )

@@ -30,6 +30,7 @@ from simulation.figures import (
 from simulation.job import End, Job
 from simulation.mesh import Mesh, MeshSpec, Retries
 from simulation.state import faults
+from simulation.stepped_engine import SteppedEngine
 from simulation.workload import Kind, burst, lognormal, poisson, square_wave, together
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.request import ServiceClass
@@ -154,8 +155,8 @@ def mixed_flood(length: float, seed: int) -> list[Figure]:
 
 
 def realtime(length: float, seed: int) -> list[Figure]:
-    """Realtime requests while twelve times the capacity comes as batch."""
-    spec = MeshSpec()
+    """Realtime requests while twelve times the capacity comes as batch; the real batcher pauses for them."""
+    spec = MeshSpec(engine_class=SteppedEngine)
     c = capacity(EQUAL, spec, length)
     urgent = EQUAL.with_(name="urgent", service_class=ServiceClass.REALTIME, tenant="urgent")
     heavy = EQUAL.with_(name="heavy", service_class=ServiceClass.BATCH, tenant="heavy", deadline_seconds=30.0)

@@ -391,14 +391,19 @@ def _anomaly_terms(settings: Settings) -> AnomalyTerms:
     )
 
 
-def placer_of(settings: Settings, table: ReplicaTable, weights: Weights) -> Placer:
+def placer_of(
+    settings: Settings,
+    table: ReplicaTable,
+    weights: Weights,
+    random_index: Callable[[int], int] = random.randrange,
+) -> Placer:
     """What chooses replicas, by these settings."""
     return Placer(
         table,
         weights,
         alternative_count=settings.alternative_count,
         policy=Policy(settings.placement_policy),
-        random_index=random.randrange,
+        random_index=random_index,
         breaker_terms=BreakerTerms(
             failure_limit=settings.breaker_failure_limit,
             slow_limit=settings.breaker_slow_limit,

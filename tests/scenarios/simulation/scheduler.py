@@ -155,7 +155,7 @@ class SimulatedScheduler:
             weights=weights,
             alternative_count=settings.alternative_count,
             work=work,
-            placer=placer_of(settings, self.table, weights),
+            placer=placer_of(settings, self.table, weights, simulator.random.randrange),
         )
         self.expectations = expectations_of(settings, self._lanes, self.table, work, simulator.now)
         self._admission = Admission(

@@ -45,6 +45,8 @@ class Job:
     origin: Job | None = None
 
     admitted_at: float | None = None
+    told_wait_seconds: float | None = None
+    """What it was told of its wait as it began, where it asked and that was known."""
     dispatched_at: float | None = None
     reached_replica_at: float | None = None
     first_token_at: float | None = None
@@ -73,6 +75,12 @@ class Job:
     def time_to_first_token_seconds(self) -> float | None:
         """From the planned time; None while there is no token."""
         return None if self.first_token_at is None else self.first_token_at - self.sent_at
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From its place in a lane to its credit; None where it has not come so far."""
+        waited = self.dispatched_at is not None and self.admitted_at is not None
+        return self.dispatched_at - self.admitted_at if waited else None  # type: ignore[operator]
 
     @property
     def token_count(self) -> int:

@@ -27,6 +27,7 @@ class MeshSpec:
         scheduler_count: 0: the balancer alone decides.
         balancer: what Envoy does by itself.
         queue_limit: each replica's, of requests without a credit; None for the production's.
+        asks_for_places: whether each request that has to wait asks where it stands, once and at once.
         load_interval_seconds: a replica says how it is at least so often; many replicas are simulated faster with more.
     """
 
@@ -37,6 +38,7 @@ class MeshSpec:
     balancer: Callable[[Simulator], Balancer] = Balancer.round_robin
     queue_limit: int | None = None
     engine_class: Callable[..., Any] = FluidEngine
+    asks_for_places: bool = False
     load_interval_seconds: float = 1.0
 
 
@@ -92,6 +94,7 @@ class Mesh:
                 self.replicas,
                 settings=spec.settings,
                 delays=spec.delays,
+                asks_for_places=spec.asks_for_places,
                 on_refused=self._refuse,
                 on_dispatched=lambda job, placement, index=index: self._dispatch(
                     self.schedulers[index], job, placement

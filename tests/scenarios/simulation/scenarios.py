@@ -50,6 +50,9 @@ MIXED: Final = Kind(
 START: Final = 2.0
 """When the load begins: streams are open then."""
 
+SHORTEST_WAIT: Final = 0.5
+"""Seconds; what is told of a shorter wait hardly matters, and its error is large by nature."""
+
 _COMPARISONS: Final = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 
@@ -275,6 +278,34 @@ def floor(length: float, seed: int) -> list[Figure]:
     return [Figure("batch's share of tokens", sums["heavy"] / max(1, sum(sums.values())), ">= 0.02")]
 
 
+def eta(length: float, seed: int) -> list[Figure]:
+    """What a waiting request is told of its wait as that begins, against the wait: lengths mixed, all three lanes."""
+    c = capacity(MIXED, MeshSpec(), length)
+    shares = {ServiceClass.REALTIME: 0.4, ServiceClass.STANDARD: 0.8, ServiceClass.BATCH: 0.8}
+    kinds = [
+        (MIXED.with_(name=one.label, tenant=one.label, service_class=one, deadline_seconds=30.0), share * c)
+        for one, share in shares.items()
+    ]
+    seconds = 120 * length
+    mesh = Mesh(MeshSpec(asks_for_places=True), seed)
+    mesh.play(together(*(poisson(kind, rate, START, seconds, seed) for kind, rate in kinds)))
+    mesh.run_until(START + seconds + 30)
+    figures = []
+    for one in ServiceClass:
+        waited = [job for job in mesh.jobs if job.service_class is one and (job.queue_seconds or 0.0) > SHORTEST_WAIT]
+        told = [job for job in waited if job.told_wait_seconds is not None]
+        errors = [abs(job.told_wait_seconds - job.queue_seconds) / job.queue_seconds for job in told]
+        early = [job.told_wait_seconds < job.queue_seconds for job in told]
+        figures += [
+            Figure(f"{one.label}: waits that were told", len(told)),
+            Figure(f"{one.label}: of all", len(told) / max(1, len(waited))),
+            Figure(f"{one.label}: error, median", percentile(errors, 0.5)),
+            Figure(f"{one.label}: error, P90", percentile(errors, 0.9)),
+            Figure(f"{one.label}: told too little", sum(early) / max(1, len(told))),
+        ]
+    return figures
+
+
 # What breaks.
 
 
@@ -412,7 +443,7 @@ def hour(length: float, seed: int) -> list[Figure]:
 SCENARIOS: Final[dict[str, Scenario]] = {
     scenario.__name__.replace("_", "-"): scenario
     for scenario in (
-        flood, mixed_flood, realtime, recovery, bursts, square, fair, floor, retry_storm, two_schedulers, drift,
+        flood, mixed_flood, realtime, recovery, bursts, square, fair, floor, eta, retry_storm, two_schedulers, drift,
         placement, hour,
     )
 }  # fmt: skip

@@ -22,6 +22,7 @@ from tidegate.scheduler.forecast import DrainRate, WorkRates
 from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
 from tidegate.scheduler.placement import Placement, Weights
 from tidegate.scheduler.queue import waiting_of
+from tidegate.scheduler.queue_status import QueueStatuses
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
 from tidegate.scheduler.replicas import CreditStream, ended, note_outcome
 from tidegate.scheduler.request import Request, ServiceClass, request_from_headers
@@ -114,6 +115,7 @@ class SimulatedScheduler:
     """One scheduler.
 
     Args:
+        asks_for_places: whether each request that has to wait asks where it stands, once and at once.
         on_refused: a request ends here, with the error that its client is told.
         on_dispatched: a request goes to a replica.
     """
@@ -126,6 +128,7 @@ class SimulatedScheduler:
         *,
         settings: Settings,
         delays: Delays,
+        asks_for_places: bool,
         on_refused: Callable[[Job, TidegateError], None],
         on_dispatched: Callable[[Job, Placement], None],
     ) -> None:
@@ -157,6 +160,8 @@ class SimulatedScheduler:
             work=work,
             placer=placer_of(settings, self.table, weights, simulator.random.randrange),
         )
+        self._asks_for_places = asks_for_places
+        self._queue_statuses = QueueStatuses(self.dispatcher, simulator.clock)
         self.expectations = expectations_of(settings, self._lanes, self.table, work, simulator.now)
         self._admission = Admission(
             self._lanes,
@@ -257,6 +262,10 @@ class SimulatedScheduler:
         self.match()
         if job in self._waiting:
             self._demand_changed()
+            if self._asks_for_places:
+                with self._queue_statuses.following(request, waiting):
+                    status = self._queue_statuses.status(request.request_id, request.tenant)
+                job.told_wait_seconds = None if status is None else status.expected_wait_seconds
 
     def _complete(self, job: Job, request: Request) -> None:
         """What the pipeline learns from preprocess, and the deadline that follows from the class."""

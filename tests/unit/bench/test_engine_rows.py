@@ -41,7 +41,7 @@ def test_sequences_that_never_run_together_have_no_rate():
 
 def test_a_run_with_missing_tokens_is_no_result():
     measure = module("drivers/measure.py")
-    job = measure.Job("model", [[1], [2]], 3, 2, "fp32", 64)
+    job = measure.Job("model", [[1], [2]], 3, 2, "fp32", 64, "cpu")
     with pytest.raises(SystemExit, match="1 of 2 sequences have not 3 tokens"):
         measure.report(job, 0.0, [[1.0, 2.0, 3.0], [1.0, 2.0]])
 

@@ -57,7 +57,9 @@ def test_attempts_at_an_engine_are_all_it_began_and_all_that_went_on(rows):
 
 def record(number: int, ending: Ending, *, first_token: float | None = None, ended: float = 1.0) -> Record:
     """One request planned at 0 s, to be answered within 2 s."""
-    attempt = Attempt(sent=0.0, ended=ended, ending=ending, first_token=first_token, last_token=first_token and ended)
+    attempt = Attempt(
+        due=0.0, sent=0.0, ended=ended, ending=ending, first_token=first_token, last_token=first_token and ended
+    )
     found = Record(number, "flood", "default", "standard", 0.0, 2.0, 16, 8, attempts=[attempt])
     found.outcome = judge(found)
     return found

@@ -227,9 +227,7 @@ def _architecture(folder: Path) -> Architecture:
     return from_hugging_face(path, json.loads(path.read_text()), {})
 
 
-def _random_checkpoint(
-    model_path: Path, *, dtype: str, cache_dir: Path | None, rank: int = 0, size: int = 1, device: str
-) -> Checkpoint:
+def _random_checkpoint(model_path: Path, *, rank: int, size: int, device: str, **unused: object) -> Checkpoint:
     """`load_checkpoint` without files."""
     architecture = _architecture(model_path)
     here = division(model_path, architecture, rank, size)
@@ -240,7 +238,7 @@ def _random_checkpoint(
         tensor = torch.ones(shape, dtype=torch.bfloat16, device=device)
         # What is no matrix is a norm, or says how experts are chosen.
         tensors[fused.name] = tensor if len(shape) == 1 else tensor.normal_(std=0.02)
-    return Checkpoint(architecture, here, tensors)
+    return Checkpoint(architecture, here, tensors, is_tied=False)
 
 
 def _step_seconds(engine: Engine, prompts: list[list[int]], tokens: int) -> list[float]:

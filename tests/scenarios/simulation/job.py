@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
+from tidegate.model.call import ENGINE_PRIORITIES
 from tidegate.scheduler.request import ServiceClass
 
 
@@ -47,6 +48,8 @@ class Job:
     admitted_at: float | None = None
     told_wait_seconds: float | None = None
     """What it was told of its wait as it began, where it asked and that was known."""
+    is_owed: bool = False
+    """Whether its class's floor pays for it, as the header tells the replica."""
     dispatched_at: float | None = None
     reached_replica_at: float | None = None
     first_token_at: float | None = None
@@ -81,6 +84,11 @@ class Job:
         """From its place in a lane to its credit; None where it has not come so far."""
         waited = self.dispatched_at is not None and self.admitted_at is not None
         return self.dispatched_at - self.admitted_at if waited else None  # type: ignore[operator]
+
+    @property
+    def engine_priority(self) -> int:
+        """As `model/call.py` has it."""
+        return ENGINE_PRIORITIES["realtime" if self.is_owed else self.service_class.label]
 
     @property
     def token_count(self) -> int:

@@ -154,6 +154,7 @@ class Mesh:
             self._pass_through(job)
 
     def _dispatch(self, scheduler: SimulatedScheduler, job: Job, placement: Placement) -> None:
+        job.is_owed = placement.is_owed
         self._in_transit[job] = (scheduler, placement, self.now)
         self.simulator.after(self.spec.delays.hop_seconds, self._reach, job, placement)
 

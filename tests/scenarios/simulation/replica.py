@@ -19,7 +19,6 @@ from simulation.job import End, Job
 from simulation.simulator import Event, Simulator
 from tidegate.common.errors import TidegateError
 from tidegate.model.__main__ import credit_terms
-from tidegate.model.call import ENGINE_PRIORITIES
 from tidegate.model.capacity import Capacity
 from tidegate.model.config import Settings
 from tidegate.model.credits import Admitted, CreditLedger, Decision, Granted, Revoked, Spent, Urgency
@@ -176,9 +175,7 @@ class SimulatedReplica:
             return "REPLICA_UNAVAILABLE"
         now = self._simulator.now
         key = next(self._keys)
-        decision = self.ledger.take(
-            key, credit_id, resumed=False, now=now, urgency=Urgency(ENGINE_PRIORITIES[job.service_class.label])
-        )
+        decision = self.ledger.take(key, credit_id, resumed=False, now=now, urgency=Urgency(job.engine_priority))
         if decision is Decision.REFUSE:
             return "SERVER_IS_OVERLOADED"
         job.reached_replica_at, job.replica, job.replica_address = now, self, self.address
@@ -208,7 +205,7 @@ class SimulatedReplica:
         held.generation = Generation(
             job.prompt_token_count,
             min(job.answer_token_count, job.max_tokens),
-            ENGINE_PRIORITIES[job.service_class.label],
+            job.engine_priority,
             on_first_token=lambda: self._begin(held),
             on_end=lambda: self._finish(key, End.COMPLETED, ""),
         )

@@ -20,11 +20,15 @@ def generate(make_engine, make_folder):
 
     def run(graphed: bool) -> tuple[dict[str, list[int]], list[int]]:
         engine = make_engine(folder)
-        rank, captured = engine._rank, []
+        rank, replayed = engine._rank, []
 
         def capture(run):
-            captured.append(run())
-            return run
+            def replay():
+                logits = run()
+                replayed.append(len(logits))
+                return logits
+
+            return replay
 
         if graphed:
             rank._decodes = GraphedDecodes(
@@ -47,7 +51,7 @@ def generate(make_engine, make_folder):
         while engine.has_work:
             for output in engine.step():
                 found.setdefault(output.request_id, []).extend(output.token_ids)
-        return found, [len(logits) for logits in captured]
+        return found, replayed
 
     return run
 
@@ -58,4 +62,4 @@ def test_a_batch_that_is_filled_up_gets_the_same_answers(generate):
     assert found == expected
     assert nothing == []
     # The first has ended before the last one decodes; the others end one after the other.
-    assert sizes == [4, 2, 1]
+    assert [*dict.fromkeys(sizes)] == [4, 2, 1]

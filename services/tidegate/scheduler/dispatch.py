@@ -81,16 +81,21 @@ class Dispatcher:
     def expected_wait(self, waiting: Waiting, now: float, *, position: int | None = None) -> float | None:
         """Seconds until a waiting request leaves, by the measured rate; None when that is not known.
 
-        By cost as soon as that rate is known: that of requests is too high while slots are filled that nobody freed.
+        By cost as soon as such a rate is known: that of requests is too high while slots are filled that nobody freed.
+        Of what all lanes are served, more urgent requests that come meanwhile take a part: what the own lane was left
+        with of late says how large.
 
         Args:
             position: of the request, where the caller knows it; to find it takes time.
         """
         position = position or self.lanes.position(waiting)
-        rate = None if self._work is None else self._work.rate(now)
-        if rate is None:
-            return expected_wait(position, self.drain.rate(now))
-        return expected_wait(self.lanes.cost_until(waiting, position), rate)
+        urgent, own = self.lanes.cost_until(waiting, position)
+        by_count = expected_wait(position, self.drain.rate(now))
+        if self._work is None:
+            return by_count
+        in_all = expected_wait(urgent + own, self._work.rate(now))
+        in_lane = expected_wait(own, self._work.lane_rate(waiting.service_class, now))
+        return max((wait for wait in (in_all, in_lane) if wait is not None), default=by_count)
 
     def _note_backlog(self, now: float) -> None:
         self.drain.set_backlog(len(self.lanes) > 0, now)

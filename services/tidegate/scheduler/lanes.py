@@ -247,13 +247,16 @@ class Lanes:
         urgent = sum(lane.cost for other, lane in self._lanes.items() if other < service_class)
         return urgent + self._lanes[service_class].cost_before(tenant, cost)
 
-    def cost_until(self, waiting: Waiting, position: int) -> float:
-        """About what is served until one that waits has left, itself included: its lane's usual cost for each place."""
+    def cost_until(self, waiting: Waiting, position: int) -> tuple[float, float]:
+        """About what is served until one that waits has left: of more urgent lanes, and of its own, itself included.
+
+        Its own lane's usual cost stands for each place in it.
+        """
         own = self._lanes[waiting.service_class]
         urgent = [lane for other, lane in self._lanes.items() if other < waiting.service_class]
         # A position that was computed a moment ago may be too small for what is urgent now.
         place = max(1, position - sum(map(len, urgent)))
-        return sum(lane.cost for lane in urgent) + place * own.cost / max(1, len(own))
+        return sum(lane.cost for lane in urgent), place * own.cost / max(1, len(own))
 
     def position(self, waiting: Waiting) -> int:
         """How many leave before it, and itself: 1 is next. An estimate between tenants; linear in what waits."""

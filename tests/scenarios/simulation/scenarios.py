@@ -292,6 +292,8 @@ def eta(length: float, seed: int) -> list[Figure]:
     mesh.run_until(START + seconds + 30)
     figures = []
     for one in ServiceClass:
+        # Realtime does not wait, and when batch gets on beside more of standard than can be done nobody can say.
+        bounds = ("<= 0.2", "<= 0.5") if one is ServiceClass.STANDARD else ("", "")
         waited = [job for job in mesh.jobs if job.service_class is one and (job.queue_seconds or 0.0) > SHORTEST_WAIT]
         told = [job for job in waited if job.told_wait_seconds is not None]
         errors = [abs(job.told_wait_seconds - job.queue_seconds) / job.queue_seconds for job in told]
@@ -299,8 +301,8 @@ def eta(length: float, seed: int) -> list[Figure]:
         figures += [
             Figure(f"{one.label}: waits that were told", len(told)),
             Figure(f"{one.label}: of all", len(told) / max(1, len(waited))),
-            Figure(f"{one.label}: error, median", percentile(errors, 0.5)),
-            Figure(f"{one.label}: error, P90", percentile(errors, 0.9)),
+            Figure(f"{one.label}: error, median", percentile(errors, 0.5), bounds[0]),
+            Figure(f"{one.label}: error, P90", percentile(errors, 0.9), bounds[1]),
             Figure(f"{one.label}: told too little", sum(early) / max(1, len(told))),
         ]
     return figures
@@ -382,9 +384,14 @@ def placement(length: float, seed: int) -> list[Figure]:
         for name, spec in _rivals(engines).items():
             p99, imbalance = _placed(spec, MIXED.with_(deadline_seconds=None), 0.7, 60 * length, seed)
             latencies[name] = p99
-            figures += [Figure(f"{word}: P99 {name}", p99), Figure(f"{word}: imbalance {name}", imbalance)]
+            # A slow replica is given less; of the others none has a fifth more than the mean.
+            bound = "<= 1.2" if name in ("tidegate", "two choices") else ""
+            figures += [Figure(f"{word}: P99 {name}", p99), Figure(f"{word}: imbalance {name}", imbalance, bound)]
         best = min(latencies[name] for name in ("round robin", "least request", "power of two"))
-        figures.append(Figure(f"{word}: P99 tidegate / best other", latencies["tidegate"] / best, "<= 1.05"))
+        figures += [
+            Figure(f"{word}: P99 {name} / best other", latencies[name] / best, "<= 1.05")
+            for name in ("tidegate", "two choices")
+        ]
     return figures
 
 

@@ -129,6 +129,32 @@ def test_the_expected_wait_goes_by_what_those_before_cost(dispatcher):
     assert dispatcher.expected_wait(last, 2.0) == pytest.approx(7.0, rel=0.05)
 
 
+def test_the_expected_wait_leaves_room_for_more_urgent_requests_that_come_meanwhile(dispatcher):
+    work = WorkRates(10)
+    dispatcher = Dispatcher(
+        dispatcher.lanes,
+        dispatcher.table,
+        DrainRate(10),
+        weights=Weights(0.6, 0.4),
+        alternative_count=2,
+        work=work,
+    )
+    for number in range(30):
+        dispatcher.add(place(str(number)))
+    dispatcher.match(0)
+    for number in range(1, 41):
+        if number % 2:
+            dispatcher.add(place(f"urgent {number}", ServiceClass.REALTIME))
+        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
+        dispatcher.match(number * 0.1)
+    *_, last = dispatcher.lanes
+    urgent, own = dispatcher.lanes.cost_until(last, dispatcher.lanes.position(last))
+    in_all, in_lane = work.rate(4.0), work.lane_rate(ServiceClass.STANDARD, 4.0)
+    assert in_lane < 0.6 * in_all
+    assert dispatcher.expected_wait(last, 4.0) == pytest.approx(own / in_lane)
+    assert own / in_lane > 1.3 * (urgent + own) / in_all
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_runs_leave_no_credit_idle_while_something_waits(dispatcher, seed):
     chance, now = random.Random(seed), 0.0

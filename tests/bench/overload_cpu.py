@@ -80,7 +80,8 @@ async def cpu_bound(table: Table, workers: Workers, seconds: float) -> None:
                 f" the generator used {generator:.0%} of a core"
             )
             table.at_least(f"CPU-bound: goodput at {times} times", 100 * in_time / carried, bound, "%", how, aim=aim)
-            table.at_most("the same: failed or wrong", bad, 0, "requests", f"of {len(columns)}")
+            what = f"of {len(columns)}; {str(summary(ledger).failures)[:300]}" if bad else f"of {len(columns)}"
+            table.at_most("the same: failed or wrong", bad, 0, "requests", what)
 
 
 async def _in_time(name: str, target: Target, workers: Workers, *flows: Flow) -> tuple[float, Ledger]:

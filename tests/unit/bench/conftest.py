@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from tidegate.bench.ledger import Record
 from tidegate.bench.plan import Plan
 from tidegate.bench.sender import Sender
 from tidegate.bench.targets import Target
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class JumpingSelector(selectors.DefaultSelector):

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-def module(path: str):
-    """A module of the benchmark's own folder, which is no package."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, BENCH / path)
-        assert spec is not None and spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = found
-        spec.loader.exec_module(found)
-        return found
-    finally:
-        sys.path.remove(str(BENCH))
+from bench_modules import module
 
 
 def test_only_the_time_in_which_all_sequences_run_counts():

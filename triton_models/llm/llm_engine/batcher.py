@@ -73,6 +73,11 @@ class StepPlan:
         """Tokens that the step computes."""
         return sum(work.row_count for work in self.work)
 
+    @property
+    def prompt_token_count(self) -> int:
+        """Those of prompts; the others are decodes and their drafts, which cost the same."""
+        return sum(work.count for work in self.work if work.count > 1)
+
 
 class Batcher:
     """Continuous batching with chunked prefill, pausing by priority, and preemption by recompute."""

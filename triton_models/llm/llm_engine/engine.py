@@ -107,7 +107,8 @@ class Engine:
             self._ahead = self._begin_after(step)
         outputs = self._finish(step)
         self._step_seconds_last = self._clock() - started
-        self._pacer.observe(*_decodes_and_prompt_tokens(step.plan), self._step_seconds_last)
+        prompt_token_count = step.plan.prompt_token_count
+        self._pacer.observe(step.plan.token_count - prompt_token_count, prompt_token_count, self._step_seconds_last)
         return outputs
 
     def _begin(self, is_unwanted: Callable[[str], bool]) -> "_BegunStep | None":
@@ -378,12 +379,6 @@ def _ranks(config: EngineConfig) -> "tuple[LoadedRank, Rank | RankGroup]":
 
     group = RankGroup(config)
     return group.loaded, group
-
-
-def _decodes_and_prompt_tokens(plan: StepPlan) -> tuple[int, int]:
-    """How many rows of a plan are decodes or their drafts, which cost the same, and how many are of prompts."""
-    prompt_token_count = sum(work.count for work in plan.work if work.count > 1)
-    return plan.token_count - prompt_token_count, prompt_token_count
 
 
 def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:

@@ -97,11 +97,6 @@ def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draw:
     return Draw(tokens, HostCopy(torch.stack((tokens, finite.long()), dim=1)), logprobs)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """What `draw` gives, waited for."""
-    return draw(logits, rows).read()
-
-
 def _finite(logits: torch.Tensor) -> torch.Tensor:
     """Whether all of each row is: [row_count] bool."""
     if logits.is_cuda:

@@ -164,7 +164,7 @@ def queues(run: Run) -> Chart:
     layers = [
         Series(name, [float(sample.waiting.get(name, 0)) for sample in samples], colour) for name, colour in LANES
     ]
-    return Chart(xs=[sample.seconds for sample in samples] or [0.0], layers=layers if samples else [], steps=True)
+    return _sampled(run, layers=layers)
 
 
 def engines(run: Run) -> Chart:
@@ -174,7 +174,7 @@ def engines(run: Run) -> Chart:
         Series("answers under way", [float(sample.running) for sample in samples], "c1"),
         Series("credits not spent", [float(sample.credits) for sample in samples], "c3"),
     ]
-    return Chart(xs=[sample.seconds for sample in samples] or [0.0], lines=lines if samples else [], steps=True)
+    return _sampled(run, lines=lines)
 
 
 def shed_level(run: Run) -> Chart:
@@ -185,21 +185,13 @@ def shed_level(run: Run) -> Chart:
         Series(f"{name} refused by Envoy", [sample.shed.get(name, 0.0) for sample in samples], colour)
         for name, colour in LANES
     ]
-    return Chart(
-        xs=[sample.seconds for sample in samples] or [0.0],
-        layers=[step] if samples else [],
-        lines=lines if samples else [],
-        steps=True,
-        y_text=_percent,
-        y_values=[1.0],
-    )
+    return replace(_sampled(run, layers=[step], lines=lines), y_text=_percent, y_values=[1.0])
 
 
 def limited_tenants(run: Run) -> Chart:
     """Tenants whose requests Envoy holds to a rate."""
-    samples = run.ledger.samples
-    line = Series("tenants", [float(sample.limited_tenants) for sample in samples], "c1")
-    return Chart(xs=[sample.seconds for sample in samples] or [0.0], layers=[line] if samples else [], steps=True)
+    line = Series("tenants", [float(sample.limited_tenants) for sample in run.ledger.samples], "c1")
+    return _sampled(run, layers=[line])
 
 
 PICTURES: Final = (
@@ -226,6 +218,14 @@ def side_by_side(picture: Picture, runs: Sequence[Run], capacity: float | None) 
     charts = [outcomes(run, capacity) if picture.draw is outcomes else picture.draw(run) for run in runs]
     heights = [height for chart in charts for height in chart.heights() if math.isfinite(height)]
     return [replace(chart, y_values=[*chart.y_values, *heights]) for chart in charts]
+
+
+def _sampled(run: Run, *, layers: Sequence[Series] = (), lines: Sequence[Series] = ()) -> Chart:
+    """What the scheduler said of itself, from sample to sample; nothing where it was not asked."""
+    samples = run.ledger.samples
+    if not samples:
+        layers = lines = ()
+    return Chart(xs=[sample.seconds for sample in samples] or [0.0], layers=layers, lines=lines, steps=True)
 
 
 def _percentile_lines(run: Run, values: NDArray[np.float64]) -> Chart:

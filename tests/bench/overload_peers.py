@@ -1,23 +1,26 @@
 """Tidegate beside public routers and plain round robin, before the same engines, under the same load and protocol.
 
 The routers come from an environment of their own (`pip install smg vllm-router`), so that nothing of them is needed
-otherwise. First Tidegate runs, as it is by default; then, with that mesh gone, the others run before replicas that
-queue without a bound, as engines do by default. Each router runs at its defaults, and once more told by hand what the
-engines hold. All get the same requests over HTTP, of clients that give up at their deadline.
+otherwise. First Tidegate runs, as it is by default; then the others, each before new replicas that queue without a
+bound, as engines do by default. Each router runs at its defaults, and once more told by hand what the engines hold. All
+get the same requests over HTTP, of clients that give up at their deadline, and begin when the replicas have nothing to
+do.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
+import yaml
 from table import Table
 
 from tidegate.bench.arrivals import Poisson
@@ -34,12 +37,16 @@ from tidegate.bench.statistics import percentile
 from tidegate.bench.summary import summary
 from tidegate.bench.targets import Target
 from tidegate.bench.workers import Workers
+from tidegate.cli import probes
 from tidegate.cli.ports import free_ports
 
 PEERS: Final = ("smg", "vllm-router")
+"""What the environment has to have."""
+
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
-SETTLE_SECONDS: Final = 2.0
+IDLE_SECONDS: Final = 60.0
+"""Within which replicas end what clients have given up."""
 
 SLOTS: Final = 64
 """Of the two engines together: what a person would have to tell a router by hand."""
@@ -47,13 +54,23 @@ SLOTS: Final = 64
 QUEUE: Final = SLOTS // 4
 """Told by hand, too: about a quarter of an answer's time, which the deadline leaves room for."""
 
-BEST_POLICY: Final = {"smg": "least_load", "vllm-router": "power_of_two"}
-"""The balancing that fits requests with nothing in common; both go by prefixes at their defaults."""
+BOUNDS: Final = ("--max-concurrent-requests", str(SLOTS), "--queue-size", str(QUEUE))
+
+SMG_CLASSES: Final = {
+    name: {
+        "reserved_floor": reserved,
+        "reserved_per_slot": 0.0,
+        "queue_size": QUEUE,
+        "queue_timeout_secs": 10,
+        "starvation_threshold_secs": 10,
+        "can_preempt": reserved > 0,
+    }
+    for name, reserved in (("system", 0), ("interactive", SLOTS // 4), ("default", 0), ("bulk", 0))
+}
+"""For its priority scheduler, whose own reservations are more than the slots there are."""
 
 TIDEGATE: Final = "Tidegate"
 ROUND_ROBIN: Final = "round robin"
-AT_DEFAULTS: Final = (ROUND_ROBIN, *(f"{peer} at its defaults" for peer in PEERS))
-BY_HAND: Final = tuple(f"{peer} told that the engines hold {SLOTS}" for peer in PEERS)
 
 TENANTS: Final = tuple(f"tenant-{number}" for number in range(5))
 CLASSES: Final = {"realtime": 0.3, "standard": 2.35, "batch": 2.35}
@@ -106,6 +123,57 @@ Results = dict[str, Result]
 """Of one load, by who ran."""
 
 
+@dataclass(frozen=True)
+class Contender:
+    """One to compare with.
+
+    Attributes:
+        command: the router's program, in its environment, and how it is started; empty: Envoy, by turns.
+        is_by_hand: told what the engines hold.
+        config: of a file that the router reads, by the option that names it.
+        class_headers: what says a request's class, by class.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    is_by_hand: bool = False
+    config: Mapping[str, object] = field(default_factory=dict)
+    class_headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+CONTENDERS: Final = (
+    Contender(ROUND_ROBIN),
+    Contender("smg at its defaults", ("smg", "launch")),
+    Contender("vllm-router at its defaults", ("vllm-router",)),
+    # Their balancing that fits requests with nothing in common; both go by prefixes at their defaults. vllm-router's bound
+    # on requests at once is a bucket that fills by as many a second, if it is not told otherwise.
+    Contender(
+        f"smg told that the engines hold {SLOTS}",
+        ("smg", "launch", *BOUNDS, "--policy", "least_load"),
+        is_by_hand=True,
+    ),
+    Contender(
+        "smg told that, and with its priority scheduler",
+        (
+            *("smg", "launch", *BOUNDS, "--policy", "least_load"),
+            *("--priority-scheduler-enabled", "--priority-scheduler-default-max-class", "system"),
+        ),
+        is_by_hand=True,
+        config={"--priority-scheduler-config": {"classes": SMG_CLASSES}},
+        class_headers={
+            "realtime": {"x-smg-priority": "interactive"},
+            "standard": {"x-smg-priority": "default"},
+            "batch": {"x-smg-priority": "bulk"},
+        },
+    ),
+    Contender(
+        f"vllm-router told that the engines hold {SLOTS}",
+        ("vllm-router", *BOUNDS, "--policy", "power_of_two", "--rate-limit-tokens-per-second", "1"),
+        is_by_hand=True,
+    ),
+)
+
+
 async def peers(
     table: Table, workers: Workers, capacity: float, shape: Shape, seconds: float, environment: Path | None
 ) -> None:
@@ -117,23 +185,34 @@ async def peers(
     contests = contests_of(capacity, shape, seconds)
     results: list[Results] = [{} for _ in contests]
 
-    async def measure(target: Target) -> None:
+    async def measure(mesh: OwnMesh, target: Target, *, runs_all: bool) -> None:
         for contest, of_all in zip(contests, results, strict=True):
-            if contest.is_for_all or target.name in (TIDEGATE, *BY_HAND):
+            if contest.is_for_all or runs_all:
                 of_all[target.name] = await _measure(contest, workers, target)
+                await _until_idle(mesh)
 
     async with OwnMesh(replicas=2, engine="llm_sim", tenants=(*TENANTS, "default")) as mesh:
-        await measure(mesh.target(name=TIDEGATE, protocol="http"))
-    async with OwnMesh(replicas=2, engine="llm_sim", settings=UNBOUNDED) as mesh:
-        addresses = [mesh.address(f"model-{index}") for index in range(2)]
-        async with PlainEnvoy(addresses, mesh.home) as plain:
-            files = {"model": mesh.state.model_name, "engine": mesh.engine, "model_path": mesh.state.model_path}
-            await measure(Target(name=ROUND_ROBIN, address=plain.round_robin, protocol="http", **files))
-            for name, program, arguments in _routers(plain.replicas) if environment is not None else []:
-                assert environment is not None
-                log = mesh.home / f"{program}.log"
-                async with _Router(environment / "bin" / program, arguments, log) as router:
-                    await measure(Target(name=name, address=router.address, protocol="http", **files))
+        await measure(mesh, mesh.target(name=TIDEGATE, protocol="http"), runs_all=True)
+    for contender in CONTENDERS:
+        if contender.command and environment is None:
+            continue
+        async with (
+            OwnMesh(replicas=2, engine="llm_sim", settings=UNBOUNDED) as mesh,
+            _before(mesh, contender, environment) as address,
+        ):
+            await measure(
+                mesh,
+                Target(
+                    name=contender.name,
+                    address=address,
+                    protocol="http",
+                    model=mesh.state.model_name,
+                    class_headers=contender.class_headers,
+                    engine=mesh.engine,
+                    model_path=mesh.state.model_path,
+                ),
+                runs_all=contender.is_by_hand,
+            )
     if environment is None:
         table.note(f"Without --peers {' and '.join(PEERS)} are left out: Tidegate stands beside round robin alone.")
     for contest, of_all in zip(contests, results, strict=True):
@@ -173,11 +252,9 @@ def add_rows(table: Table, contest: Contest, results: Results) -> None:
     """Tidegate's goodput, and realtime's share where there is one, against the best of each kind."""
     table.note(f"{contest.name}: " + "; ".join(f"{name} {result.words}" for name, result in results.items()))
     own = results[TIDEGATE]
-    for who, names, share in (
-        ("at its defaults", AT_DEFAULTS, 1.0),
-        ("told by hand", BY_HAND, contest.share_by_hand),
-    ):
-        others = {name: result for name, result in results.items() if name in names}
+    for who, is_by_hand, share in (("at its defaults", False, 1.0), ("told by hand", True, contest.share_by_hand)):
+        names = [contender.name for contender in CONTENDERS if contender.is_by_hand == is_by_hand]
+        others = {name: results[name] for name in names if name in results}
         if not others:
             continue
         best = max(others, key=lambda name: others[name].goodput)
@@ -219,32 +296,45 @@ async def _measure(contest: Contest, workers: Workers, target: Target) -> Result
         realtime_ttft=percentile(columns.ttft[realtime], 99),
     )
     print(f"    {result.words}", flush=True)
-    await asyncio.sleep(SETTLE_SECONDS)
     return result
 
 
-def _routers(replicas: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """Name, program and arguments of each."""
-    urls = ["--worker-urls", *(f"http://{address}" for address in replicas)]
-    launch = {"smg": ["launch", *urls], "vllm-router": urls}
-    bounds = ["--max-concurrent-requests", str(SLOTS), "--queue-size", str(QUEUE)]
-    return [
-        *((f"{peer} at its defaults", peer, launch[peer]) for peer in PEERS),
-        *(
-            (name, peer, [*launch[peer], *bounds, "--policy", BEST_POLICY[peer]])
-            for name, peer in zip(BY_HAND, PEERS, strict=True)
-        ),
-    ]
+async def _until_idle(mesh: OwnMesh) -> None:
+    """Until the replicas have nothing to do: what is left of one load must not be in the way of the next."""
+    async with asyncio.timeout(IDLE_SECONDS):
+        while True:
+            replicas = (await probes.snapshot(mesh.address("scheduler"), 5)).replicas
+            if not any(replica.load.running_request_count + replica.load.waiting_request_count for replica in replicas):
+                return
+            await asyncio.sleep(0.1)
+
+
+@contextlib.asynccontextmanager
+async def _before(mesh: OwnMesh, contender: Contender, environment: Path | None) -> AsyncIterator[str]:
+    """Starts one before the mesh's replicas; its address."""
+    async with PlainEnvoy([mesh.address(f"model-{index}") for index in range(2)], mesh.home) as plain:
+        if not contender.command:
+            yield plain.round_robin
+            return
+        assert environment is not None
+        program, *arguments = contender.command
+        for option, content in contender.config.items():
+            file = mesh.home / "router.yaml"
+            file.write_text(yaml.safe_dump(content), encoding="utf-8")
+            arguments += [option, str(file)]
+        urls = ["--worker-urls", *(f"http://{address}" for address in plain.replicas)]
+        command = [str(environment / "bin" / program), *arguments, *urls]
+        async with _Router(command, mesh.home / "router.log") as router:
+            yield router.address
 
 
 class _Router:
     """Runs a router's program on a port of its own."""
 
-    def __init__(self, program: Path, arguments: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path) -> None:
         port, metrics_port = free_ports(2)
         self.address = f"127.0.0.1:{port}"
-        self._command = [str(program), *arguments, "--host", "127.0.0.1", "--port", str(port)]
-        self._command += ["--prometheus-port", str(metrics_port)]
+        self._command = [*command, "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port)]
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
 

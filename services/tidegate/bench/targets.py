@@ -31,6 +31,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Or /v1/completions, which takes prompts as tokens."""
     is_plain_openai: bool = False
     """Over HTTP: leaves out what only Tidegate and vLLM understand (the class, ignore_eos)."""
+    class_headers: Mapping[str, Mapping[str, str]] = {}
+    """Over HTTP, by class: more headers, for servers that know classes by other names."""
     lowest_token: int = LOWEST_TOKEN
     highest_token: int = HIGHEST_TOKEN
     """Prompts are made of the tokens of [lowest, highest)."""

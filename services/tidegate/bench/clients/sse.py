@@ -104,6 +104,7 @@ class SseClient:
             "content-type": "application/json",
             "x-request-timeout-ms": str(max(1, int(ask.timeout_seconds * 1000))),
             CLASS_HEADER: ask.service_class,
+            **self._target.class_headers.get(ask.service_class, {}),
         }
         key = self._target.api_keys.get(ask.tenant)
         return headers | {"authorization": f"Bearer {key}"} if key else headers

@@ -16,6 +16,7 @@ import msgspec
 
 from tidegate.common import headers
 from tidegate.common.errors import Reason, TidegateError, grpc_message, openai_json, trailing_metadata
+from tidegate.common.shed_file import DENOMINATOR, RETRY_STEPS_SECONDS, retry_key
 
 SCHEDULER_REPLY: Final = "response.code_details.startsWith('tidegate_')"
 """The scheduler names its replies so, in the `details` of its ImmediateResponse."""
@@ -25,9 +26,6 @@ IS_GRPC: Final = "request.headers['content-type'].startsWith('application/grpc')
 
 ONLY_GRPC: Final = frozenset({headers.ERROR_BODY, headers.HTTP_STATUS})
 """What the ingress needs to turn a gRPC reply into HTTP: a JSON request that got as far as the router is gRPC then."""
-
-SHED_RETRY_SECONDS: Final = (1.0, 2.0, 3.0, 4.0)
-"""Envoy cannot draw a time by lot, but it can draw one of several replies: those refused together come back apart."""
 
 UNAVAILABLE_RETRY_SECONDS: Final = 1.0
 """A replica that died is replaced or ejected in about this time."""
@@ -45,8 +43,8 @@ class EnvoyReply(msgspec.Struct, frozen=True):
     retry_after_seconds: float | None = None
     keeps_status: bool = False
     """True where the HTTP status says more than the reason's usual one."""
-    share_percent: int = 100
-    """So many of a hundred, at random, get this reply; the others go on down the list."""
+    lot: str = ""
+    """A runtime key: those for whom the lot by its share is drawn get this reply; the others go on down the list."""
 
 
 def envoy_replies(*, body_limit_bytes: int, tenant_retry_after_seconds: float) -> tuple[EnvoyReply, ...]:
@@ -114,16 +112,16 @@ def _shed_replies() -> list[EnvoyReply]:
 
 
 def _retried_later(condition: str, message: str) -> list[EnvoyReply]:
-    count = len(SHED_RETRY_SECONDS)
+    """One for each time that the scheduler may let Envoy tell; the longest is for all whom no other was drawn for."""
     return [
         EnvoyReply(
             condition,
             Reason.SERVER_IS_OVERLOADED,
             message,
-            retry_after_seconds=seconds,
-            share_percent=100 // (count - place),
+            retry_after_seconds=float(seconds),
+            lot="" if seconds == RETRY_STEPS_SECONDS[-1] else retry_key(seconds),
         )
-        for place, seconds in enumerate(SHED_RETRY_SECONDS)
+        for seconds in RETRY_STEPS_SECONDS
     ]
 
 
@@ -151,16 +149,16 @@ def local_reply_config(replies: tuple[EnvoyReply, ...]) -> dict[str, Any]:
 
 
 def _drawn(reply: EnvoyReply, mapper: dict[str, Any]) -> dict[str, Any]:
-    """The mapper, for its share of the replies alone."""
-    if reply.share_percent >= 100:
+    """The mapper, for those alone for whom its lot is drawn."""
+    if not reply.lot:
         return mapper
     lot = {
-        # The key only names the lot; nobody sets it.
-        "runtime_key": f"tidegate.reply.{reply.reason.name.lower()}.{reply.retry_after_seconds:g}",
-        "percent_sampled": {"numerator": reply.share_percent, "denominator": "HUNDRED"},
+        "runtime_key": reply.lot,
+        "percent_sampled": {"numerator": 0, "denominator": DENOMINATOR},
         "use_independent_randomness": True,
     }
-    return mapper | {"filter": {"and_filter": {"filters": [mapper["filter"], {"runtime_filter": lot}]}}}
+    # The lot first: most have no share, and that is soon found out.
+    return mapper | {"filter": {"and_filter": {"filters": [{"runtime_filter": lot}, mapper["filter"]]}}}
 
 
 def _grpc_mapper(reply: EnvoyReply) -> dict[str, Any]:

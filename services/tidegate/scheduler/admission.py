@@ -283,14 +283,18 @@ class Admission:
         )
 
     def _overloaded(self, message: str, conditions: Conditions, *, brownout_step: int = 0) -> TidegateError:
-        leaving = max(1, round(len(self._lanes) * RETRY_ROOM_SHARE))
-        seconds = expected_wait(leaving, conditions.drain_rate)
         return TidegateError(
             Reason.SERVER_IS_OVERLOADED,
             message,
-            retry_after_seconds=_retry_seconds(self._default_retry_seconds if seconds is None else seconds, conditions),
+            retry_after_seconds=_retry_seconds(self.room_seconds(conditions.drain_rate), conditions),
             brownout_step=brownout_step,
         )
+
+    def room_seconds(self, drain_rate: float | None) -> float:
+        """Until enough of what waits has left that who is refused now has a chance; drain_rate: requests a second."""
+        leaving = max(1, round(len(self._lanes) * RETRY_ROOM_SHARE))
+        seconds = expected_wait(leaving, drain_rate)
+        return self._default_retry_seconds if seconds is None else seconds
 
 
 def _is_patient(request: Request, slack: float) -> bool:

@@ -19,7 +19,7 @@ from tidegate.common import memory
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.grpc_server import Server
 from tidegate.common.limits_file import write_limits
-from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
+from tidegate.common.shed_file import NOTHING_REFUSED, RETRY_STEPS_SECONDS, retry_step, write_shares
 from tidegate.scheduler.admission import Admission
 from tidegate.scheduler.anomalies import Anomalies
 from tidegate.scheduler.anomalies import Terms as AnomalyTerms
@@ -264,15 +264,20 @@ class SchedulerService:
             await memory.release()
 
     async def _shed(self, file: Path) -> None:
-        """Tells Envoy what to refuse before it asks here; nothing, at the start and at the end."""
+        """Tells Envoy what to refuse before it asks here, and when that may come back; nothing, at the start and at the
+        end."""
         write_shares(file, NOTHING_REFUSED)
+        told_seconds = RETRY_STEPS_SECONDS[0]
         try:
             while True:
                 await asyncio.sleep(self._settings.shed_interval_seconds)
-                was_shedding = self.shedder.is_shedding
-                if self.shedder.end_interval(self._clock(), self.dispatcher.table.late_seconds(self._clock())):
+                now, was_shedding = self._clock(), self.shedder.is_shedding
+                is_new = self.shedder.end_interval(now, self.dispatcher.table.late_seconds(now))
+                seconds = retry_step(self._admission.room_seconds(self.dispatcher.drain.rate(now)))
+                if is_new or (seconds != told_seconds and (self.shedder.is_shedding or self.limits.limits)):
                     shares = {one.label: share for one, share in self.shedder.shares.items()}
-                    write_shares(file, shares)
+                    write_shares(file, shares, seconds)
+                    told_seconds = seconds
                     if self.shedder.is_shedding != was_shedding:
                         log.warning("shedding_begins" if not was_shedding else "shedding_ends", shares=shares)
         finally:

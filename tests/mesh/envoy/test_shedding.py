@@ -32,9 +32,9 @@ async def statuses(client, service_class: str | None = None) -> Counter[int]:
 async def shed(mesh):
     """Says what is let through, and waits until Envoy has read it."""
 
-    async def say(**shares: float) -> None:
+    async def say(retry_seconds: int = 1, **shares: float) -> None:
         loaded = await mesh.stat("runtime.load_success")
-        write_shares(mesh.settings.shed_path, NOTHING_REFUSED | shares)
+        write_shares(mesh.settings.shed_path, NOTHING_REFUSED | shares, retry_seconds)
 
         async def is_known() -> bool:
             return await mesh.stat("runtime.load_success") > loaded
@@ -102,6 +102,17 @@ async def test_who_is_refused_is_told_over_http_when_to_come_back(mesh, client, 
         check_openai_error(answer, Reason.SERVER_IS_OVERLOADED)
     assert {answer.headers["retry-after"] for answer in answers} <= {"1", "2", "3", "4"}
     assert len({answer.headers["retry-after"] for answer in answers}) > 1
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(12, {"12", "16", "24", "32", "48"}), (64, {"64"})])
+async def test_when_to_come_back_is_what_the_scheduler_says(client, shed, seconds, told):
+    await shed(standard=0.0, retry_seconds=seconds)
+    answers = [await client.post(CHAT, json={}) for _ in range(TRIES)]
+    for answer in answers:
+        check_openai_error(answer, Reason.SERVER_IS_OVERLOADED)
+    heard = {answer.headers["retry-after"] for answer in answers}
+    assert heard <= told
+    assert len(heard) >= len(told) / 2
 
 
 async def test_a_refused_client_keeps_its_connection(mesh, client, shed):

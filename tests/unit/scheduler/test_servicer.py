@@ -616,6 +616,31 @@ async def test_envoy_is_told_what_to_refuse_when_all_come_late_and_that_it_is_ov
     await until_refused(lambda parts: parts == 0, 0, 0.05)
 
 
+async def test_envoy_is_told_when_what_it_refuses_may_come_back_by_what_waits(start_world, tmp_path):
+    file = tmp_path / "shed.yaml"
+    # Without a known rate at which requests leave, it is the time by default.
+    world = await start_world(
+        shed_file=str(file),
+        shed_interval_seconds=0.05,
+        shed_late_seconds=0.1,
+        start_share=1.0,
+        default_retry_seconds=5.0,
+    )
+    assert _shortest_retry_of(file) == 1
+    world.replica.grant(*map(str, range(1000)))
+    async with asyncio.timeout(10):
+        while not _refused_of(file, "standard"):
+            await world.exchange().run(_arrived(0.5))
+    assert _shortest_retry_of(file) == 6
+
+
 def _refused_of(file, service_class):
-    layer = json.loads(file.read_text())["resources"][0]["layer"]
-    return layer["tidegate"]["shed"][service_class]["numerator"]
+    return _said(file)["shed"][service_class]["numerator"]
+
+
+def _shortest_retry_of(file):
+    return min(int(seconds) for seconds, parts in _said(file)["retry"].items() if parts)
+
+
+def _said(file):
+    return json.loads(file.read_text())["resources"][0]["layer"]["tidegate"]

@@ -145,8 +145,8 @@ CONTENDERS: Final = (
     Contender(ROUND_ROBIN),
     Contender("smg at its defaults", ("smg", "launch")),
     Contender("vllm-router at its defaults", ("vllm-router",)),
-    # Their balancing that fits requests with nothing in common; both go by prefixes at their defaults. vllm-router's bound
-    # on requests at once is a bucket that fills by as many a second, if it is not told otherwise.
+    # Their balancing that fits requests with nothing in common; both go by prefixes at their defaults. The bound of
+    # vllm-router on requests at once is a bucket that fills by as many a second, if it is not told otherwise.
     Contender(
         f"smg told that the engines hold {SLOTS}",
         ("smg", "launch", *BOUNDS, "--policy", "least_load"),

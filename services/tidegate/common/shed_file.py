@@ -21,7 +21,7 @@ NOTHING_REFUSED: Final = {"realtime": 1.0, "standard": 1.0, "batch": 1.0}
 """What is let through of each class when the scheduler keeps up."""
 
 RETRY_STEPS_SECONDS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""What Envoy can tell those that it refuses: it cannot compute a time, but it can draw one of several replies by lot."""
+"""What Envoy can tell those that it refuses: it cannot compute a time, but draws one of several replies by lot."""
 
 RETRY_SPREAD: Final = 4.0
 """The longest time that is drawn is so many times of the shortest: those refused together come back apart."""

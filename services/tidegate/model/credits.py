@@ -300,8 +300,8 @@ class CreditLedger:
             self._waiting.remove(holder)
 
     def spent_by(self, holder: int) -> Spent | None:
-        """The credit that a running holder spent; None when it runs without one."""
-        return self._running[holder]
+        """The credit that a holder with a slot spent, paused or not; None when it has its slot without one."""
+        return self._paused[holder] if holder in self._paused else self._running[holder]
 
     def settle(self, now: float) -> list[Action]:
         """Brings the sets in order after any change, and says what is to be told."""

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tidegate.common.errors import Reason, TidegateError
-from tidegate.model.credits import CreditLedger, Terms
+from tidegate.model.credits import CreditLedger, Terms, Urgency
 from tidegate.model.slots import Slots
 
 
@@ -23,6 +23,33 @@ async def test_a_client_that_leaves_as_the_engine_goes_away_gives_its_place_up_o
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert slots.ledger.waiting_count == 0
+
+
+async def test_who_is_paused_before_it_knows_that_it_was_admitted_goes_on_all_the_same():
+    terms = Terms(
+        lease_seconds=5.0,
+        grace_seconds=1.0,
+        protected_seconds=0.25,
+        queue_limit=8,
+        overflow_slot_count=0,
+        preempting_share=0.25,
+    )
+    slots = Slots(CreditLedger(terms, "life"), lambda: 1.0)
+    slots.set_capacity(4, can_start=True)
+    running = [await slots.take(credit_id="", resumed=False, urgency=Urgency.STANDARD) for _ in range(4)]
+    batch, realtime = (
+        asyncio.create_task(slots.take(credit_id="", resumed=False, urgency=urgency))
+        for urgency in (Urgency.BATCH, Urgency.REALTIME)
+    )
+    await asyncio.sleep(0)
+    # The slot goes to the one that waited first, and from it to the more urgent one, before either hears of it.
+    running[0].release()
+    assert (slots.ledger.running_count, slots.ledger.paused_count) == (4, 1)
+    for task in (batch, realtime):
+        running.append(await task)
+    for slot in running:
+        slot.release()
+    assert (slots.ledger.running_count, slots.ledger.paused_count, slots.starting_count) == (0, 0, 0)
 
 
 class Clock:

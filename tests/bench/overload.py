@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import math
 import os
 import signal
@@ -27,7 +28,6 @@ from overload_peers import PEERS, peers
 from overload_rows import admitted_ttft, cost_shares, engine_attempts, recovery_seconds, seconds_to_rate
 from overload_streams import live_streams, many_waiting
 from running_mesh import NO_BUCKET
-from second_scheduler import second_scheduler
 from steadiness import steadiness
 from table import Table
 
@@ -45,11 +45,13 @@ from tidegate.bench.statistics import percentile
 from tidegate.bench.summary import fairness, summary
 from tidegate.bench.workers import Workers
 from tidegate.cli import probes
+from tidegate.common.snapshots import together
 from tidegate.scheduler.observations import OUTPUT_TOKEN_COST
 from tidegate.v1 import scheduler_pb2
 
 REPLICAS: Final = 2
 TENANTS: Final = (*(f"tenant-{number}" for number in range(10)), "one", "two", "four", "default")
+SETTINGS: Final = {"TIDEGATE_SCHEDULER_TENANT_WEIGHTS": '{"two": 2, "four": 4}', **NO_BUCKET}
 CALM_SECONDS: Final = 0.5
 """A mesh is as before when nothing waits and the time to first token is as it was, for so long."""
 
@@ -112,8 +114,8 @@ class Bench:
         return ledger
 
     async def snapshot(self) -> scheduler_pb2.Snapshot:
-        """The scheduler now."""
-        return await probes.snapshot(self.mesh.address("scheduler"), 5)
+        """The schedulers now, as one."""
+        return together([await probes.snapshot(address, 5) for address in self.mesh.state.scheduler_addresses])
 
     async def until_idle(self, seconds: float = 30.0) -> float:
         """Waits until nothing is left of a load; returns how long that took, infinite if it did not come."""
@@ -308,15 +310,16 @@ async def _engine_requests(bench: Bench) -> int:
 
 
 async def schedulers(bench: Bench) -> None:
-    """Floods on two schedulers that share nothing, and one of the two is killed; then on the only one."""
+    """Floods on two schedulers that share nothing, and one of the two is killed; then on the only one. A scheduler that
+    was killed is started again by the supervisor."""
 
     async def kill(pid: int) -> None:
         await asyncio.sleep(bench.seconds / 2)
         os.kill(pid, signal.SIGKILL)
 
-    async def flood(name: str, pid: int, begin: float) -> None:
-        killing = asyncio.create_task(kill(pid))
-        ledger = await bench.run(f"5 C, {name}", bench.flow("flood", 5.0))
+    async def flood(name: str, mesh: OwnMesh, killed: str, begin: float) -> None:
+        killing = asyncio.create_task(kill(mesh.pid(killed)))
+        ledger = await dataclasses.replace(bench, mesh=mesh).run(f"5 C, {name}", bench.flow("flood", 5.0))
         await killing
         columns = columns_of(ledger.records)
         in_time = columns.of(Outcome.IN_TIME)
@@ -332,10 +335,12 @@ async def schedulers(bench: Bench) -> None:
         how = str(summary(ledger).failures)[:200]
         bench.table.at_most(f"the same, {name}: failed or wrong", failed + wrong, 0, "requests", how)
 
-    async with second_scheduler(bench.mesh) as pid:
-        await flood("one of two schedulers killed", pid, 95)
-    await asyncio.sleep(5.0)
-    await flood("the only scheduler killed", bench.mesh.pid("scheduler"), 85)
+    arguments = ["--schedulers", "2"]
+    async with OwnMesh(
+        replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=SETTINGS, arguments=arguments
+    ) as two:
+        await flood("one of two schedulers killed", two, "scheduler-1", 95)
+    await flood("the only scheduler killed", bench.mesh, "scheduler", 85)
     await asyncio.sleep(5.0)
 
 
@@ -381,12 +386,11 @@ async def measure(arguments: argparse.Namespace) -> int:
     """Runs the parts."""
     table = Table("The mesh under overload, two replicas of the simulated engine (llm_sim, h200-70b)")
     wanted = arguments.only or PARTS
-    settings = {"TIDEGATE_SCHEDULER_TENANT_WEIGHTS": '{"two": 2, "four": 4}', **NO_BUCKET}
     capacity = arguments.capacity
     table.note(f"Before, {steadiness()}")
     async with Workers(1) as workers:
         if not capacity or any(part in MEASURES for part in wanted):
-            async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=settings) as mesh:
+            async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=SETTINGS) as mesh:
                 bench = Bench(mesh, workers, table, arguments.seconds)
                 capacity = bench.capacity = capacity or await calibrate(
                     mesh.target(), bench.shape, workers, say=lambda line: print(f"  {line}", flush=True)

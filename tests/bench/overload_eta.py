@@ -66,7 +66,7 @@ async def told_waits(table: Table, mesh: OwnMesh, workers: Workers, background: 
     """
     asking = asyncio.create_task(_ask(mesh, background, asking_per_second))
     # Its counts are not the server's, which has those that ask as well.
-    target = msgspec.structs.replace(mesh.target(), scheduler_address="")
+    target = msgspec.structs.replace(mesh.target(), scheduler_addresses=())
     await run(Plan(load=Load(name="waits", flows=(background,)), seed=1), target, workers=workers)
     told = await asking
     errors = errors_of(told)

@@ -161,7 +161,7 @@ def mesh_target(mesh: Mesh, *, name: str, protocol: Protocol, api_keys: Mapping[
         protocol=protocol,
         model=mesh.model_name,
         api_keys=api_keys,
-        scheduler_address=mesh.addresses["scheduler"],
+        scheduler_addresses=mesh.scheduler_addresses,
         model_metrics_addresses=tuple(mesh.addresses[f"model-{index}-metrics"] for index in range(mesh.replica_count)),
         envoy_admin_address=mesh.addresses["admin"],
         engine=engine,

@@ -45,7 +45,7 @@ async def run(
     async with _ready_workers(workers) as ready:
         before = await read_counts(target)
         begin = _Begin()
-        async with Watcher(target.scheduler_address, begin.now) as watcher:
+        async with Watcher(target.scheduler_addresses, begin.now) as watcher:
             records, figures = await ready.run(plan, target, on_begin=begin.set, on_progress=on_progress, stop=stop)
         after = await settled_counts(target) if before is not None else None
     return Ledger(

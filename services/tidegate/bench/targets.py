@@ -36,8 +36,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     lowest_token: int = LOWEST_TOKEN
     highest_token: int = HIGHEST_TOKEN
     """Prompts are made of the tokens of [lowest, highest)."""
-    scheduler_address: str = ""
-    """host:port of tidegate.v1.Scheduler, for Watch; empty: it is not watched."""
+    scheduler_addresses: tuple[str, ...] = ()
+    """host:port of each tidegate.v1.Scheduler, for Watch; empty: they are not watched."""
     model_metrics_addresses: tuple[str, ...] = ()
     """host:port of the model services' metrics pages, to compare the counts; empty: they are not read."""
     envoy_admin_address: str = ""

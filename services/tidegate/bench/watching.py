@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import aiohttp
@@ -15,6 +15,7 @@ import msgspec
 from tidegate.bench.samples import Sample, from_snapshot
 from tidegate.bench.targets import Target
 from tidegate.common.grpc_clients import open_channel
+from tidegate.common.snapshots import together
 from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 SAMPLE_SECONDS: Final = 0.25
@@ -69,49 +70,53 @@ def difference(before: ServerCounts, after: ServerCounts) -> ServerCounts:
 
 
 class Watcher:
-    """Collects samples of the scheduler while it is open as an asynchronous context.
+    """Collects samples of the schedulers, as of one, while it is open as an asynchronous context.
 
     Args:
         now: seconds since the beginning of the run.
     """
 
-    def __init__(self, scheduler_address: str, now: Callable[[], float]) -> None:
-        self._address = scheduler_address
+    def __init__(self, scheduler_addresses: Sequence[str], now: Callable[[], float]) -> None:
+        self._addresses = scheduler_addresses
         self._now = now
-        self._task: asyncio.Task[None] | None = None
+        self._newest: dict[str, scheduler_pb2.Snapshot] = {}
+        self._tasks: list[asyncio.Task[None]] = []
         self.samples: list[Sample] = []
 
     async def __aenter__(self) -> Watcher:
-        if self._address:
-            self._task = asyncio.create_task(self._watch())
+        self._tasks = [asyncio.create_task(self._watch(address)) for address in self._addresses]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _watch(self) -> None:
+    async def _watch(self, address: str) -> None:
         request = scheduler_pb2.WatchRequest()
         request.interval.FromMilliseconds(int(SAMPLE_SECONDS * 1000))
-        async with open_channel(self._address) as channel:
+        async with open_channel(address) as channel:
             stub = scheduler_pb2_grpc.SchedulerStub(channel)
             while True:
                 try:
                     async for snapshot in stub.Watch(request):
-                        self.samples.append(from_snapshot(snapshot, self._now()))
+                        self._newest[address] = snapshot
+                        # One sample of all, with the one that has been there for longest.
+                        if address == next(iter(self._newest)):
+                            self.samples.append(from_snapshot(together(list(self._newest.values())), self._now()))
                 except grpc.aio.AioRpcError:
+                    self._newest.pop(address, None)
                     # A scheduler that was killed comes back; what it did meanwhile is not in the picture.
                     await asyncio.sleep(SAMPLE_SECONDS)
 
 
 async def read_counts(target: Target) -> ServerCounts | None:
-    """The server's counts now; None where the scheduler is not known or does not answer."""
-    if not target.scheduler_address:
+    """The server's counts now; None where the schedulers are not known or one does not answer."""
+    if not target.scheduler_addresses:
         return None
     try:
         async with asyncio.timeout(READ_SECONDS):
-            snapshot = await _snapshot(target.scheduler_address)
+            snapshot = together(await asyncio.gather(*map(_snapshot, target.scheduler_addresses)))
             model = await _model_counts(target.model_metrics_addresses)
             shed = await _shed_count(target.envoy_admin_address)
     except (TimeoutError, grpc.aio.AioRpcError, aiohttp.ClientError, OSError):

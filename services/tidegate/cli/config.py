@@ -31,6 +31,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     replicas: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Model services, each with a Triton of its own."""
 
+    schedulers: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+    """Schedulers that decide at once. They share nothing: each has a part of the replicas' credits, as much as it has
+    use for."""
+
     model_path: str = ""
     """A GGUF file or a Hugging Face folder. Empty: the model that comes with Tidegate."""
 

@@ -51,7 +51,11 @@ def check_here(settings: Settings, running: state.Mesh | None) -> list[Check]:
 def check_ports(settings: Settings) -> Check:
     """Whether the default ports are free."""
     numbers = ports.assign(
-        settings.replicas, config.lite_replica_count(settings), given={"ingress": settings.port}, auto=False
+        settings.replicas,
+        config.lite_replica_count(settings),
+        settings.schedulers,
+        given={"ingress": settings.port},
+        auto=False,
     )
     try:
         ports.check_free(settings.host, numbers)

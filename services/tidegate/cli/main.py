@@ -25,6 +25,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--replicas", type=int, help="Model services, each with a Triton of its own. [default: 1]")
+@click.option("--schedulers", type=int, help="Schedulers that decide at once and share nothing. [default: 1]")
 @click.option("--model", "model_path", help="A GGUF file or a Hugging Face folder. [default: SmolLM2-135M-Instruct]")
 @click.option("--model-name", help="The id that clients ask for. [default: smollm2-135m-instruct]")
 @click.option("--lite-model", "lite_model_path", help="A smaller model, for what the other has no time for.")

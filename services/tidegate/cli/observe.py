@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Literal
 
 import grpc
@@ -11,6 +11,7 @@ import msgspec
 
 from tidegate.cli import probes
 from tidegate.cli.state import Mesh, ProcessRecord
+from tidegate.common.snapshots import together
 from tidegate.v1 import scheduler_pb2
 from tidegate.v1.inference_pb2 import ServiceClass
 
@@ -83,7 +84,7 @@ async def look(mesh: Mesh) -> MeshView:
     """Asks everything at once; whatever does not answer is told as such, never raised."""
     process_views, snapshot = await asyncio.gather(
         asyncio.gather(*(_process_view(mesh, record) for record in mesh.processes)),
-        _snapshot(mesh.addresses["scheduler"]),
+        _snapshot(mesh.scheduler_addresses),
     )
     errors = [f"{each.name}: {each.health}{_because(each.last_error)}" for each in process_views if each.health != "ok"]
     if not mesh.is_running:
@@ -136,11 +137,14 @@ async def _health(record: ProcessRecord, address: str) -> Health:
     return "not serving"
 
 
-async def _snapshot(address: str) -> scheduler_pb2.Snapshot | None:
-    try:
-        return await probes.snapshot(address)
-    except (grpc.aio.AioRpcError, grpc.aio.UsageError):
-        return None
+async def _snapshot(addresses: Sequence[str]) -> scheduler_pb2.Snapshot | None:
+    """Of the schedulers that answer, as of one; None when none does."""
+    asked = await asyncio.gather(*map(probes.snapshot, addresses), return_exceptions=True)
+    found = [each for each in asked if isinstance(each, scheduler_pb2.Snapshot)]
+    faults = [each for each in asked if isinstance(each, BaseException)]
+    if unknown := [each for each in faults if not isinstance(each, grpc.aio.AioRpcError | grpc.aio.UsageError)]:
+        raise unknown[0]
+    return together(found) if found else None
 
 
 def _replica_view(replica: scheduler_pb2.ReplicaSnapshot) -> ReplicaView:

@@ -31,7 +31,7 @@ FIXED: Final[Mapping[str, int]] = {
     "batch-metrics": 51054,
     "waiting-metrics": 51055,
 }
-"""The processes of which there is one."""
+"""The processes of which there is one, and the first scheduler."""
 
 PURPOSES: Final[Mapping[str, str]] = {
     "ingress": "the ingress",
@@ -49,6 +49,17 @@ def replica_labels(replica_count: int, lite_replica_count: int = 0) -> list[str]
     return [*map(str, range(replica_count)), *(f"lite-{index}" for index in range(lite_replica_count))]
 
 
+def scheduler_names(count: int) -> list[str]:
+    """The names of the schedulers' processes: scheduler, scheduler-1, ..."""
+    return ["scheduler", *(f"scheduler-{index}" for index in range(1, count))]
+
+
+def _scheduler_defaults(name: str) -> dict[str, int]:
+    """The default ports of a scheduler beside the first."""
+    index = int(name.rpartition("-")[2])
+    return {name: 50040 + index, f"{name}-metrics": 51040 + index}
+
+
 def replica_defaults(label: str) -> dict[str, int]:
     """The default ports of one replica: its model service, its Triton, and their metrics. `assign` moves on past those
     that another process has."""
@@ -61,18 +72,28 @@ def replica_defaults(label: str) -> dict[str, int]:
     }
 
 
-def assign(replica_count: int, lite_replica_count: int = 0, *, given: Mapping[str, int], auto: bool) -> dict[str, int]:
+def assign(
+    replica_count: int,
+    lite_replica_count: int = 0,
+    scheduler_count: int = 1,
+    *,
+    given: Mapping[str, int],
+    auto: bool,
+) -> dict[str, int]:
     """A port for every name: the given one, else a free one (auto) or the default.
 
     Raises:
         PortError: a name that no process has, or two processes on one port.
     """
-    labels = replica_labels(replica_count, lite_replica_count)
-    known = [*FIXED, *(name for label in labels for name in replica_defaults(label))]
+    several = [
+        *map(_scheduler_defaults, scheduler_names(scheduler_count)[1:]),
+        *map(replica_defaults, replica_labels(replica_count, lite_replica_count)),
+    ]
+    known = [*FIXED, *(name for ports in several for name in ports)]
     unknown = [name for name in given if name not in known]
     if unknown:
         raise PortError(f"--port-of: there is no port named {unknown[0]!r}; there are {', '.join(known)}")
-    defaults = _defaults(labels, given)
+    defaults = _defaults(several, given)
     if auto:
         missing = [name for name in known if name not in given]
         defaults |= dict(zip(missing, free_ports(len(missing)), strict=True))
@@ -85,12 +106,13 @@ def assign(replica_count: int, lite_replica_count: int = 0, *, given: Mapping[st
     return ports
 
 
-def _defaults(labels: Iterable[str], given: Mapping[str, int]) -> dict[str, int]:
-    """A port for every name; those of replicas that another has already go on to the next one that nobody has."""
+def _defaults(several: Iterable[Mapping[str, int]], given: Mapping[str, int]) -> dict[str, int]:
+    """A port for every name; of processes of which there are several, one that another has already goes on to the next
+    one that nobody has."""
     defaults = dict(FIXED)
     used = {*FIXED.values(), *given.values()}
-    for label in labels:
-        for name, port in replica_defaults(label).items():
+    for ports in several:
+        for name, port in ports.items():
             while name not in given and port in used:
                 port += 1
             defaults[name] = port

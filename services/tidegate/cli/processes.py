@@ -50,6 +50,7 @@ def write_files(home: Home, mesh: Mesh, settings: Settings) -> Path:
     envoy = _envoy_settings(home, mesh, settings)
     envoy.endpoints_directory.mkdir(parents=True, exist_ok=True)
     members = {name: [_endpoint(mesh, name)] for name in CONTROL_SERVICES}
+    members["scheduler"] = [_endpoint(mesh, name) for name in ports.scheduler_names(mesh.scheduler_count)]
     members["model"] = [_endpoint(mesh, f"model-{label}") for label in ports.replica_labels(mesh.replica_count)]
     members["lite"] = [_endpoint(mesh, f"model-{label}") for label in ports.replica_labels(0, mesh.lite_replica_count)]
     for cluster, endpoints in members.items():
@@ -68,7 +69,8 @@ def programs(home: Home, mesh: Mesh, settings: Settings) -> list[Program]:
     tritons = [_triton(home, mesh, settings, backend, label) for label in labels]
     envoy = _envoy(home, mesh, settings)
     control = [
-        _service(mesh, name, settings, _control_settings(home, mesh, settings, name)) for name in CONTROL_SERVICES
+        _service(mesh, name, settings, _control_settings(home, mesh, settings, name))
+        for name in (*ports.scheduler_names(mesh.scheduler_count), *CONTROL_SERVICES[1:])
     ]
     models = [
         _service(mesh, f"model-{label}", settings, _model_settings(home, mesh, settings, label)) for label in labels
@@ -204,18 +206,20 @@ def _service(mesh: Mesh, name: str, settings: Settings, values: Mapping[str, str
 
 
 def _control_settings(home: Home, mesh: Mesh, settings: Settings, name: str) -> dict[str, str]:
-    if name == "scheduler":
-        envoy = _envoy_settings(home, mesh, settings)
+    if name in ports.scheduler_names(mesh.scheduler_count):
         lite = {
             "LITE_ENDPOINTS_FILE": str(_endpoints(home, mesh, settings, "lite")),
             "LITE_MODEL_NAME": mesh.lite_model_name,
             "LITE_PROMPT_TOKEN_LIMIT": str(settings.lite_prompt_token_limit),
         }
+        envoy = _envoy_settings(home, mesh, settings)
+        # One writer a file. What the first scheduler sees is as good a sample as what all of them see.
+        written = {"SHED_FILE": str(envoy.shed_path.absolute()), "LIMITS_FILE": str(envoy.limits_path.absolute())}
         return {
             **(lite if mesh.lite_model_name else {}),
+            **(written if name == "scheduler" else {}),
             "ENDPOINTS_FILE": str(_endpoints(home, mesh, settings, "model")),
-            "SHED_FILE": str(envoy.shed_path.absolute()),
-            "LIMITS_FILE": str(envoy.limits_path.absolute()),
+            "SCHEDULERS_FILE": str(_endpoints(home, mesh, settings, "scheduler")) if mesh.scheduler_count > 1 else "",
         }
     if name == "preprocess":
         return {

@@ -25,7 +25,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from tidegate.cli import process_table
+from tidegate.cli import ports, process_table
 from tidegate.cli.process_table import ProcessId
 
 SHARED_MEMORY: Final = Path("/dev/shm")
@@ -66,11 +66,17 @@ class Mesh(msgspec.Struct, kw_only=True):
     """By the names of the ports: ingress, mesh, admin, scheduler, model-0, triton-0, scheduler-metrics, ..."""
     replica_count: int
     lite_replica_count: int = 0
+    scheduler_count: int = 1
     lite_model_name: str = ""
     """Empty: there is no lite model."""
     lite_model_path: str = ""
     ingress_scheme: Literal["http", "https"] = "http"
     processes: list[ProcessRecord] = []
+
+    @property
+    def scheduler_addresses(self) -> tuple[str, ...]:
+        """Of all schedulers, the first one first."""
+        return tuple(self.addresses[name] for name in ports.scheduler_names(self.scheduler_count))
 
     @property
     def is_running(self) -> bool:

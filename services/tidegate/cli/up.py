@@ -99,7 +99,7 @@ def plan(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -
     if not auto_ports or settings.port != ports.FIXED["ingress"]:
         given.setdefault("ingress", settings.port)
     lite_replica_count = config.lite_replica_count(settings)
-    numbers = ports.assign(settings.replicas, lite_replica_count, given=given, auto=auto_ports)
+    numbers = ports.assign(settings.replicas, lite_replica_count, settings.schedulers, given=given, auto=auto_ports)
     model_path = settings.model_path or config.default_model_path()
     if not model_path:
         raise StartError("the model that comes with Tidegate is not installed: run `make setup`, or give --model PATH")
@@ -119,6 +119,7 @@ def plan(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) -
         },
         replica_count=settings.replicas,
         lite_replica_count=lite_replica_count,
+        scheduler_count=settings.schedulers,
         lite_model_name=settings.lite_model_name if lite_replica_count else "",
         lite_model_path=str(Path(settings.lite_model_path).resolve()) if lite_replica_count else "",
         ingress_scheme="https" if settings.tls_certificate_file else "http",

@@ -87,4 +87,7 @@ ERROR_BODY: Final = "x-tidegate-error"
 HTTP_STATUS: Final = "x-tidegate-http-status"
 """On a refusal by a service: the HTTP status of the reason, where gRPC's own mapping would say another."""
 
+ASKED_BY_SCHEDULER: Final = "x-tidegate-asked-by-scheduler"
+"""On a question about a waiting request from another scheduler, which asks all of them itself."""
+
 DEFAULT_TENANT: Final = "default"

@@ -44,6 +44,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Standard requests whose prompts have at most so many tokens go to the lite model while it has room, however
     little there is to do. 0: none do."""
 
+    schedulers_file: str = ""
+    """The same for cluster `scheduler`: all schedulers of the mesh, this one among them, which are asked about requests
+    that do not wait here. Empty: this is the only one."""
+
     endpoints_poll_seconds: Annotated[float, Meta(ge=0.05, le=60)] = 0.5
     """How often these files are looked at. A poll costs one stat, and works on every file system."""
 

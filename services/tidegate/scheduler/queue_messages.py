@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2
 from tidegate.common import headers
 from tidegate.common.errors import Reason, TidegateError
 from tidegate.scheduler.queue_status import State, Status
+from tidegate.scheduler.request import ServiceClass
 from tidegate.v1 import scheduler_pb2
 
 LONGEST_PATIENCE_SECONDS: Final = 60.0
@@ -37,19 +38,18 @@ def to_proto(status: Status) -> scheduler_pb2.QueueStatus:
     )
 
 
-def to_json(asked_id: str, status: Status) -> bytes:
-    """The status as an object in the manner of OpenAI's, under the id by which it was asked for."""
-    expected = status.expected_wait_seconds
+def to_json(asked_id: str, status: scheduler_pb2.QueueStatus) -> bytes:
+    """The message as an object in the manner of OpenAI's, under the id by which it was asked for."""
     return msgspec.json.encode(
         {
             "id": asked_id,
             "object": "queue.status",
             "request_id": status.request_id,
-            "class": status.service_class.label,
+            "class": ServiceClass(status.service_class).label,
             "position": status.position,
-            "waited_ms": round(status.waited_seconds * 1000),
-            "eta_ms": None if expected is None else round(expected * 1000),
-            "status": status.state.value,
+            "waited_ms": _milliseconds(status.waited),
+            "eta_ms": _milliseconds(status.expected_wait) if status.HasField("expected_wait") else None,
+            "status": scheduler_pb2.QueueState.Name(status.state).removeprefix("QUEUE_STATE_").lower(),
         }
     )
 
@@ -71,6 +71,15 @@ def tenant_of(context: Any) -> str | None:
     """Whose requests the caller may see; None for any, where nobody has said a tenant: not a client, then."""
     found = [value for key, value in context.invocation_metadata() or () if key == headers.TENANT]
     return str(found[-1]) if found else None
+
+
+def is_asked_by_scheduler(context: Any) -> bool:
+    """Whether the caller is another scheduler, which asks all of them."""
+    return any(key == headers.ASKED_BY_SCHEDULER for key, _ in context.invocation_metadata() or ())
+
+
+def _milliseconds(duration: duration_pb2.Duration) -> int:
+    return round(duration.ToNanoseconds() / 1e6)
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

@@ -95,6 +95,11 @@ class QueueStatuses:
         self._positions: dict[Waiting, int] = {}
         self._positions_until = float("-inf")
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody follows a request."""
+        return not self._follower_count
+
     @contextlib.contextmanager
     def following(self, request: Request, waiting: Waiting) -> Iterator[None]:
         """Within, the request can be found; the way in which the block ends is how the request left."""

@@ -36,6 +36,7 @@ from tidegate.scheduler.forecast import DrainRate, WorkRates
 from tidegate.scheduler.gauges import Gauges
 from tidegate.scheduler.lanes import LaneLimits, Lanes
 from tidegate.scheduler.lite import Lite
+from tidegate.scheduler.neighbours import Neighbours
 from tidegate.scheduler.observations import Observations
 from tidegate.scheduler.outcomes import Outcomes
 from tidegate.scheduler.outlook import Outlook
@@ -184,6 +185,7 @@ class SchedulerService:
             answer_token_count=settings.expected_answer_token_count,
             clock=clock,
         )
+        self._neighbours = Neighbours()
         self._endpoints = EndpointsFile(
             settings.endpoints_file, settings.endpoints_poll_seconds, self.streams.set_addresses
         )
@@ -198,7 +200,7 @@ class SchedulerService:
         processor = ExternalProcessor(self.pipeline, self.outcomes, self._clock)
         ext_proc_grpc.add_ExternalProcessorServicer_to_server(processor, self.server.grpc)
         scheduler_pb2_grpc.add_SchedulerServicer_to_server(
-            Scheduler(self.snapshots, self.queue_statuses), self.server.grpc
+            Scheduler(self.snapshots, self.queue_statuses, self._neighbours), self.server.grpc
         )
         for name in (EXT_PROC_NAME, SCHEDULER_NAME):
             self.server.add_service_name(name)
@@ -211,6 +213,12 @@ class SchedulerService:
             self._spawn(self._tick()),
             self._spawn(self.anomalies.run()),
         ]
+        if self._settings.schedulers_file:
+            self._neighbours.own_address = f"{self._settings.host}:{self.server.port}"
+            others = EndpointsFile(
+                self._settings.schedulers_file, self._settings.endpoints_poll_seconds, self._neighbours.set_addresses
+            )
+            self._tasks.append(self._spawn(others.watch()))
         if self._settings.lite_endpoints_file:
             endpoints = EndpointsFile(
                 self._settings.lite_endpoints_file,
@@ -230,6 +238,7 @@ class SchedulerService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.streams.close()
         await self._lite_streams.close()
+        await self._neighbours.close()
         await self._channel.close()
 
     async def _tick(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -18,11 +18,12 @@ from tidegate.scheduler.cache_client import CacheClient
 from tidegate.scheduler.dispatch import Dispatcher
 from tidegate.scheduler.lanes import Waiting
 from tidegate.scheduler.lite import Lite
+from tidegate.scheduler.neighbours import Neighbours
 from tidegate.scheduler.outcomes import Outcome, Outcomes
 from tidegate.scheduler.placement import Weights, scores
 from tidegate.scheduler.placer import Placer
 from tidegate.scheduler.preprocess_client import PreprocessClient
-from tidegate.scheduler.queue_status import QueueStatuses, Status, not_found
+from tidegate.scheduler.queue_status import QueueStatuses, not_found
 from tidegate.scheduler.replica_table import ReplicaTable
 from tidegate.scheduler.replicas import CreditStreams
 from tidegate.scheduler.request import ServiceClass
@@ -156,11 +157,12 @@ class Snapshots:
 
 
 class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
-    """Serves the snapshots, and the places of those who wait."""
+    """Serves the snapshots, and the places of those who wait, here or with other schedulers."""
 
-    def __init__(self, snapshots: Snapshots, statuses: QueueStatuses) -> None:
+    def __init__(self, snapshots: Snapshots, statuses: QueueStatuses, neighbours: Neighbours) -> None:
         self._snapshots = snapshots
         self._statuses = statuses
+        self._neighbours = neighbours
 
     async def Watch(self, request: scheduler_pb2.WatchRequest, context: Any) -> AsyncIterator[scheduler_pb2.Snapshot]:
         """Sends a snapshot at once, and one each interval after the last was written: a slow reader skips some."""
@@ -177,7 +179,7 @@ class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
         self, request: scheduler_pb2.GetQueueStatusRequest, context: Any
     ) -> scheduler_pb2.QueueStatus:
         """Says where a request stands."""
-        return queue_messages.to_proto(await self._status(request, context))
+        return await self._status(request, context)
 
     async def QueueStatusPage(
         self, request: scheduler_pb2.GetQueueStatusRequest, context: Any
@@ -193,23 +195,37 @@ class Scheduler(scheduler_pb2_grpc.SchedulerServicer):
         try:
             interval_seconds = _interval_seconds(request)
             patience_seconds = queue_messages.patience_seconds(request)
-            statuses = self._statuses.follow(
-                request.request_id,
-                queue_messages.tenant_of(context),
-                interval_seconds=interval_seconds,
-                patience_seconds=patience_seconds,
-            )
+            tenant = queue_messages.tenant_of(context)
+            statuses = self._followed(request.request_id, tenant, interval_seconds, patience_seconds)
+            if not queue_messages.is_asked_by_scheduler(context):
+                statuses = self._neighbours.follow(statuses, request, tenant)
             async with aclosing(statuses):
                 async for status in statuses:
-                    await context.write(queue_messages.to_proto(status))
+                    await context.write(status)
         except TidegateError as error:
             await abort(context, error)
 
-    async def _status(self, request: scheduler_pb2.GetQueueStatusRequest, context: Any) -> Status:
-        status = self._statuses.status(request.request_id, queue_messages.tenant_of(context))
-        if status is None:
+    async def _followed(
+        self, request_id: str, tenant: str | None, interval_seconds: float, patience_seconds: float
+    ) -> AsyncGenerator[scheduler_pb2.QueueStatus, None]:
+        statuses = self._statuses.follow(
+            request_id, tenant, interval_seconds=interval_seconds, patience_seconds=patience_seconds
+        )
+        async with aclosing(statuses):
+            async for status in statuses:
+                yield queue_messages.to_proto(status)
+
+    async def _status(self, request: scheduler_pb2.GetQueueStatusRequest, context: Any) -> scheduler_pb2.QueueStatus:
+        tenant = queue_messages.tenant_of(context)
+        own = self._statuses.status(request.request_id, tenant)
+        if own is not None:
+            return queue_messages.to_proto(own)
+        found = None
+        if not queue_messages.is_asked_by_scheduler(context):
+            found = await self._neighbours.status(request, tenant)
+        if found is None:
             await abort(context, not_found(request.request_id))
-        return status
+        return found
 
 
 def _interval_seconds(request: scheduler_pb2.WatchRequest | scheduler_pb2.WatchQueueStatusRequest) -> float:

@@ -77,8 +77,11 @@ def test_the_error_of_a_told_wait_is_a_share_of_the_wait_that_came_and_short_wai
 def compared(peers, share_by_hand: float, **results: tuple[float, float]) -> dict[str, tuple[float, float, bool]]:
     """Each row's figure and bound, and whether it holds; of goodput and realtime's share of each who ran."""
     table = sys.modules["table"].Table("")
-    names = {"own": peers.TIDEGATE, "turns": peers.ROUND_ROBIN, "default": peers.AT_DEFAULTS[1]}
-    names |= {"told": peers.BY_HAND[0], "better": peers.BY_HAND[1]}
+    by_default, by_hand = (
+        [each.name for each in peers.CONTENDERS if each.is_by_hand == is_by_hand] for is_by_hand in (False, True)
+    )
+    names = {"own": peers.TIDEGATE, "turns": by_default[0], "default": by_default[1]}
+    names |= {"told": by_hand[0], "better": by_hand[1]}
     made = {names[who]: peers.Result(goodput, 1.0, 0.0, realtime, 0.5) for who, (goodput, realtime) in results.items()}
     peers.add_rows(table, peers.Contest("load", (), 20.0, share_by_hand, True), made)
     return {row.name.removeprefix("load: "): (row.figure, row.bound, row.holds) for row in table.rows}

@@ -44,6 +44,15 @@ def test_the_lite_models_replicas_have_ports_beside_the_others():
     assert len(set(numbers.values())) == len(numbers)
 
 
+def test_schedulers_beside_the_first_have_ports_of_their_own():
+    numbers = ports.assign(1, 0, 3, given={"scheduler-2": 9}, auto=False)
+    names = [f"scheduler{number}{what}" for number in ("", "-1", "-2") for what in ("", "-metrics")]
+    assert [numbers[name] for name in names] == [50051, 51051, 50041, 51041, 9, 51042]
+    assert ports.scheduler_names(3) == ["scheduler", "scheduler-1", "scheduler-2"]
+    with pytest.raises(ports.PortError, match="there is no port named 'scheduler-1'"):
+        ports.assign(1, given={"scheduler-1": 9}, auto=False)
+
+
 def test_two_processes_on_one_port_are_refused_by_name():
     with pytest.raises(ports.PortError, match="port 8081 is given to both mesh and admin"):
         ports.assign(1, given={"admin": 8081}, auto=False)

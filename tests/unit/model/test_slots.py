@@ -45,8 +45,7 @@ async def test_who_is_paused_before_it_knows_that_it_was_admitted_goes_on_all_th
     # The slot goes to the one that waited first, and from it to the more urgent one, before either hears of it.
     running[0].release()
     assert (slots.ledger.running_count, slots.ledger.paused_count) == (4, 1)
-    for task in (batch, realtime):
-        running.append(await task)
+    running += [await task for task in (batch, realtime)]
     for slot in running:
         slot.release()
     assert (slots.ledger.running_count, slots.ledger.paused_count, slots.starting_count) == (0, 0, 0)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -237,6 +238,8 @@ class World:
     processor: ext_proc_grpc.ExternalProcessorStub
     scheduler: scheduler_pb2_grpc.SchedulerStub
     channel: grpc.aio.Channel
+    endpoints: Path
+    """The file that names the replica."""
     lite: FakeReplica | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     decided = staticmethod(decided)
@@ -288,7 +291,7 @@ async def start_world(tmp_path):
                     (cache_pb2_grpc.add_CacheServicer_to_server, cache),
                 )
             replica.address = f"127.0.0.1:{replica_port}"
-            endpoints = tmp_path / "model.yaml"
+            endpoints = tmp_path / f"model-{replica_port}.yaml"
             endpoints.write_text(json.dumps(_endpoints(replica_port)))
             service = SchedulerService(
                 Settings(
@@ -311,6 +314,7 @@ async def start_world(tmp_path):
                 ext_proc_grpc.ExternalProcessorStub(channel),
                 scheduler_pb2_grpc.SchedulerStub(channel),
                 channel,
+                endpoints,
                 lite,
             )
             stack.callback(lambda: [exchange.call.cancel() for exchange in world.exchanges])

@@ -20,7 +20,8 @@ OTHERS = {
     f"tidegate.scheduler.{name}"
     for name in (
         "__main__", "anomalies", "cache_client", "endpoints", "envoy_messages", "gauges", "outcomes", "pipeline",
-        "preprocess_client", "queue", "queue_messages", "queue_status", "replicas", "service", "servicer", "watch",
+        "neighbours", "preprocess_client", "queue", "queue_messages", "queue_status", "replicas", "service", "servicer",
+        "watch",
     )
 }  # fmt: skip
 """The scheduler's modules that carry decisions out, or tell of them; all the rest decide."""

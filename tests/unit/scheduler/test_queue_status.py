@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import grpc
 import pytest
 from prometheus_client import REGISTRY
 
+from tidegate.cli.endpoints import write_endpoints
 from tidegate.common import headers
 from tidegate.scheduler.bodies import client_request_id
 from tidegate.v1 import inference_pb2, preprocess_pb2, scheduler_pb2
@@ -55,6 +57,79 @@ async def wait_in_line(world, *names, **fields):
         await exchanges[-1].begin({headers.REQUEST_ID: name, headers.CLIENT_REQUEST_ID: f"my-{name}", **fields})
         await world.until(lambda snapshot, count=count: snapshot.lanes[1].waiting_request_count == count)
     return exchanges
+
+
+@pytest.fixture
+async def pair(start_world, tmp_path):
+    """Two schedulers that know of each other; what waits, waits with the first."""
+    file = tmp_path / "schedulers.yaml"
+    write_endpoints(file, "scheduler", [])
+    first, second = [await start_world(schedulers_file=str(file)) for _ in range(2)]
+    write_endpoints(file, "scheduler", [("127.0.0.1", each.service.server.port) for each in (first, second)])
+    return first, second
+
+
+async def until_neighbours(world, name):
+    """Until the scheduler knows of the other one, which has the request."""
+    async with asyncio.timeout(5):
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                return await ask(world, name)
+            await asyncio.sleep(0.02)
+
+
+async def test_a_request_is_found_by_every_scheduler_and_shown_to_its_own_tenant_alone(pair):
+    first, second = pair
+    await wait_in_line(first, "a", "b", **dict(ACME))
+    assert (await until_neighbours(second, "b")).position == 2
+    assert (await ask(second, "my-b")).request_id == "b"
+    page = await second.scheduler.QueueStatusPage(scheduler_pb2.GetQueueStatusRequest(request_id="my-a"), metadata=ACME)
+    page = json.loads(page.data)
+    assert (page["id"], page["request_id"], page["position"]) == ("my-a", "a", 1)
+    assert (page["class"], page["status"]) == ("standard", "waiting")
+    assert await code_of(ask(second, "a", OTHER)) is grpc.StatusCode.NOT_FOUND
+    assert await code_of(ask(second, "c")) is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_request_is_followed_wherever_it_comes_to_wait(pair):
+    first, second = pair
+    await wait_in_line(first, "known")
+    await until_neighbours(second, "known")
+    calls = [watch(world, "later") for world in pair]
+    (exchange,) = [first.exchange()]
+    await exchange.begin({headers.REQUEST_ID: "later", **dict(ACME)})
+    for call in calls:
+        assert (await call.read()).position == 2
+    first.replica.grant("1", "2")
+    for call in calls:
+        assert (await rest(call))[-1].state == DISPATCHED
+    assert first.service.queue_statuses.is_idle
+    assert second.service.queue_statuses.is_idle
+
+
+async def test_who_follows_nothing_is_told_so_after_the_patience_and_leaves_nothing_behind(pair):
+    first, second = pair
+    await wait_in_line(first, "known")
+    await until_neighbours(second, "known")
+    assert await code_of(watch(second, "nobody", patience_seconds=0.3).read()) is grpc.StatusCode.NOT_FOUND
+    gone = watch(second, "nobody")
+    await asyncio.sleep(0.1)
+    gone.cancel()
+    async with asyncio.timeout(5):
+        while not all(world.service.queue_statuses.is_idle for world in pair):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_scheduler_that_died_is_no_reason_not_to_answer(pair):
+    first, second = pair
+    await wait_in_line(first, "a")
+    await until_neighbours(second, "a")
+    await first.service.server.grpc.stop(0)
+    assert await code_of(ask(second, "a")) is grpc.StatusCode.NOT_FOUND
+    assert await code_of(watch(second, "a", patience_seconds=0.1).read()) is grpc.StatusCode.NOT_FOUND
+    await wait_in_line(second, "b")
+    assert (await ask(second, "b")).position == 1
+    assert (await watch(second, "b").read()).position == 1
 
 
 async def test_a_request_is_found_by_the_meshs_id_and_by_the_clients(world):

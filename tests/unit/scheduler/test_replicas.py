@@ -103,7 +103,7 @@ async def test_a_replica_that_is_ready_again_takes_what_waits_with_the_credits_i
 async def test_a_replica_that_leaves_the_endpoints_is_forgotten(world, tmp_path):
     replacement = tmp_path / "new.yaml"
     replacement.write_text('{"resources": []}')
-    os.replace(replacement, tmp_path / "model.yaml")
+    os.replace(replacement, world.endpoints)
     await world.until(lambda snapshot: len(snapshot.replicas) == 0)
 
 

@@ -22,11 +22,12 @@ def random_requests(seed: int, count: int) -> list[SequenceRequest]:
         GREEDY,
         SamplingParams(temperature=1.0, seed=seed),
         SamplingParams(temperature=0.8, min_p=0.01, logit_bias={5: 2.0}, seed=seed + 1),
-    )
-    known_first = (
         SamplingParams(temperature=0.8, top_p=0.9, top_k=20, seed=seed + 1),
         SamplingParams(temperature=1.0, seed=seed, logprobs=2),
+    )
+    known_first = (
         SamplingParams(temperature=0.0, repetition_penalty=1.2),
+        SamplingParams(temperature=1.0, presence_penalty=0.5, seed=seed),
     )
     return [
         request(
@@ -174,17 +175,26 @@ def test_what_is_not_finite_ends_one_sequence_alone(make_ahead):
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5},
         {"repetition_penalty": 1.1},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 1.0, "top_k": 20},
-        {"logprobs": 0},
     ],
     ids=lambda fields: [*fields][-1],
 )
-def test_what_needs_the_tokens_or_waits_for_them_is_not_begun_without_them(make_ahead, fields):
+def test_what_needs_the_tokens_is_not_begun_without_them(make_ahead, fields):
     engine, plain = make_ahead(), make_ahead(is_ahead=False)
     asked = request("a", sampling=SamplingParams(**{"temperature": 0.0, "seed": 1, **fields}))
     assert finish(engine, asked) == finish(plain, asked)
     assert engine.early_step_count == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 20, "min_p": 0.01}, {"logprobs": 3}],
+    ids=lambda fields: [*fields][-1],
+)
+def test_what_only_the_device_has_to_know_is_begun_without_the_tokens(make_ahead, fields):
+    engine, plain = make_ahead(), make_ahead(is_ahead=False)
+    asked = request("a", sampling=SamplingParams(**{"temperature": 0.0, "seed": 1, **fields}))
+    assert finish(engine, asked) == finish(plain, asked)
+    assert engine.early_step_count == 18
 
 
 def test_what_follows_a_grammar_is_not_begun_without_the_tokens(make_ahead, lettered_path):

@@ -112,13 +112,14 @@ def kept_by_definition(scaled: np.ndarray, top_k: int, top_p: float) -> set[int]
     return set(order[(before < top_p * weights.sum()) | (top_p >= 1)].tolist())
 
 
+@pytest.mark.parametrize("sorts_all", [False, True])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-def test_truncation_keeps_what_the_definition_keeps(spread):
+def test_truncation_keeps_what_the_definition_keeps(spread, sorts_all):
     cases = [(0, 0.5), (0, 0.9), (0, 0.999), (1, 1.0), (7, 1.0), (50, 0.3), (600, 0.95), (5000, 0.7)]
     cases += [(0, 1e-9), (300, 1.0)]
     logits = logits_of(len(cases), seed=4, spread=spread)
     rows = [row(top_k=k, top_p=p) for k, p in cases]
-    kept = torch.isfinite(_truncated(logits, rows))
+    kept = torch.isfinite(_truncated(logits, rows, sorts_all=sorts_all))
     for index, (k, p) in enumerate(cases):
         assert set(kept[index].nonzero().flatten().tolist()) == kept_by_definition(logits[index].numpy(), k, p), (k, p)
 

@@ -167,14 +167,10 @@ class Engine:
         return replace(plan, work=tuple(work for work in plan.work if self._batcher.still_has(work.sequence)))
 
     def _must_know(self, sequence: Sequence) -> bool:
-        """Whether what is computed after a sequence's next token depends on more than that it is there, or would make
-        the host wait for it (`sampler.draw`)."""
-        sampling = sequence.request.sampling
+        """Whether what is computed after a sequence's next token depends on more than that it is there."""
         return (
             sequence.request_id in self._matchers
-            or sampling.has_penalty
-            or sampling.is_truncated
-            or sampling.logprobs is not None
+            or sequence.request.sampling.has_penalty
             or (self._may_draft and not self._drafter.rests(sequence))
         )
 

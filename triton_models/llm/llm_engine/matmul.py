@@ -21,6 +21,7 @@ from .rowwise import Rowwise
 
 if TYPE_CHECKING:
     from .gpu_attention import GpuAttention
+    from .gpu_experts import GpuExperts
 
 # From so many rows on oneDNN's bf16 products are quicker than our own kernels that do not use the matrix unit.
 _MANY_ROWS = 12
@@ -37,6 +38,8 @@ class Compute:
     kernels: CpuKernels | None
     attention: "CpuKernels | GpuAttention | None" = None
     """What attends to blocks where they lie; None: they are gathered for torch."""
+    grouped_experts: "type[GpuExperts] | None" = None
+    """What multiplies the rows of all experts at once; None: each expert multiplies its own."""
 
     @property
     def narrowness(self) -> Narrowness:

@@ -4,12 +4,17 @@ Owns the choice of experts, as Qwen3-MoE, DeepSeek-V2 and DeepSeek-V3 make it. I
 depend on that row alone.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from .architecture import Experts
 from .matmul import Projection
 from .rowwise import Norm, SwiGlu
+
+if TYPE_CHECKING:
+    from .gpu_experts import GpuExperts
 
 _SWIGLU = SwiGlu()
 
@@ -27,6 +32,39 @@ class Mlp:
         return self.down(self.gate_up(rows, before=norm), before=_SWIGLU, onto=onto)
 
 
+class EachExpert:
+    """The experts that a rank has, one after the other; how many rows each has is looked at on the host.
+
+    Args:
+        here: which of the model's experts these are.
+    """
+
+    def __init__(self, mlps: list[Mlp], here: range) -> None:
+        self._mlps, self._here = mlps, here
+
+    def add(self, rows: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, onto: torch.Tensor) -> None:
+        """Add to `onto` what each row's experts give, by their shares.
+
+        Args:
+            rows: [row_count, hidden_size].
+            chosen: [row_count, per_row], among all experts of the model.
+            shares: [row_count, per_row].
+        """
+        per_row = chosen.shape[1]
+        # Rows in the order of their experts, so that each expert multiplies all of its rows at once.
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=self._here.stop).tolist()
+        of_row = order // per_row
+        sorted_rows, sorted_shares = rows[of_row], shares.flatten()[order].unsqueeze(1).to(rows.dtype)
+        first = sum(counts[: self._here.start])
+        for mlp, count in zip(self._mlps, counts[self._here.start : self._here.stop], strict=True):
+            if not count:
+                continue
+            span = slice(first, first + count)
+            onto.index_add_(0, of_row[span], mlp(sorted_rows[span]).mul_(sorted_shares[span]))
+            first += count
+
+
 class ExpertMixture:
     """Routed experts, and one that all rows pass where the model has it."""
 
@@ -36,15 +74,14 @@ class ExpertMixture:
         *,
         router: torch.Tensor,
         choice_bias: torch.Tensor | None,
-        experts_here: list[Mlp],
+        routed: "EachExpert | GpuExperts",
         shared: Mlp | None,
-        here: range,
     ) -> None:
-        """`here`: the experts that this rank has; routers know all of them."""
-        self._experts, self._here = experts, here
+        """`routed`: the experts that this rank has; the router knows all of them."""
+        self._experts = experts
         self._router = router.float()
         self._choice_bias = choice_bias
-        self._experts_here = experts_here
+        self._routed = routed
         self._shared = shared
 
     def __call__(self, rows: torch.Tensor, *, norm: Norm, onto: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,19 +89,7 @@ class ExpertMixture:
         rows = norm(rows)
         mixed = torch.zeros_like(rows) if self._shared is None else self._shared(rows)
         chosen, shares = self._route(rows)
-        # Rows in the order of their experts, so that each expert multiplies all of its rows at once.
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self._experts.count).tolist()
-        of_row = order // self._experts.per_row
-        sorted_rows, sorted_shares = rows[of_row], shares.flatten()[order].unsqueeze(1).to(rows.dtype)
-        first = sum(counts[: self._here.start])
-        for index, count in enumerate(counts[self._here.start : self._here.stop]):
-            if not count:
-                continue
-            span = slice(first, first + count)
-            part = self._experts_here[index](sorted_rows[span])
-            mixed.index_add_(0, of_row[span], part.mul_(sorted_shares[span]))
-            first += count
+        self._routed.add(rows, chosen, shares, mixed)
         return mixed if onto is None else onto.add_(mixed)
 
     def _route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

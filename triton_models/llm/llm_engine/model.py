@@ -8,6 +8,7 @@ into the KV cache; a row depends on its own sequence alone. A layer is that of L
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,11 +19,14 @@ from .cpu_kernels import Layers, LayerWeights, layers_of
 from .division import Division
 from .kv_cache import KvCache
 from .matmul import Compute, Embedding, Projection
-from .mlp import ExpertMixture, Mlp
+from .mlp import EachExpert, ExpertMixture, Mlp
 from .ranks import Alone, Group
 from .rotary import rotary_tables
 from .rowwise import Norm
 from .step_tensors import StepTensors
+
+if TYPE_CHECKING:
+    from .gpu_experts import GpuExperts
 
 # A step of so many is short: nobody asks between its layers whether it is still wanted.
 _FEW_ROWS = 64
@@ -154,6 +158,10 @@ class _Weights:
         parts = [whole.rows(span) if isinstance(whole, Blocks) else whole[span] for span in spans]
         return [Projection(part, self.compute, room=room) for part in parts]
 
+    def stacked(self, name: str, count: int) -> torch.Tensor:
+        """The same as one tensor [count, rows, columns], in the type of products."""
+        return self._dense(name).to(self.compute.device, self.compute.dtype).unflatten(0, (count, -1))
+
     def mlp(self, kind: str = "") -> Mlp:
         return Mlp(self.projection(f"{kind}gate_up", room="gate_up"), self.projection(f"{kind}down"))
 
@@ -208,13 +216,19 @@ def _attention(architecture: Architecture, here: _Weights) -> GroupedQueryAttent
 
 def _mixture(architecture: Architecture, division: Division, here: _Weights) -> ExpertMixture:
     assert architecture.experts is not None
+    own = division.experts
+    grouped = here.compute.grouped_experts
+    routed: EachExpert | GpuExperts
+    if grouped is None or not own:
+        routed = EachExpert(_expert_mlps(here, len(own)), own)
+    else:
+        routed = grouped(here.stacked("experts_gate_up", len(own)), here.stacked("experts_down", len(own)), own)
     return ExpertMixture(
         architecture.experts,
         router=here.tensor("router"),
         choice_bias=here.exact("router_bias") if here.has("router_bias") else None,
-        experts_here=_expert_mlps(here, len(division.experts)),
+        routed=routed,
         shared=here.mlp("shared_") if here.has("shared_down") else None,
-        here=division.experts,
     )
 
 

@@ -29,6 +29,7 @@ from .window import window_of
 
 if TYPE_CHECKING:
     from .gpu_attention import GpuAttention
+    from .gpu_experts import GpuExperts
 
 _log = logging.getLogger("llm_engine.rank")
 
@@ -66,6 +67,7 @@ class LoadedRank:
             activations=torch.float32 if is_cpu else self.dtype,
             kernels=kernels,
             attention=kernels if is_cpu else _gpu_attention(config),
+            grouped_experts=None if is_cpu else _gpu_experts(),
         )
         self.block_count = _block_count(config, self.checkpoint, self.dtype)
         self.context_token_count = _context_token_count(config, self.checkpoint, self.block_count)
@@ -118,9 +120,9 @@ class Rank:
         )
 
         self._decodes = None
-        # A mixture of experts looks on the host how many rows each expert has, and ranks are told each step's tokens.
-        is_simple = isinstance(ranks, Alone) and checkpoint.architecture.experts is None
-        self.runs_ahead = compute.device.type == "cuda" and is_simple
+        # Expert by expert it is looked on the host how many rows each has, and ranks are told each step's tokens.
+        waits = checkpoint.architecture.experts is not None and compute.grouped_experts is None
+        self.runs_ahead = compute.device.type == "cuda" and isinstance(ranks, Alone) and not waits
         """Whether a step is only begun when `forward` returns, so that the next can be planned meanwhile."""
         if self.runs_ahead and self.kv_cache.reads_blocks:
             self._decodes = GraphedDecodes(
@@ -169,6 +171,16 @@ def _device(config: EngineConfig, rank: int) -> torch.device:
             f"tensor_parallel_size is {config.tensor_parallel_size}{on_nodes}, but torch finds {found} CUDA devices"
         )
     return torch.device("cuda", rank - ranks.start)
+
+
+def _gpu_experts() -> "type[GpuExperts] | None":
+    """Nothing where Triton's compiler is not there."""
+    try:
+        from .gpu_experts import GpuExperts
+    except ImportError as error:
+        _log.warning("experts multiply their rows one by one, which is slower: no compiler for their kernel: %s", error)
+        return None
+    return GpuExperts
 
 
 def _gpu_attention(config: EngineConfig) -> "GpuAttention | None":

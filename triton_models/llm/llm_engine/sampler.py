@@ -73,21 +73,37 @@ class Draw:
     """[row_count] int64, where the logits were."""
     _results: HostCopy
     """[row_count, 2] int64: tokens, and whether their logits were finite."""
-    _logprobs: dict[int, tuple[float, list[int], list[float]]]
+    _logprobs: "_Logprobs | None"
 
     def read(self) -> list[SampledToken]:
         """Wait for them."""
+        logprobs = {} if self._logprobs is None else self._logprobs.read()
         return [
-            SampledToken(token, bool(finite), *self._logprobs.get(index, ()))
+            SampledToken(token, bool(finite), *logprobs.get(index, ()))
             for index, (token, finite) in enumerate(self._results.read())
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Of the rows that ask, by their index: how many of the likeliest tokens each wants."""
+
+    counts: dict[int, int]
+    chosen: HostCopy
+    values: HostCopy
+    token_ids: HostCopy
+
+    def read(self) -> dict[int, tuple[float, list[int], list[float]]]:
+        """Of each row: the chosen token's log-probability, and the likeliest tokens with theirs."""
+        found = zip(self.counts.items(), self.chosen.read(), self.token_ids.read(), self.values.read(), strict=True)
+        return {row: (logprob, ids[:count], values[:count]) for (row, count), logprob, ids, values in found}
 
 
 @torch.inference_mode()
 def draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Draw:
     """Choose a token for each row of logits [row_count, vocabulary_size] fp32, which are left as they are.
 
-    The host waits for a device only where a row is truncated, penalised, or wants log-probabilities.
+    The host does not wait for a device.
     """
     finite = _finite(logits)
     if logits.is_cuda or not finite.all():
@@ -150,17 +166,16 @@ def _penalised(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tenso
     logits = logits.clone()
     for index in penalised:
         row = rows[index]
-        everywhere = torch.tensor(np.unique(row.token_ids), device=logits.device)
+        everywhere = to_device(torch.from_numpy(np.unique(row.token_ids)), logits.device)
         found = logits[index, everywhere]
         penalty = row.params.repetition_penalty
         logits[index, everywhere] = torch.where(found > 0, found / penalty, found * penalty)
         output, counts = np.unique(
             np.asarray(row.token_ids[row.prompt_token_count :], dtype=np.int64), return_counts=True
         )
-        taken = row.params.frequency_penalty * counts + row.params.presence_penalty
-        logits[index, torch.tensor(output, device=logits.device)] -= torch.tensor(
-            taken, dtype=logits.dtype, device=logits.device
-        )
+        taken = torch.from_numpy(row.params.frequency_penalty * counts + row.params.presence_penalty)
+        taken = to_device(taken.to(logits.dtype), logits.device)
+        logits[index, to_device(torch.from_numpy(output), logits.device)] -= taken
     return logits
 
 
@@ -171,7 +186,7 @@ def _drawn(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
     truncated = _where(rows, lambda row: row.params.is_truncated)
     if truncated:
-        kept = _truncated(_rows_of(scaled, truncated), [rows[index] for index in truncated])
+        kept = _truncated(_rows_of(scaled, truncated), [rows[index] for index in truncated], sorts_all=scaled.is_cuda)
         scaled = scaled.index_copy(0, _index(truncated, logits), kept)
     floored = _where(rows, lambda row: row.params.min_p > 0.0)
     if floored:
@@ -185,9 +200,14 @@ def _drawn(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     return torch.searchsorted(sums, targets, right=True).squeeze(-1)
 
 
-def _truncated(scaled: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
-    """Scaled logits [row_count, vocabulary_size] fp32 with -inf where top_k or top_p cut."""
+def _truncated(scaled: torch.Tensor, rows: list[SamplingRow], *, sorts_all: bool) -> torch.Tensor:
+    """Scaled logits [row_count, vocabulary_size] fp32 with -inf where top_k or top_p cut.
+
+    `sorts_all`: nobody is to know whether fewer than all tokens would do; the host would wait for a device to say so.
+    """
     vocabulary_size = scaled.shape[-1]
+    if sorts_all:
+        return scaled.masked_fill(scaled < _floors(scaled, rows, vocabulary_size)[0], float("-inf"))
     width = min(vocabulary_size, max(_CANDIDATE_COUNT, *(row.params.top_k for row in rows)))
     floors, enough = _floors(scaled, rows, width)
     short = [index for index, is_enough in enumerate(enough.tolist()) if not is_enough]
@@ -216,23 +236,15 @@ def _floors(scaled: torch.Tensor, rows: list[SamplingRow], width: int) -> tuple[
     return floors, enough.squeeze(-1) | (width == everything)
 
 
-def _logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[SamplingRow]
-) -> dict[int, tuple[float, list[int], list[float]]]:
-    """For the rows that ask: the chosen token's log-probability, and the likeliest tokens with theirs."""
-    asking = _where(rows, lambda row: row.params.logprobs is not None)
-    if not asking:
-        return {}
-    distribution = _rows_of(logits, asking).log_softmax(dim=-1)
-    chosen = distribution.gather(1, tokens[_index(asking, logits)][:, None]).squeeze(-1).tolist()
-    counts = [rows[index].params.logprobs or 0 for index in asking]
-    values, ids = distribution.topk(min(max(counts), distribution.shape[-1]), dim=-1)
-    return {
-        index: (logprob, top_ids[:count], top_values[:count])
-        for index, logprob, top_ids, top_values, count in zip(
-            asking, chosen, ids.tolist(), values.tolist(), counts, strict=True
-        )
-    }
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[SamplingRow]) -> _Logprobs | None:
+    """For the rows that ask, if any does."""
+    counts = {index: count for index, row in enumerate(rows) if (count := row.params.logprobs) is not None}
+    if not counts:
+        return None
+    distribution = _rows_of(logits, [*counts]).log_softmax(dim=-1)
+    chosen = distribution.gather(1, tokens[_index([*counts], logits)][:, None]).squeeze(-1)
+    values, ids = distribution.topk(min(max(counts.values()), distribution.shape[-1]), dim=-1)
+    return _Logprobs(counts, HostCopy(chosen), HostCopy(values), HostCopy(ids))
 
 
 def _where(rows: Sequence[SamplingRow], holds: Callable[[SamplingRow], bool]) -> list[int]:

@@ -27,7 +27,13 @@ DEFAULT_RETRY_SECONDS: Final = 1.0
 
 LONGEST_RETRY_SECONDS: Final = 60.0
 
+LONGEST_SILENCE_SECONDS: Final = 10.0
+"""A request that hung for long must not stand for all others."""
+
 LATENESS_WINDOW_SECONDS: Final = 0.4
+
+MANY_IN_TRANSIT: Final = 16
+"""Fewer requests between here and the engine say nothing: it tells of itself once a step."""
 
 
 class ReplicaLoad:
@@ -57,6 +63,7 @@ class ReplicaLoad:
         self._errors = MovingRate(HALF_LIFE_SECONDS, clock())
         self._lateness = Lateness()
         self._latest_lateness = WindowedMinimum(LATENESS_WINDOW_SECONDS)
+        self._latest_transit = WindowedMinimum(LATENESS_WINDOW_SECONDS)
         self._new_token_count = 0
         self._new_gap_seconds = 0.0
         self._new_gap_token_count = 0
@@ -83,6 +90,15 @@ class ReplicaLoad:
     def add_first_token(self, seconds: float) -> None:
         """Takes one request's time from arrival to its first token."""
         self._first_token.add(seconds, 1, self._clock())
+
+    def add_silence(self, seconds: float) -> None:
+        """Takes a request that ended without a first token: its time until then is the least that it would have been.
+
+        Only where that is more than the others take; else those that last too long would leave an average of the rest.
+        """
+        now = self._clock()
+        if seconds > (self._first_token.value(now) or 0.0):
+            self._first_token.add(min(seconds, LONGEST_SILENCE_SECONDS), 1, now)
 
     def add_request(self, *, failed: bool) -> None:
         """Counts a request that ended."""
@@ -142,13 +158,26 @@ class ReplicaLoad:
             load.time_per_output_token.FromNanoseconds(int(per_token * 1e9))
         if (first_token := self._first_token.value(now)) is not None:
             load.time_to_first_token.FromNanoseconds(int(first_token * 1e9))
-        if (lateness := self._latest_lateness.value(now)) is not None:
-            # In steps, so that what hardly differs is no news.
-            load.lateness.FromMilliseconds(10 * round(lateness * 100))
+        self._latest_transit.add(self._transit_seconds(now), now)
+        lateness = max(self._latest_lateness.value(now) or 0.0, self._latest_transit.value(now) or 0.0)
+        # In steps, so that what hardly differs is no news.
+        load.lateness.FromMilliseconds(10 * round(lateness * 100))
         if self.look_ahead.gap_seconds is not None:
             load.credit_gap.FromMicroseconds(round(self.look_ahead.gap_seconds * 1e4) * 100)
         self.latest = load
         return load
+
+    def _transit_seconds(self, now: float) -> float:
+        """How long requests are on their way to the engine, and its outputs on the way back, by Little's law.
+
+        An engine has all that is here in its hands, but for these; there are many where processors are short, and an
+        engine that is waited for looks like one that computes.
+        """
+        engine = self._engine()
+        if engine is None or self.slots is None:
+            return 0.0
+        count = self.slots.ledger.engine_count - engine.running - engine.waiting
+        return 0.0 if count < MANY_IN_TRANSIT else count / max(1.0, self._requests.per_second(now))
 
     @property
     def preemption_count(self) -> int:

@@ -56,6 +56,14 @@ class Reports:
     def end(self, record: Record, spent: Spent | None) -> None:
         """Reports a request whose record is complete."""
         self._metrics.add_request(record)
+        is_paused = spent is not None and spent.was_paused
+        if (
+            record.ended_at is not None
+            and record.slot_at is not None
+            and record.first_token_at is None
+            and not is_paused
+        ):
+            self._load.add_silence(record.ended_at - record.arrived_at)
         self._load.add_request(failed=record.outcome == replica_pb2.REQUEST_OUTCOME_FAILED)
         if record.outcome == replica_pb2.REQUEST_OUTCOME_COMPLETED:
             self._load.add_need(record.prompt_token_count + record.completion_token_count)

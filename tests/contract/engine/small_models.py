@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -121,6 +122,22 @@ def save_spoiled_model(folder: Path) -> None:
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][-1, 0] = torch.nan
     save_file(tensors, path)
+
+
+def save_eight_bit_model(folder: Path, shape: str, size: int) -> None:
+    """A model as a folder, whose projections are eight-bit floats with a scale for each `size` rows and columns."""
+    small_model(**SHAPES[shape]).save_pretrained(folder)
+    path, config_path = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(path)
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = tensors[name]
+        rows, columns = (torch.arange(length) // size for length in weight.shape)
+        scales = torch.rand(int(rows[-1]) + 1, int(columns[-1]) + 1) * 0.01 + 0.005
+        tensors[name] = (weight / scales[rows][:, columns]).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+    save_file(tensors, path)
+    fields = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [size, size]}
+    config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "quantization_config": fields}))
 
 
 def tokens_of(count: int) -> list[int]:

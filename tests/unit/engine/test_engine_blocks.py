@@ -6,7 +6,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from llm_engine.blocks import GGUF_BLOCKS, Blocks, from_q4_1, joined, rounded, unnamed
+from llm_engine.blocks import GGUF_BLOCKS, Blocks, from_q4_1, rounded, unnamed
 
 
 def raw_blocks(kind: str, outputs: int = 6, inputs: int = 96) -> tuple[np.ndarray, torch.Tensor]:
@@ -31,7 +31,7 @@ def test_parts_of_blocks_are_parts_of_the_values(kind):
     whole = blocks.dense()
     assert torch.equal(blocks.rows(slice(2, 5)).dense(), whole[2:5])
     assert torch.equal(blocks.rows(torch.tensor([5, 0, 0])).dense(), whole[[5, 0, 0]])
-    assert torch.equal(joined([blocks, blocks.rows(slice(0, 1))]).dense(), torch.cat((whole, whole[:1])))
+    assert torch.equal(blocks.joined([blocks.rows(slice(0, 1))]).dense(), torch.cat((whole, whole[:1])))
 
 
 @pytest.mark.parametrize("kind", GGUF_BLOCKS)

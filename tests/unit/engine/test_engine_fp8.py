@@ -2,22 +2,24 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from llm_engine.blocks import Floats8
 from llm_engine.errors import ModelLoadError
 from llm_engine.weights import load_checkpoint
 
-BLOCK = (10, 12)
+BLOCK, KEPT_BLOCK = (10, 12), (10, 16)
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
 
 
-def stored(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def stored(weight: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A weight in eight bits, its scales, and the values that both say."""
-    rows, columns = (-(-size // each) for size, each in zip(weight.shape, BLOCK, strict=True))
+    rows, columns = (-(-size // each) for size, each in zip(weight.shape, block, strict=True))
     scales = torch.empty(rows, columns)
     numbers, values = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
     for row in range(rows):
         for column in range(columns):
-            part = (slice(row * BLOCK[0], (row + 1) * BLOCK[0]), slice(column * BLOCK[1], (column + 1) * BLOCK[1]))
+            part = tuple(slice(at * size, (at + 1) * size) for at, size in zip((row, column), block, strict=True))
             scales[row, column] = weight[part].abs().max() / 448
             numbers[part] = (weight[part] / scales[row, column]).to(torch.float8_e4m3fn)
             values[part] = numbers[part].float() * scales[row, column]
@@ -25,23 +27,59 @@ def stored(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 @pytest.fixture
-def folders(make_folder, tiny_tensors, tmp_path):
+def make_folders(make_folder, tiny_tensors, tmp_path):
     """The tiny model in eight bits, but for embeddings, head and norms; and what these weights are in fp32."""
-    narrow, wide = {}, {}
-    for name, tensor in tiny_tensors.items():
-        if "_proj" in name:
-            narrow[name], narrow[f"{name}_scale_inv"], wide[name] = stored(tensor)
-    first = make_folder({"quantization_config": FP8}, narrow).rename(tmp_path / "fp8")
-    return first, make_folder(tensors=wide)
+
+    def make(block):
+        narrow, wide = {}, {}
+        for name, tensor in tiny_tensors.items():
+            if "_proj" in name:
+                narrow[name], narrow[f"{name}_scale_inv"], wide[name] = stored(tensor, block)
+        fields = {"quantization_config": {**FP8, "weight_block_size": list(block)}}
+        return make_folder(fields, narrow).rename(tmp_path / "fp8"), make_folder(tensors=wide)
+
+    return make
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_values_are_numbers_times_the_scale_of_their_block_on_every_rank(folders, size):
+def test_values_are_numbers_times_the_scale_of_their_block_on_every_rank(make_folders, size):
+    folders = make_folders(BLOCK)
     for rank in range(size):
         narrow, wide = (load_checkpoint(f, dtype="fp32", cache_dir=None, rank=rank, size=size) for f in folders)
         assert narrow.tensors.keys() == wide.tensors.keys()
         for name, tensor in narrow.tensors.items():
             assert torch.equal(tensor, wide.tensors[name]), name
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("block", [BLOCK, KEPT_BLOCK], ids=str)
+def test_what_is_kept_in_eight_bits_has_the_same_values(make_folders, size, block):
+    folders, kept = make_folders(block), set()
+    for rank in range(size):
+        narrow, wide = (
+            load_checkpoint(folder, dtype="fp32", cache_dir=None, rank=rank, size=size, keeps_fp8=True)
+            for folder in folders
+        )
+        assert narrow.tensors.keys() == wide.tensors.keys()
+        for name, tensor in narrow.tensors.items():
+            if isinstance(tensor, Floats8):
+                kept.add(name.rpartition(".")[2])
+                tensor = tensor.dense()
+            assert torch.equal(tensor, wide.tensors[name]), name
+    # Where a rank's columns begin within a group, what it has of a tensor becomes wide.
+    assert kept >= ({"qkv", "gate_up"} if block == KEPT_BLOCK else set())
+    assert not kept or block == KEPT_BLOCK
+
+
+def test_nan_in_eight_bits_is_refused_by_its_tensor(make_folders):
+    folder, _ = make_folders(KEPT_BLOCK)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name].view(torch.uint8)[3, 4] = 0xFF
+    save_file(tensors, folder / "model.safetensors")
+    for keeps_fp8 in (False, True):
+        with pytest.raises(ModelLoadError, match=rf"tensor {name} holds values that are not finite"):
+            load_checkpoint(folder, dtype="fp32", cache_dir=None, keeps_fp8=keeps_fp8)
 
 
 @pytest.mark.parametrize(

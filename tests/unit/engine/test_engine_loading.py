@@ -429,6 +429,7 @@ def test_a_rank_on_a_gpu_makes_it_the_current_one_before_it_reads_anything(make_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(rank_module, "load_checkpoint", lambda *paths, **settings: calls.append("read") or 1 / 0)
     config = EngineConfig(model_path=str(make_folder()), device="cuda", tensor_parallel_size=2)
     with pytest.raises(ZeroDivisionError):

@@ -1,8 +1,9 @@
-"""Weights of four and eight bits in groups that share a scale, as GGUF's Q4_0, Q4_1 and Q8_0 hold them.
+"""Weights of four and eight bits in groups that share a scale: integers, as GGUF's Q4_0, Q4_1 and Q8_0 hold them, and
+floats, as DeepSeek's files do.
 
 Owns the engine's own form of them, which loses nothing of a file's, and the rounding of other weights to eight
 bits. Pure, beside torch. Invariant: a weight's value is digit * scale + offset, digits of four bits from 0 to 15
-and of eight from -128 to 127; only the former have offsets.
+and of eight from -128 to 127; only the former have offsets. A float's is number * scale.
 """
 
 from collections.abc import Sequence
@@ -57,6 +58,11 @@ class Blocks:
         """Some outputs."""
         return Blocks(*(None if part is None else part[chosen] for part in self._parts()))
 
+    def joined(self, others: "Sequence[Blocks]") -> "Blocks":
+        """Its outputs and then those of others of the same bits."""
+        parts = zip(*(part._parts() for part in (self, *others)), strict=True)
+        return Blocks(*(None if kind[0] is None else torch.cat(kind) for kind in parts))  # type: ignore[arg-type]
+
     def named(self, name: str) -> dict[str, torch.Tensor]:
         """The parts, by the names under which a file keeps them."""
         return {f"{name}.{kind}": part for kind, part in zip(_KINDS, self._parts(), strict=True) if part is not None}
@@ -64,6 +70,54 @@ class Blocks:
     def _parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.words, self.scales, self.offsets
 
+
+@dataclass(frozen=True)
+class Floats8:
+    """A matrix [output size, input size] of eight-bit floats (E4M3), for devices that multiply them."""
+
+    numbers: torch.Tensor
+    """[output size, input size] float8_e4m3fn"""
+    scales: torch.Tensor
+    """[output size, groups] fp32: each output has its own, so that outputs can change places."""
+    group_size: int
+    """Inputs that share a scale; the last group may be shorter."""
+
+    bits = 8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Output size, input size."""
+        return self.numbers.shape[0], self.numbers.shape[1]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value is; E4M3 has no infinity."""
+        is_nan = self.numbers.view(torch.uint8) & 0x7F == 0x7F
+        return bool(self.scales.isfinite().all()) and not is_nan.any()
+
+    def dense(self) -> torch.Tensor:
+        """The values, [output size, input size] fp32."""
+        scales = self.scales.repeat_interleave(self.group_size, dim=1)
+        return self.numbers.float() * scales[:, : self.shape[1]]
+
+    def rows(self, chosen: torch.Tensor | slice) -> "Floats8":
+        """Some outputs."""
+        numbers = self.numbers.view(torch.uint8)[chosen].view(self.numbers.dtype)
+        return Floats8(numbers, self.scales[chosen], self.group_size)
+
+    def joined(self, others: "Sequence[Floats8]") -> "Floats8":
+        """Its outputs and then those of others with the same groups."""
+        parts = (self, *others)
+        numbers = torch.cat([part.numbers.view(torch.uint8) for part in parts]).view(self.numbers.dtype)
+        return Floats8(numbers, torch.cat([part.scales for part in parts]), self.group_size)
+
+    def to(self, device: torch.device) -> "Floats8":
+        """The same on a device."""
+        return Floats8(self.numbers.to(device), self.scales.to(device), self.group_size)
+
+
+Narrow = Blocks | Floats8
+Weight = torch.Tensor | Blocks | Floats8
 
 _KINDS = ("words", "scales", "offsets")
 
@@ -78,13 +132,6 @@ def unnamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | Blocks
         elif kind == "words":
             found[stem] = Blocks(tensor, tensors[f"{stem}.scales"], tensors.get(f"{stem}.offsets"))
     return found
-
-
-def joined(parts: Sequence[Blocks]) -> Blocks:
-    """The outputs of several, one after the other; all have the same bits."""
-    words, scales = (torch.cat([getattr(part, kind) for part in parts]) for kind in ("words", "scales"))
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    return Blocks(words, scales, torch.cat(offsets) if offsets else None)
 
 
 def rounded(weight: torch.Tensor) -> Blocks | None:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .blocks import Blocks
+from .blocks import Blocks, Floats8, Weight
 from .cpu_kernels import CpuKernels, Narrowness, Packed
 from .rowwise import Rowwise
 
 if TYPE_CHECKING:
     from .gpu_attention import GpuAttention
-    from .gpu_experts import GpuExperts
+    from .gpu_products import GpuExperts
 
 # From so many rows on oneDNN's bf16 products are quicker than our own kernels that do not use the matrix unit.
 _MANY_ROWS = 12
@@ -60,7 +60,7 @@ class Projection:
 
     def __init__(
         self,
-        weight: torch.Tensor | Blocks,
+        weight: Weight,
         compute: Compute,
         *,
         bias: torch.Tensor | None = None,
@@ -69,17 +69,19 @@ class Projection:
         """`room`: the kernels' memory for results, which then hold until the next of that name; None: their own."""
         self._compute, self._room, kernels = compute, room, compute.kernels
         self._bias = None if bias is None else bias.to(compute.device, compute.activations)
-        self._packed = None if kernels is None else kernels.pack(weight, self._bias)
+        self._packed = self._dense = self._narrow = self._floats8 = None
         self._narrowness = compute.narrowness
+        self._weight_first = compute.device.type == "cpu" and compute.dtype == torch.float32
+        if isinstance(weight, Floats8):
+            self._floats8 = weight.to(compute.device)
+            return
+        self._packed = None if kernels is None else kernels.pack(weight, self._bias)
         # What the kernels can read is kept a second time only for products that are quicker than theirs.
-        self._dense = None
         if self._packed is None or not self._takes_many_rows(weight):
             dense = weight.dense() if isinstance(weight, Blocks) else weight
             self._dense = dense.to(compute.device, compute.dtype)
-        self._narrow = None
         if self._packed is None and isinstance(weight, torch.Tensor) and weight.dtype == torch.bfloat16:
             self._narrow = weight if compute.dtype == torch.float32 else None
-        self._weight_first = compute.device.type == "cpu" and compute.dtype == torch.float32
 
     def __call__(
         self, rows: torch.Tensor, *, before: Rowwise | None = None, onto: torch.Tensor | None = None
@@ -120,6 +122,10 @@ class Projection:
         return self._narrowness == Narrowness.ANY_ROWS and not is_exact
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._floats8 is not None:
+            from .gpu_products import multiplied
+
+            return multiplied(rows, self._floats8)
         if self._narrow is not None and rows.shape[0] == 1:
             return F.linear(rows.to(self._narrow.dtype), self._narrow)
         assert self._dense is not None
@@ -132,8 +138,8 @@ class Projection:
 class Embedding:
     """A row of [vocabulary, hidden size] for each token."""
 
-    def __init__(self, weight: torch.Tensor | Blocks, compute: Compute) -> None:
-        if isinstance(weight, Blocks) and compute.device.type != "cpu":
+    def __init__(self, weight: Weight, compute: Compute) -> None:
+        if isinstance(weight, Floats8) or (isinstance(weight, Blocks) and compute.device.type != "cpu"):
             weight = weight.dense().to(compute.activations)
         self._weight = weight if isinstance(weight, Blocks) else weight.to(compute.device)
         self._compute = compute

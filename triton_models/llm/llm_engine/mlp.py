@@ -14,7 +14,7 @@ from .matmul import Projection
 from .rowwise import Norm, SwiGlu
 
 if TYPE_CHECKING:
-    from .gpu_experts import GpuExperts
+    from .gpu_products import GpuExperts
 
 _SWIGLU = SwiGlu()
 

@@ -14,7 +14,7 @@ import torch
 
 from .architecture import Architecture
 from .attention import GroupedQueryAttention, LatentAttention, Place
-from .blocks import Blocks
+from .blocks import Floats8, Weight
 from .cpu_kernels import Layers, LayerWeights, layers_of
 from .division import Division
 from .kv_cache import KvCache
@@ -26,7 +26,7 @@ from .rowwise import Norm
 from .step_tensors import StepTensors
 
 if TYPE_CHECKING:
-    from .gpu_experts import GpuExperts
+    from .gpu_products import GpuExperts
 
 # A step of so many is short: nobody asks between its layers whether it is still wanted.
 _FEW_ROWS = 64
@@ -46,7 +46,7 @@ class Model:
     def __init__(
         self,
         architecture: Architecture,
-        tensors: dict[str, torch.Tensor | Blocks],
+        tensors: dict[str, Weight],
         here: Division,
         ranks: Alone | Group,
         *,
@@ -120,7 +120,7 @@ class Model:
 class _Weights:
     """The fused tensors of `layouts.py`, brought to the device as they are asked for."""
 
-    tensors: dict[str, torch.Tensor | Blocks]
+    tensors: dict[str, Weight]
     compute: Compute
     prefix: str = ""
 
@@ -155,19 +155,22 @@ class _Weights:
         whole = self.tensors[self.prefix + name]
         size = whole.shape[0] // count
         spans = [slice(first, first + size) for first in range(0, whole.shape[0], size)]
-        parts = [whole.rows(span) if isinstance(whole, Blocks) else whole[span] for span in spans]
+        parts = [whole[span] if isinstance(whole, torch.Tensor) else whole.rows(span) for span in spans]
         return [Projection(part, self.compute, room=room) for part in parts]
 
-    def stacked(self, name: str, count: int) -> torch.Tensor:
-        """The same as one tensor [count, rows, columns], in the type of products."""
-        return self._dense(name).to(self.compute.device, self.compute.dtype).unflatten(0, (count, -1))
+    def whole(self, name: str) -> torch.Tensor | Floats8:
+        """A tensor on the device, in the type of products where it is none of eight-bit floats."""
+        found = self.tensors[self.prefix + name]
+        if isinstance(found, Floats8):
+            return found.to(self.compute.device)
+        return self._dense(name).to(self.compute.device, self.compute.dtype)
 
     def mlp(self, kind: str = "") -> Mlp:
         return Mlp(self.projection(f"{kind}gate_up", room="gate_up"), self.projection(f"{kind}down"))
 
     def _dense(self, name: str) -> torch.Tensor:
         found = self.tensors[self.prefix + name]
-        return found.dense() if isinstance(found, Blocks) else found
+        return found if isinstance(found, torch.Tensor) else found.dense()
 
 
 def _layer(architecture: Architecture, division: Division, index: int, weights: _Weights) -> _Layer:
@@ -222,7 +225,7 @@ def _mixture(architecture: Architecture, division: Division, here: _Weights) -> 
     if grouped is None or not own:
         routed = EachExpert(_expert_mlps(here, len(own)), own)
     else:
-        routed = grouped(here.stacked("experts_gate_up", len(own)), here.stacked("experts_down", len(own)), own)
+        routed = grouped(here.whole("experts_gate_up"), here.whole("experts_down"), own)
     return ExpertMixture(
         architecture.experts,
         router=here.tensor("router"),

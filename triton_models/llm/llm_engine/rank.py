@@ -29,7 +29,7 @@ from .window import window_of
 
 if TYPE_CHECKING:
     from .gpu_attention import GpuAttention
-    from .gpu_experts import GpuExperts
+    from .gpu_products import GpuExperts
 
 _log = logging.getLogger("llm_engine.rank")
 
@@ -49,6 +49,8 @@ class LoadedRank:
             # Triton's launcher, and whatever names no device, takes the current one.
             torch.cuda.set_device(self.device)
         cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+        is_cpu = self.device.type == "cpu"
+        grouped_experts = None if is_cpu else _gpu_experts()
         with enough_memory_for(f"{config.model_path}: the weights"):
             self.checkpoint: Checkpoint = load_checkpoint(
                 Path(config.model_path),
@@ -56,10 +58,10 @@ class LoadedRank:
                 cache_dir=cache_dir,
                 rank=rank,
                 size=config.tensor_parallel_size,
+                keeps_fp8=grouped_experts is not None and _has_fp8(self.device),
                 check_room=partial(_check_room, config),
             )
         self.dtype = compute_dtype(config.dtype, self.device)
-        is_cpu = self.device.type == "cpu"
         kernels = load_kernels(cache_dir, config.thread_count) if is_cpu and config.cpu_kernels else None
         self.compute = Compute(
             device=self.device,
@@ -67,7 +69,7 @@ class LoadedRank:
             activations=torch.float32 if is_cpu else self.dtype,
             kernels=kernels,
             attention=kernels if is_cpu else _gpu_attention(config),
-            grouped_experts=None if is_cpu else _gpu_experts(),
+            grouped_experts=grouped_experts,
         )
         self.block_count = _block_count(config, self.checkpoint, self.dtype)
         self.context_token_count = _context_token_count(config, self.checkpoint, self.block_count)
@@ -173,10 +175,15 @@ def _device(config: EngineConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank - ranks.start)
 
 
+def _has_fp8(device: torch.device) -> bool:
+    """Whether a GPU turns eight-bit floats into wider ones: those of Ada and Hopper, and since."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _gpu_experts() -> "type[GpuExperts] | None":
     """Nothing where Triton's compiler is not there."""
     try:
-        from .gpu_experts import GpuExperts
+        from .gpu_products import GpuExperts
     except ImportError as error:
         _log.warning("experts multiply their rows one by one, which is slower: no compiler for their kernel: %s", error)
         return None

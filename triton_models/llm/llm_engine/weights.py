@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 
 from . import architecture as architectures
 from .architecture import Architecture, RopeScaling
-from .blocks import GGUF_BLOCKS, Blocks, joined, rounded, unnamed
+from .blocks import GGUF_BLOCKS, Blocks, Floats8, Narrow, Weight, rounded, unnamed
 from .division import Division, division
 from .errors import ModelLoadError
 from .fp8 import SCALE_ENDING, Fp8, read_fp8
@@ -49,7 +50,7 @@ class Checkpoint:
     architecture: Architecture
     """The whole model's, also where the tensors are one rank's."""
     division: Division
-    tensors: dict[str, torch.Tensor | Blocks]
+    tensors: dict[str, Weight]
     """In blocks is what a file has in blocks, whatever type is wanted."""
     is_tied: bool
     """Whether the embedding is the output matrix too."""
@@ -68,7 +69,7 @@ class _Source:
     name_of: Callable[[str], str] = str
     """From Hugging Face's name of a tensor to the one that it has here."""
     ignorable: frozenset[str] = frozenset()
-    blocks: Callable[[str, tuple[slice, ...]], Blocks | None] = lambda name, slices: None
+    blocks: Callable[[str, tuple[slice, ...]], Narrow | None] = lambda name, slices: None
     """A tensor's own blocks of what the slices say, where it has some and none is torn apart."""
     block_bytes: Mapping[str, float] = field(default_factory=dict)
     """What a number of a tensor takes that has some, by name."""
@@ -81,6 +82,7 @@ def load_checkpoint(
     cache_dir: Path | None,
     rank: int = 0,
     size: int = 1,
+    keeps_fp8: bool = False,
     check_room: Callable[[int], None] = lambda byte_count: None,
 ) -> Checkpoint:
     """Load a GGUF file or a Hugging Face folder; ModelLoadError says what is wrong with it.
@@ -88,9 +90,10 @@ def load_checkpoint(
     Of `size` ranks each loads its own part, and reads no other (but for whole blocks at its edges).
 
     Args:
+        keeps_fp8: whether eight-bit floats stay what they are, for a device that multiplies them.
         check_room: is told what the weights will take, in bytes, before they are read, and may refuse it.
     """
-    source, architecture = _opened(model_path)
+    source, architecture = _opened(model_path, keeps_fp8=keeps_fp8)
     here = division(model_path, architecture, rank, size)
     check_room(_byte_count(source, architecture, here, dtype))
     # A folder's tensors are mapped as they are; those of a GGUF file cost seconds to dequantise.
@@ -118,10 +121,10 @@ def model_files(model_path: Path) -> list[Path]:
     return [model_path / "config.json", *_weight_files(model_path)]
 
 
-def _opened(model_path: Path) -> tuple[_Source, Architecture]:
+def _opened(model_path: Path, *, keeps_fp8: bool = False) -> tuple[_Source, Architecture]:
     """A model's files, read as far as their headers, and checked."""
     if model_path.is_dir():
-        source, architecture = _opened_folder(model_path)
+        source, architecture = _opened_folder(model_path, keeps_fp8=keeps_fp8)
     elif not model_path.exists():
         raise ModelLoadError(f"{model_path}: there is no such file or folder")
     else:
@@ -161,9 +164,9 @@ def _byte_count(source: _Source, architecture: Architecture, here: Division, dty
     return int(total)
 
 
-def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: str) -> dict[str, torch.Tensor | Blocks]:
+def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: str) -> dict[str, Weight]:
     """Read, reorder, convert and join: fused name to its blocks, or its tensor of the wanted type."""
-    tensors: dict[str, torch.Tensor | Blocks] = {}
+    tensors: dict[str, Weight] = {}
     for fused in fused_tensors(architecture, tied=source.tied):
         blocks = _fused_blocks(source, architecture, here, fused)
         if blocks is not None:
@@ -184,18 +187,19 @@ def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: st
     return tensors
 
 
-def _fused_blocks(source: _Source, architecture: Architecture, here: Division, fused: Fused) -> Blocks | None:
+def _fused_blocks(source: _Source, architecture: Architecture, here: Division, fused: Fused) -> Narrow | None:
     """The blocks of all parts of a tensor; None where not all have some, and of the same kind."""
-    found = []
+    found: list[Any] = []
     for part in filter(here.is_here, fused.parts):
         blocks = None if fused.is_exact else _block_part(source, architecture, here, part)
         if blocks is None or (found and blocks.bits != found[0].bits):
             return None
         found.append(blocks)
-    return joined(found)
+    joined: Narrow = found[0].joined(found[1:])
+    return joined
 
 
-def _block_part(source: _Source, architecture: Architecture, here: Division, part: Part) -> Blocks | None:
+def _block_part(source: _Source, architecture: Architecture, here: Division, part: Part) -> Narrow | None:
     """The rank's blocks of a tensor, in the order that is wanted here; None where it has none."""
     name = source.name_of(part.name)
     blocks = source.blocks(name, _slices(here, part))
@@ -204,7 +208,7 @@ def _block_part(source: _Source, architecture: Architecture, here: Division, par
     if not blocks.is_finite:
         raise _not_finite(source, name)
     if architecture.has_interleaved_rope and part.rope is not None:
-        blocks = blocks.rows(_deinterleaved(torch.arange(len(blocks.words)), part.rope))
+        blocks = blocks.rows(_deinterleaved(torch.arange(blocks.shape[0]), part.rope))
     return blocks
 
 
@@ -308,7 +312,7 @@ def _gguf_blocks(file: GgufFile, name: str, slices: tuple[slice, ...]) -> Blocks
     return None if read is None or raw is None else read(raw)
 
 
-def _opened_folder(folder: Path) -> tuple[_Source, Architecture]:
+def _opened_folder(folder: Path, *, keeps_fp8: bool) -> tuple[_Source, Architecture]:
     config = _json(folder / "config.json")
     generation_path = folder / "generation_config.json"
     generation = _json(generation_path) if generation_path.exists() else {}
@@ -320,11 +324,12 @@ def _opened_folder(folder: Path) -> tuple[_Source, Architecture]:
         tied=bool(config.get("tie_word_embeddings", False)),
         unused_layers=range(layers, layers + guessing),
         fp8=read_fp8(folder / "config.json", config.get("quantization_config")),
+        keeps_fp8=keeps_fp8,
     )
     return source, architecture
 
 
-def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 | None) -> _Source:
+def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 | None, keeps_fp8: bool) -> _Source:
     # A tied model may carry a copy of its embedding under the head's name; it is left unread.
     head = "lm_head.weight"
     files, shapes, types = {}, {}, {}
@@ -352,8 +357,23 @@ def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 |
         of_all = files[scales[name]].get_tensor(scales[name])
         return fp8.scaled(stored, of_all, shapes[name], slices)
 
-    ignorable = stale | set(scales.values()) | ({head} if tied else set())
-    return _Source(folder, shapes, read, tied=tied, ignorable=frozenset(ignorable))
+    def kept(name: str, slices: tuple[slice, ...]) -> Narrow | None:
+        if fp8 is None or name not in scales or not fp8.can_keep(slices):
+            return None
+        stored = files[name].get_slice(name)[slices]
+        return fp8.kept(stored, files[scales[name]].get_tensor(scales[name]), shapes[name], slices)
+
+    source = _Source(
+        folder,
+        shapes,
+        read,
+        tied=tied,
+        ignorable=frozenset(stale | set(scales.values()) | ({head} if tied else set())),
+    )
+    if fp8 is None or not keeps_fp8:
+        return source
+    # A byte, and its part of a scale.
+    return dataclasses.replace(source, blocks=kept, block_bytes=dict.fromkeys(scales, 1 + 4 / fp8.block[1]))
 
 
 def _scale_names(folder: Path, shapes: dict[str, tuple[int, ...]], fp8: Fp8) -> dict[str, str]:
@@ -437,13 +457,13 @@ def _cache_path(cache_dir: Path, model_path: Path, dtype: str, rank: int, size: 
     return cache_dir / f"{model_path.stem}-{dtype}-{digest}.safetensors"
 
 
-def _read_cache(path: Path, architecture: Architecture, here: Division) -> dict[str, torch.Tensor | Blocks] | None:
+def _read_cache(path: Path, architecture: Architecture, here: Division) -> dict[str, Weight] | None:
     """The cached weights, mapped and not copied; None where there is no sound file."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = unnamed({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no dict)
+            tensors: dict[str, Weight] = unnamed({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         _log.warning("weight cache %s is damaged and will be rebuilt: %s", path, error)
         return None
@@ -454,13 +474,14 @@ def _read_cache(path: Path, architecture: Architecture, here: Division) -> dict[
     return tensors
 
 
-def _write_cache(path: Path, tensors: dict[str, torch.Tensor | Blocks]) -> None:
+def _write_cache(path: Path, tensors: dict[str, Weight]) -> None:
     """Write the whole file beside its place, then move it there; a failure costs only the next start."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         flat: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
+            assert not isinstance(tensor, Floats8)  # Those of a folder are not cached.
             flat |= tensor.named(name) if isinstance(tensor, Blocks) else {name: tensor}
         save_file(flat, unfinished)
         os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""The GPU's kernel for mixtures of experts against torch, on a CPU by Triton's interpreter."""
+"""The GPU's kernel for mixtures of experts and for eight-bit floats against torch, on a CPU by Triton's interpreter."""
 
 import os
 
@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 os.environ["TRITON_INTERPRET"] = "1"
 
 from llm_engine.architecture import Experts
-from llm_engine.gpu_experts import GpuExperts
+from llm_engine.blocks import Floats8
+from llm_engine.gpu_products import GpuExperts, multiplied
 from llm_engine.matmul import Compute, Projection
 from llm_engine.mlp import EachExpert, ExpertMixture, Mlp
 from llm_engine.rowwise import Norm
@@ -27,7 +28,15 @@ def both(count: int, hidden: int, inner: int, here: range) -> tuple[EachExpert, 
     gate_up, down = random(count, 2 * inner, hidden, seed=1), random(count, hidden, inner, seed=2)
     mlps = [Mlp(Projection(gate_up[each], PLAIN), Projection(down[each], PLAIN)) for each in here]
     own = slice(here.start, here.stop)
-    return EachExpert(mlps, here), GpuExperts(gate_up[own].contiguous(), down[own].contiguous(), here)
+    return EachExpert(mlps, here), GpuExperts(gate_up[own].flatten(0, 1), down[own].flatten(0, 1), here)
+
+
+def floats8(weight: torch.Tensor, group: int) -> Floats8:
+    """A weight rounded to eight bits."""
+    groups = -(-weight.shape[1] // group)
+    scales = random(len(weight), groups, seed=11).abs() + 0.1
+    spread = scales.repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+    return Floats8((weight / spread).to(torch.float8_e4m3fn), scales, group)
 
 
 def added(routed, rows: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -54,6 +63,28 @@ def test_one_expert_may_have_all_rows():
     rows, chosen = random(200, 32, seed=3), torch.full((200, 1), 2)
     shares = torch.ones(200, 1)
     assert (added(grouped, rows, chosen, shares) - added(each, rows, chosen, shares)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("row_count", [1, 16, 17, 150])
+@pytest.mark.parametrize(("output_size", "input_size", "group"), [(70, 200, 128), (64, 64, 32), (130, 40, 16)])
+def test_rows_are_multiplied_with_eight_bit_floats_as_with_their_values(row_count, output_size, input_size, group):
+    weight = floats8(random(output_size, input_size, seed=1), group)
+    rows = random(row_count, 2 * input_size, seed=2)[:, :input_size]
+    expected = rows.double() @ weight.dense().double().T
+    assert (multiplied(rows, weight) - expected).abs().max() < 1e-5
+    product = Projection(weight, PLAIN, bias=torch.ones(output_size))
+    assert (product(rows, onto=torch.ones(row_count, output_size)) - 2 - expected).abs().max() < 1e-5
+    # Of 16-bit types the interpreter multiplies this one alone.
+    assert (multiplied(rows.half(), weight).double() - expected).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("row_count", [3, 100])
+def test_experts_of_eight_bit_floats_are_those_of_their_values(row_count):
+    gate_up, down = floats8(random(4 * 2 * 24, 48, seed=1), 16), floats8(random(4 * 48, 24, seed=2), 32)
+    narrow, wide = (GpuExperts(*each, range(4)) for each in ((gate_up, down), (gate_up.dense(), down.dense())))
+    shares, chosen = random(row_count, 4, seed=4).softmax(dim=1).topk(2, dim=1)
+    rows = random(row_count, 48, seed=5)
+    assert (added(narrow, rows, chosen, shares) - added(wide, rows, chosen, shares)).abs().max() < 1e-5
 
 
 def test_a_row_with_nan_harms_no_other():
@@ -86,7 +117,7 @@ def test_a_mixture_waits_for_nothing_that_the_device_computes(monkeypatch):
         for routed in both(8, 32, 16, range(8))
     ]
     # The interpreter itself reads on the host what a kernel reads; what is launched does not depend on it.
-    monkeypatch.setattr("llm_engine.gpu_experts._launch", lambda blocks, rows, weights, out, divisor: None)
+    monkeypatch.setattr("llm_engine.gpu_products._launch", lambda *arguments, **fields: None)
     # Numbers that are not there cannot be read.
     with FakeTensorMode(allow_non_fake_inputs=True) as without_numbers:
         assert made[1](without_numbers.from_tensor(rows), norm=norm).shape == rows.shape

@@ -73,7 +73,7 @@ def test_a_node_without_a_node_0_gives_up(make_config):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"dtype": "bf16"}, "dtype is 'bf16' there and 'fp32' on node 0"),
+        ({"dtype": "fp16"}, "dtype is 'fp16' there and 'fp32' on node 0"),
         ({"block_token_count": 4}, "block_token_count is 4 there and 16 on node 0"),
         ({"tensor_parallel_size": 6}, "tensor_parallel_size is 6 there and 3 on node 0"),
         ({"max_context_tokens": 64}, "max_context_tokens is 64 there and None on node 0"),

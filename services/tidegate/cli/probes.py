@@ -7,6 +7,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any, Final
 
 import grpc
@@ -54,6 +55,19 @@ async def snapshot(scheduler_address: str, timeout_seconds: float = PROBE_TIMEOU
 async def real_answer(ingress_url: str, model: str, api_key: str) -> tuple[str, str]:
     """Asks the mesh a real question through the ingress; answers (text, "") or ("", what is wrong)."""
     return await asyncio.to_thread(_ask, ingress_url, model, api_key)
+
+
+async def unreached_replicas(scheduler_addresses: Sequence[str], replica_count: int) -> str:
+    """Which of the replicas a scheduler does not reach yet; "" where each reaches all."""
+    for address in scheduler_addresses:
+        try:
+            found = await snapshot(address)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            return f"a scheduler does not answer: {type(error).__name__}"
+        reached = sum(replica.connected and replica.load.ready for replica in found.replicas)
+        if reached < replica_count:
+            return f"a scheduler reaches {reached} of {replica_count} replicas"
+    return ""
 
 
 async def health_problem(ingress_url: str) -> str:

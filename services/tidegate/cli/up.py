@@ -219,6 +219,9 @@ async def _ask_all_models(mesh: state.Mesh, key: str) -> tuple[str, str]:
     text, problem = await probes.real_answer(_url(mesh), mesh.model_name, key)
     # An answer may come from a replica of which Envoy does not know yet that it is healthy.
     problem = problem or await probes.health_problem(_url(mesh))
+    # And one that a scheduler does not reach gets nothing until it does.
+    replica_count = mesh.replica_count + mesh.lite_replica_count
+    problem = problem or await probes.unreached_replicas(mesh.scheduler_addresses, replica_count)
     return ("", problem) if problem else (text, "")
 
 

@@ -26,7 +26,7 @@ from tidegate.v1 import replica_pb2, replica_pb2_grpc
 log = structlog.get_logger()
 
 FIRST_BACKOFF_SECONDS: Final = 0.1
-LONGEST_BACKOFF_SECONDS: Final = 2.0
+LONGEST_BACKOFF_SECONDS: Final = 1.0
 
 _Call = grpc.aio.StreamStreamCall[replica_pb2.SchedulerMessage, replica_pb2.ReplicaMessage]
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from tidegate.cli import main, probes, up
 from tidegate.cli.envoy_config import envoy_command
+from tidegate.v1 import scheduler_pb2
 
 REFUSED = {"error": {"message": "no replica is ready"}}
 
@@ -82,8 +83,8 @@ async def test_an_ingress_that_refuses_is_told_of_and_not_asked_all_the_time(ref
 
 
 async def test_a_mesh_is_ready_once_the_model_asked_for_has_answered_and_health_is_good(monkeypatch):
-    health = [503, 200]
-    models = ["small", "m", "m"]
+    health = [503, 200, 200]
+    models = ["small", "m", "m", "m"]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -106,14 +107,36 @@ async def test_a_mesh_is_ready_once_the_model_asked_for_has_answered_and_health_
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         monkeypatch.setattr(up, "_url", lambda mesh: f"http://127.0.0.1:{server.server_address[1]}")
-        mesh = types.SimpleNamespace(model_name="m", lite_model_name="")
-        answers = [await up._ask_all_models(mesh, "") for _ in range(3)]
+        mesh = types.SimpleNamespace(
+            model_name="m",
+            lite_model_name="",
+            replica_count=2,
+            lite_replica_count=1,
+            scheduler_addresses=("a:1", "b:1"),
+        )
+        reached = {"a:1": [3, 3], "b:1": [2, 3]}
+
+        async def snapshot(address):
+            return _snapshot_of(reached[address].pop(0))
+
+        monkeypatch.setattr(up.probes, "snapshot", snapshot)
+        answers = [await up._ask_all_models(mesh, "") for _ in range(4)]
         server.shutdown()
     assert answers == [
         ("", "m was asked and small answered"),
         ("", "/health: 503, no replica has passed Envoy's health check yet"),
+        ("", "a scheduler reaches 2 of 3 replicas"),
         ("hello", ""),
     ]
+
+
+def _snapshot_of(reached_count):
+    """Of a scheduler that reaches so many replicas, and knows of one more."""
+    snapshot = scheduler_pb2.Snapshot()
+    for _ in range(reached_count):
+        snapshot.replicas.add(connected=True).load.ready = True
+    snapshot.replicas.add(connected=True)
+    return snapshot
 
 
 async def test_the_first_answer_ends_the_wait():

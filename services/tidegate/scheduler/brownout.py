@@ -12,10 +12,12 @@
 A class is never cut down for its own sake: what drives steps 1 and 2 is how realtime and standard requests fare, and
 the others how realtime ones do. A flood of one class alone is admission's business, and gets the whole machine.
 
-A class fares badly while its queue delay is above the target, or while the 95th percentile of its time to first
-token is above the target and above what the engine does anyway. One step up after `up_seconds` of that without a
-break, one step down after `down_seconds` without it. No evidence counts as faring well, so no step can stick. A mesh
-with nothing to do fares well whatever was seen a moment ago, and steps down as fast as it may.
+A class fares badly while its queue delay is above the target, or while the 95th percentile of its time to first token
+is above the target and above what the engine does anyway. What that says is learnt when answers end, which may be
+long after their first tokens: it counts only while something of the class has waited of late. One step up after
+`up_seconds` of that without a break, one step down after `down_seconds` without it. No evidence counts as faring
+well, so no step can stick. A mesh with nothing to do fares well whatever was seen a moment ago, and steps down as
+fast as it may.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from tidegate.scheduler.request import ServiceClass
 
 UNLOADED_FACTOR: Final = 3.0
 """A time to first token counts as bad only past so many times of what it is on a replica, without the queue."""
+
+RECENT_SECONDS: Final = 1.0
+"""Where nothing of a class has waited for so long, its times to first token are of a load that is gone."""
 
 LITE_STEP: Final = 4
 LAST_STEP: Final = 5
@@ -83,6 +88,7 @@ class Brownout:
         self._bad_since: float | None = None
         self._good_since: float | None = now
         self._idle_since: float | None = None
+        self._waited_at: dict[ServiceClass, float] = {}
         self.step = 0
 
     def refuses(self, service_class: ServiceClass) -> bool:
@@ -114,8 +120,11 @@ class Brownout:
         self._idle_since = _begin(self._idle_since, now) if is_idle else None
         if self._idle_since is not None:
             signs = {}
+        self._waited_at |= {one: now for one, sign in signs.items() if sign.queue_delay_seconds > 0}
+        recent = {one for one, waited_at in self._waited_at.items() if now - waited_at <= RECENT_SECONDS}
+        bad = {one for one, sign in signs.items() if self._is_bad(sign, has_waited=one in recent)}
         wanted = min(self.step + 1, LAST_STEP)
-        self._note(self._fares_badly(wanted, signs), self._fares_badly(max(1, self.step), signs), now)
+        self._note(not bad.isdisjoint(DRIVERS[wanted]), not bad.isdisjoint(DRIVERS[max(1, self.step)]), now)
         if self._bad_since is not None and self.step < LAST_STEP:
             return self._take(1) if now - self._bad_since >= self._terms.up_seconds else False
         if self.step == 0:
@@ -138,14 +147,11 @@ class Brownout:
         self._bad_since, self._good_since = None, None
         return True
 
-    def _fares_badly(self, step: int, signs: Mapping[ServiceClass, Signs]) -> bool:
-        return any(self._is_bad(signs[one]) for one in DRIVERS[step] if one in signs)
-
-    def _is_bad(self, signs: Signs) -> bool:
+    def _is_bad(self, signs: Signs, *, has_waited: bool) -> bool:
         if signs.queue_delay_seconds > self._terms.queue_delay_seconds:
             return True
         first_token = signs.first_token_seconds
-        if first_token is None or first_token <= self._terms.first_token_seconds:
+        if first_token is None or first_token <= self._terms.first_token_seconds or not has_waited:
             return False
         return signs.unloaded_seconds is None or first_token > UNLOADED_FACTOR * signs.unloaded_seconds
 

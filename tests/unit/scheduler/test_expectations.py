@@ -430,7 +430,7 @@ class TestBrownout:
         assert brownout.step == 0
 
     def test_with_nothing_to_do_it_is_back_within_a_second(self):
-        brownout, stale = self.brownout(), {REALTIME: Signs(first_token_seconds=9)}
+        brownout, stale = self.brownout(), {REALTIME: Signs(0.01, first_token_seconds=9)}
         self.run(brownout, stale, 0, 20)
         assert brownout.step == 5
         for tick in range(5):
@@ -438,17 +438,24 @@ class TestBrownout:
         assert brownout.step == 0
 
     def test_a_gap_in_a_load_is_not_the_end_of_it(self):
-        brownout, stale = self.brownout(), {REALTIME: Signs(first_token_seconds=9)}
+        brownout, stale = self.brownout(), {REALTIME: Signs(0.01, first_token_seconds=9)}
         self.run(brownout, stale, 0, 20)
         for tick in range(100):
             brownout.look(stale, 20.25 + tick / 10, is_idle=bool(tick % 2))
         assert brownout.step == 5
 
     def test_an_engine_that_is_slow_by_itself_is_no_reason(self):
-        slow = Signs(first_token_seconds=1.2, unloaded_seconds=1.0)
+        slow = Signs(0.01, first_token_seconds=1.2, unloaded_seconds=1.0)
         assert self.run(self.brownout(), {REALTIME: slow}, 0, 60) == 0
-        queued = Signs(first_token_seconds=3.2, unloaded_seconds=1.0)
+        queued = Signs(0.01, first_token_seconds=3.2, unloaded_seconds=1.0)
         assert self.run(self.brownout(), {REALTIME: queued}, 0, 60) == 5
+
+    def test_first_tokens_of_a_load_that_is_gone_are_no_reason(self):
+        brownout, stale = self.brownout(), {REALTIME: Signs(0.0, first_token_seconds=9)}
+        assert self.run(brownout, stale, 0, 60) == 0
+        self.run(brownout, {REALTIME: Signs(0.01, first_token_seconds=9)}, 60, 20)
+        assert brownout.step == 5
+        assert self.run(brownout, stale, 80, 20) == 0
 
     def test_what_each_step_does(self):
         brownout = self.brownout()

@@ -45,7 +45,6 @@ from tidegate.bench.statistics import percentile
 from tidegate.bench.summary import fairness, summary
 from tidegate.bench.workers import Workers
 from tidegate.cli import probes
-from tidegate.common.snapshots import together
 from tidegate.scheduler.observations import OUTPUT_TOKEN_COST
 from tidegate.v1 import scheduler_pb2
 
@@ -115,7 +114,7 @@ class Bench:
 
     async def snapshot(self) -> scheduler_pb2.Snapshot:
         """The schedulers now, as one."""
-        return together([await probes.snapshot(address, 5) for address in self.mesh.state.scheduler_addresses])
+        return await probes.snapshot_of_all(self.mesh.state.scheduler_addresses, 5)
 
     async def until_idle(self, seconds: float = 30.0) -> float:
         """Waits until nothing is left of a load; returns how long that took, infinite if it did not come."""

@@ -14,6 +14,7 @@ import msgspec
 
 from tidegate.bench.samples import Sample, from_snapshot
 from tidegate.bench.targets import Target
+from tidegate.cli import probes
 from tidegate.common.grpc_clients import open_channel
 from tidegate.common.snapshots import together
 from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -116,7 +117,7 @@ async def read_counts(target: Target) -> ServerCounts | None:
         return None
     try:
         async with asyncio.timeout(READ_SECONDS):
-            snapshot = together(await asyncio.gather(*map(_snapshot, target.scheduler_addresses)))
+            snapshot = await probes.snapshot_of_all(target.scheduler_addresses, READ_SECONDS)
             model = await _model_counts(target.model_metrics_addresses)
             shed = await _shed_count(target.envoy_admin_address)
     except (TimeoutError, grpc.aio.AioRpcError, aiohttp.ClientError, OSError):
@@ -155,13 +156,6 @@ def model_counts(page: str) -> Counter[str]:
         if outcome == "refused":
             counts[f"refused/{reason}"] += int(float(count))
     return counts
-
-
-async def _snapshot(address: str) -> scheduler_pb2.Snapshot:
-    async with open_channel(address) as channel:
-        stub = scheduler_pb2_grpc.SchedulerStub(channel)
-        snapshot: scheduler_pb2.Snapshot = await anext(aiter(stub.Watch(scheduler_pb2.WatchRequest(once=True))))
-        return snapshot
 
 
 async def _model_counts(addresses: tuple[str, ...]) -> dict[str, int] | None:

@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tidegate.common.grpc_clients import open_channel
+from tidegate.common.snapshots import together
 from tidegate.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 PROBE_TIMEOUT_SECONDS: Final = 1.5
@@ -55,6 +56,13 @@ async def snapshot(scheduler_address: str, timeout_seconds: float = PROBE_TIMEOU
 async def real_answer(ingress_url: str, model: str, api_key: str) -> tuple[str, str]:
     """Asks the mesh a real question through the ingress; answers (text, "") or ("", what is wrong)."""
     return await asyncio.to_thread(_ask, ingress_url, model, api_key)
+
+
+async def snapshot_of_all(
+    scheduler_addresses: Sequence[str], timeout_seconds: float = PROBE_TIMEOUT_SECONDS
+) -> scheduler_pb2.Snapshot:
+    """All schedulers of a mesh as they are now, as one; raises as `snapshot` where one cannot be reached."""
+    return together(await asyncio.gather(*(snapshot(address, timeout_seconds) for address in scheduler_addresses)))
 
 
 async def unreached_replicas(scheduler_addresses: Sequence[str], replica_count: int) -> str:

@@ -28,7 +28,8 @@ from tidegate.cli.triton_runtime import (
 )
 from tidegate.common.memory import mimalloc_library, with_mimalloc
 
-CONTROL_SERVICES: Final = ("scheduler", "preprocess", "cache", "batch", "waiting")
+CONTROL_SERVICES: Final = ("preprocess", "cache", "batch", "waiting")
+"""Those of which there is one; of schedulers there may be several."""
 
 DECIDING_SERVICES: Final = frozenset({"scheduler", "preprocess"})
 """Those that stand between a request and its refusal."""
@@ -70,7 +71,7 @@ def programs(home: Home, mesh: Mesh, settings: Settings) -> list[Program]:
     envoy = _envoy(home, mesh, settings)
     control = [
         _service(mesh, name, settings, _control_settings(home, mesh, settings, name))
-        for name in (*ports.scheduler_names(mesh.scheduler_count), *CONTROL_SERVICES[1:])
+        for name in (*ports.scheduler_names(mesh.scheduler_count), *CONTROL_SERVICES)
     ]
     models = [
         _service(mesh, f"model-{label}", settings, _model_settings(home, mesh, settings, label)) for label in labels

@@ -19,14 +19,6 @@ _ADDED: Final = (
 """Of a lane; each scheduler has its own."""
 
 _ADDED_OF_REPLICA: Final = ("credit_count", "in_flight_count", "preempting_credit_count")
-_ADDED_OF_TOTALS: Final = (
-    "received",
-    "dispatched",
-    "replayed",
-    "passed_through",
-    "abandoned",
-    "dispatched_to_lite",
-)
 
 
 def together(snapshots: Sequence[scheduler_pb2.Snapshot]) -> scheduler_pb2.Snapshot:
@@ -75,7 +67,8 @@ def _add_replicas(merged: scheduler_pb2.Snapshot, other: scheduler_pb2.Snapshot)
 
 
 def _add_totals(totals: scheduler_pb2.Totals, others: scheduler_pb2.Totals) -> None:
-    for name in _ADDED_OF_TOTALS:
-        setattr(totals, name, getattr(totals, name) + getattr(others, name))
+    for field in totals.DESCRIPTOR.fields:
+        if field.name != "refused":
+            setattr(totals, field.name, getattr(totals, field.name) + getattr(others, field.name))
     for reason, count in others.refused.items():
         totals.refused[reason] += count

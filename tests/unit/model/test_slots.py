@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -11,10 +13,25 @@ from tidegate.model.credits import CreditLedger, Terms, Urgency
 from tidegate.model.slots import Slots
 
 
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_slots(count: int, clock: Callable[[], float] = time.monotonic, **changes: float) -> Slots:
+    """So many free slots; `changes` are of the terms."""
+    terms = {"lease_seconds": 5.0, "grace_seconds": 1.0, "protected_seconds": 0.25, "queue_limit": 8}
+    ledger = CreditLedger(Terms(overflow_slot_count=0, **(terms | changes)), "life")
+    slots = Slots(ledger, lambda: 1.0, clock)
+    slots.set_capacity(count, can_start=True)
+    return slots
+
+
 async def test_a_client_that_leaves_as_the_engine_goes_away_gives_its_place_up_once():
-    terms = Terms(lease_seconds=5.0, grace_seconds=1.0, protected_seconds=0.25, queue_limit=4, overflow_slot_count=0)
-    slots = Slots(CreditLedger(terms, "life"), lambda: 1.0)
-    slots.set_capacity(0, can_start=True)
+    slots = make_slots(0, queue_limit=4)
     waiting = asyncio.create_task(slots.take(credit_id="", resumed=False))
     await asyncio.sleep(0)
     assert slots.ledger.waiting_count == 1
@@ -26,16 +43,7 @@ async def test_a_client_that_leaves_as_the_engine_goes_away_gives_its_place_up_o
 
 
 async def test_who_is_paused_before_it_knows_that_it_was_admitted_goes_on_all_the_same():
-    terms = Terms(
-        lease_seconds=5.0,
-        grace_seconds=1.0,
-        protected_seconds=0.25,
-        queue_limit=8,
-        overflow_slot_count=0,
-        preempting_share=0.25,
-    )
-    slots = Slots(CreditLedger(terms, "life"), lambda: 1.0)
-    slots.set_capacity(4, can_start=True)
+    slots = make_slots(4, preempting_share=0.25)
     running = [await slots.take(credit_id="", resumed=False, urgency=Urgency.STANDARD) for _ in range(4)]
     batch, realtime = (
         asyncio.create_task(slots.take(credit_id="", resumed=False, urgency=urgency))
@@ -51,19 +59,9 @@ async def test_who_is_paused_before_it_knows_that_it_was_admitted_goes_on_all_th
     assert (slots.ledger.running_count, slots.ledger.paused_count, slots.starting_count) == (0, 0, 0)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 async def test_a_request_that_could_not_be_answered_in_time_behind_the_queue_is_refused_and_not_let_wait():
-    terms = Terms(lease_seconds=5.0, grace_seconds=1.0, protected_seconds=0.25, queue_limit=8, overflow_slot_count=0)
     clock = Clock()
-    slots = Slots(CreditLedger(terms, "life"), lambda: 1.0, clock)
-    slots.set_capacity(2, can_start=True)
+    slots = make_slots(2, clock)
     for _ in range(20):
         held = [await slots.take(credit_id="", resumed=False) for _ in range(2)]
         clock.now += 1.0
@@ -89,9 +87,7 @@ async def test_a_request_that_could_not_be_answered_in_time_behind_the_queue_is_
 
 
 async def test_before_it_is_known_how_fast_the_queue_moves_nobody_is_refused_for_it():
-    terms = Terms(lease_seconds=5.0, grace_seconds=1.0, protected_seconds=0.25, queue_limit=8, overflow_slot_count=0)
-    slots = Slots(CreditLedger(terms, "life"), lambda: 1.0, Clock())
-    slots.set_capacity(1, can_start=True)
+    slots = make_slots(1, Clock())
     running = await slots.take(credit_id="", resumed=False)
     waiting = asyncio.create_task(slots.take(credit_id="", resumed=False, seconds_left=0.001))
     await asyncio.sleep(0)

@@ -10,6 +10,7 @@ them (AVX2 alone), oneDNN multiplies bf16 six times slower than fp32.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +74,10 @@ class Projection:
         self._narrowness = compute.narrowness
         self._weight_first = compute.device.type == "cpu" and compute.dtype == torch.float32
         if isinstance(weight, Floats8):
-            self._floats8 = weight.to(compute.device)
+            # It needs Triton's compiler, which is not everywhere.
+            from .gpu_products import multiplied
+
+            self._floats8 = partial(multiplied, weight=weight.to(compute.device))
             return
         self._packed = None if kernels is None else kernels.pack(weight, self._bias)
         # What the kernels can read is kept a second time only for products that are quicker than theirs.
@@ -123,9 +127,7 @@ class Projection:
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if self._floats8 is not None:
-            from .gpu_products import multiplied
-
-            return multiplied(rows, self._floats8)
+            return self._floats8(rows)
         if self._narrow is not None and rows.shape[0] == 1:
             return F.linear(rows.to(self._narrow.dtype), self._narrow)
         assert self._dense is not None

@@ -141,6 +141,11 @@ async def many_waiting(table: Table, count: int = WAITING_REQUESTS) -> None:
     start_total, first_total, total, after_total = (
         sum(sizes.values()) / 2**20 for sizes in (start, first, held, after)
     )
+    each = ", ".join(
+        f"{name} {' '.join(f'{sizes.get(name, 0) / 2**20:.0f}' for sizes in (start, held, first, after))}"
+        for name in after
+    )
+    table.note(f"MiB at the start, while they waited, and after the first and the second time: {each}")
     how = (
         f"{worst}, {after[worst] / 2**20:.0f} MiB; all processes: {start_total:.0f} MiB at the start, {total:.0f} "
         f"while they waited, {first_total:.0f} and {after_total:.0f} {RELEASE_SECONDS:.0f} s after they had left"

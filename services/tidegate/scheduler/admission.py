@@ -11,6 +11,9 @@ leaves, a long queue makes all that pass it late and serves nobody more (CoDel, 
 so the allowed wait shrinks, from all of the slack at the capacity to the pauses between arrivals at four times of it.
 Batch requests, those without a deadline of their client's, and those whose deadline is far, are patient: theirs is a
 place in the queue.
+
+Where most are refused, the time of a slot is worth what it answers: of a tenant's requests each is taken with a chance
+inverse to what it takes, so that as many tokens of short ones as of long ones are served, and more requests in all.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ RETRY_JITTER: Final = 0.5
 
 FULL_PRESSURE: Final = 4.0
 """At so many times of what can be served the allowed wait is the shortest."""
+
+CHOOSING_PRESSURE: Final = 2.0
+"""From here on small requests are chosen; below, the wait that each one's slack allows does as much."""
 
 PATIENT_SLACK_SECONDS: Final = 30.0
 """Who leaves this much time beside the answer itself wants a place in the queue rather than a quick refusal."""
@@ -76,6 +82,7 @@ class Conditions:
         random_share: uniform in [0, 1), for the jitter.
         outlook: what is to be expected for one more request; None: the drain rate is all that is known.
         has_cache: whether there is a cache to ask for known answers.
+        lot: uniform in [0, 1), for who is taken where not all can be; 0 is always taken.
     """
 
     now: float
@@ -85,6 +92,7 @@ class Conditions:
     random_share: float
     outlook: Outlook | None = None
     has_cache: bool = False
+    lot: float = 0.0
 
 
 class Admission:
@@ -170,7 +178,9 @@ class Admission:
         left = request.deadline - conditions.now
         allowed = self._allowed_wait(request, left, conditions)
         if wait is None or wait <= allowed:
-            return None
+            if conditions.lot < self._chance(request, left - request.expected_seconds, conditions):
+                return None
+            return self._overloaded("More is asked for than can be answered, and shorter requests go first", conditions)
         if allowed < 0:
             return TidegateError(
                 Reason.SERVER_IS_OVERLOADED,
@@ -213,11 +223,18 @@ class Admission:
             return PATIENT_SHARE * slack
         lull = conditions.outlook.lull_seconds(request.service_class, conditions.now)
         shortest = min(slack, max(SHORTEST_WAIT_SECONDS, lull))
-        pressure = conditions.outlook.pressure(request.service_class, conditions.now)
-        pressed = min(1.0, max(0.0, (pressure - 1) / (FULL_PRESSURE - 1)))
-        owed = conditions.outlook.shares[request.service_class].owed_share(request.tenant)
-        pressed *= 1 - OWED_DISCOUNT * owed
+        pressed = _pressed(request, conditions.outlook, conditions.now)
         return float(slack ** (1 - pressed) * shortest**pressed)
+
+    def _chance(self, request: Request, slack: float, conditions: Conditions) -> float:
+        """That the request is taken, by what it takes of the replicas beside its tenant's others."""
+        outlook, habit = conditions.outlook, self._habits.get(request.tenant)
+        if outlook is None or habit is None or request.client_deadline is None or _is_patient(request, slack):
+            return 1.0
+        if outlook.has_idle_slots(conditions.now):
+            return 1.0
+        small = min(1.0, habit.small_work / request.work)
+        return float(small ** _pressed(request, outlook, conditions.now, CHOOSING_PRESSURE))
 
     def _refusal_by_habit(self, request: Request, conditions: Conditions) -> TidegateError | None:
         """Refuses a request whose like would be refused, without reading it, where its tenant's are all alike."""
@@ -231,6 +248,7 @@ class Admission:
             request,
             service_class=habit.service_class,
             cost=SMALL_SHARE * habit.cost,
+            work=SMALL_SHARE * habit.small_work,
             expected_seconds=outlook.service_seconds(int(SMALL_SHARE * habit.answer_token_count), conditions.now),
         )
         return self._late(small, conditions)
@@ -303,6 +321,13 @@ def _is_patient(request: Request, slack: float) -> bool:
     Nobody watches a batch request come, and its lane gets its floor only while something waits in it.
     """
     return request.service_class is ServiceClass.BATCH or slack >= PATIENT_SLACK_SECONDS
+
+
+def _pressed(request: Request, outlook: Outlook, now: float, least: float = 1.0) -> float:
+    """From 0, at the least pressure, to 1, at `FULL_PRESSURE`; less for who has little of its share."""
+    pressure = outlook.pressure(request.service_class, now)
+    owed = outlook.shares[request.service_class].owed_share(request.tenant)
+    return min(1.0, max(0.0, (pressure - least) / (FULL_PRESSURE - least))) * (1 - OWED_DISCOUNT * owed)
 
 
 def latest_start(request: Request, now: float) -> float:

@@ -14,6 +14,13 @@ from tidegate.scheduler.tenant_habits import TenantHabits
 USUAL_QUANTILE: Final = 0.5
 """What a request counts between tenants follows from the usual length of answers, and is corrected by what came."""
 
+LONGEST_QUANTILE: Final = 0.95
+"""What a request may take of replicas follows from how long answers are at most, hardly any excepted."""
+
+OUTPUT_TOKEN_WORK: Final = 5.0
+"""An output token takes as much of an engine as about so many prompt tokens: of a 70B model on an H200 4.9, by the
+simulated engine's preset. What it counts between tenants is a matter of agreement instead."""
+
 
 @dataclass(frozen=True, slots=True)
 class Expectations:
@@ -35,6 +42,8 @@ class Expectations:
         request.answer_token_count = self._answer_token_count(request, request.model, self.answer_quantile)
         usual = self._answer_token_count(request, request.model, USUAL_QUANTILE)
         request.cost = cost_of(request.prompt_token_count, usual)
+        longest = self._answer_token_count(request, request.model, LONGEST_QUANTILE)
+        request.work = max(1.0, request.prompt_token_count + OUTPUT_TOKEN_WORK * longest)
         self.outlook.expect(request.cost, usual, now)
         # A length that nobody has seen yet is no reason to refuse: then nobody ever would.
         counted = request.answer_token_count if lengths.is_known(request.tenant, request.model) else 1

@@ -6,12 +6,17 @@ replicas say of themselves.
 
 from __future__ import annotations
 
+from typing import Final
+
 from tidegate.scheduler.fair_shares import FairShares
 from tidegate.scheduler.forecast import Arrivals, WorkRates, expected_wait
 from tidegate.scheduler.lanes import Lanes
 from tidegate.scheduler.observations import Average, Observations
 from tidegate.scheduler.replica_table import ReplicaTable
 from tidegate.scheduler.request import ServiceClass
+
+IDLE_SHARE: Final = 0.1
+"""Where more come than can be served, so many of the slots wait for a request that is decided about just now."""
 
 
 class Outlook:
@@ -53,6 +58,10 @@ class Outlook:
     def slot_count(self, now: float) -> int:
         """Requests that the ready replicas run at once."""
         return sum(replica.load.slot_count for replica in self._table.ready(now) if replica.load is not None)
+
+    def has_idle_slots(self, now: float) -> bool:
+        """Whether more of them have nothing to do than the few that have just become free."""
+        return self._table.credit_count > max(1.0, IDLE_SHARE * self.slot_count(now))
 
     def lane_capacity(self, service_class: ServiceClass, now: float) -> float | None:
         """The same for one class, with what the others take; None when not known."""

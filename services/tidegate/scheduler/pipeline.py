@@ -183,6 +183,7 @@ class Pipeline:
             random_share=random.random(),
             outlook=self._expectations.outlook,
             has_cache=self._cache.is_reachable,
+            lot=random.random(),
         )
 
     async def _prepare(self, request: Request, kind: preprocess_pb2.BodyKind.ValueType, message: bytes) -> None:

@@ -118,6 +118,11 @@ class ReplicaTable:
         """Whether any replica's credit could be spent, however that replica is."""
         return any(replica.book.can_spend(now, urgent=urgent) for replica in self._replicas.values())
 
+    @property
+    def credit_count(self) -> int:
+        """Credits in hand that take nobody's slot."""
+        return sum(replica.book.count for replica in self._replicas.values())
+
     def get(self, address: str) -> Replica | None:
         """The replica of this address, if it is in the endpoints."""
         return self._replicas.get(address)

@@ -52,7 +52,8 @@ class Request:
     it wins over what the body asks for. `header_fault` is the header that makes no sense, and what is wrong with
     it. `is_portable` is whether a model with another vocabulary can read its prompt. `offered_count` is how many
     like it came, those that Envoy refused for the scheduler included. `cost` is what the request counts between
-    tenants, in tokens, and `expected_seconds` how long it is expected to run on a replica.
+    tenants, in tokens; `work` is what it is expected to take of replicas, in prompt tokens, and `expected_seconds`
+    how long it is expected to run on one.
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class Request:
     retry_count: int = 0
     offered_count: float = 1.0
     cost: float = 1.0
+    work: float = 1.0
     expected_seconds: float = 0.0
     client_request_id: str = ""
     model: str = ""

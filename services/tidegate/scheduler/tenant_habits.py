@@ -18,17 +18,29 @@ answers nobody can know before, because they are drawn by lot."""
 NEWEST_WEIGHT: Final = 0.1
 """What the newest request counts in the averages."""
 
+SMALLEST_SHARE: Final = 0.5
+"""Of the harmonic mean of what a tenant's requests take: what takes no more is small, however much they differ."""
+
 
 @dataclass(slots=True)
 class Habit:
-    """The requests of a tenant: their class, and how many in a row had it; cost and answer tokens on average; how many
-    in a row had no answer that could be known."""
+    """The requests of a tenant: their class, and how many in a row had it; cost, work, one over the work, and answer
+    tokens on average; how many in a row had no answer that could be known."""
 
     service_class: ServiceClass
     count: int
     cost: float
+    work: float
+    inverse_work: float
     answer_token_count: float
     drawn_count: int = 0
+
+    @property
+    def small_work(self) -> float:
+        """What a small one of them takes: of those that are all alike what each does, of others the less the more they
+        differ (of log-normal ones the mean times exp(-2 sigma^2), but no less than half of their harmonic mean)."""
+        harmonic_mean = 1 / self.inverse_work
+        return harmonic_mean * max(harmonic_mean / self.work, SMALLEST_SHARE)
 
     @property
     def is_steady(self) -> bool:
@@ -55,7 +67,9 @@ class TenantHabits:
         """A prepared request whose answer is not known."""
         habit = self._habits.get(request.tenant)
         if habit is None:
-            habit = Habit(request.service_class, 0, request.cost, request.answer_token_count)
+            habit = Habit(
+                request.service_class, 0, request.cost, request.work, 1 / request.work, request.answer_token_count
+            )
             self._habits[request.tenant] = habit
             if len(self._habits) > TENANT_LIMIT:
                 self._habits.popitem(last=False)
@@ -64,6 +78,8 @@ class TenantHabits:
         habit.service_class = request.service_class
         habit.drawn_count = 0 if request.answer_key else habit.drawn_count + 1
         habit.cost += NEWEST_WEIGHT * (request.cost - habit.cost)
+        habit.work += NEWEST_WEIGHT * (request.work - habit.work)
+        habit.inverse_work += NEWEST_WEIGHT * (1 / request.work - habit.inverse_work)
         habit.answer_token_count += NEWEST_WEIGHT * (request.answer_token_count - habit.answer_token_count)
 
     def see_known(self, tenant: str) -> None:

@@ -12,6 +12,7 @@ import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Final
 
 from simulation.balancers import Balancer
@@ -33,6 +34,7 @@ from simulation.state import faults
 from simulation.stepped_engine import SteppedEngine
 from simulation.workload import Kind, burst, lognormal, poisson, square_wave, together
 from tidegate.scheduler.config import Settings
+from tidegate.scheduler.expectations import OUTPUT_TOKEN_WORK
 from tidegate.scheduler.request import ServiceClass
 
 EQUAL: Final = Kind(name="equal")
@@ -46,6 +48,9 @@ MIXED: Final = Kind(
     deadline_seconds=8.0,
 )
 """Requests with long tails, of which nobody says how long the answer will be."""
+
+SAID: Final = MIXED.with_(name="said", says_length=True)
+"""The same, and they ask for no more tokens than they get."""
 
 START: Final = 2.0
 """When the load begins: streams are open then."""
@@ -155,6 +160,29 @@ def flood(length: float, seed: int) -> list[Figure]:
 def mixed_flood(length: float, seed: int) -> list[Figure]:
     """The same with long-tailed lengths."""
     return _flood(MIXED, MeshSpec(), length, seed)
+
+
+def said_flood(length: float, seed: int) -> list[Figure]:
+    """The same where requests say how long their answers will be: more are answered, and long ones, too."""
+    spec = MeshSpec()
+    c = capacity(SAID, spec, length)
+    mesh, window = _run(spec, SAID, 10 * c, 40 * length, seed)
+    sent = window.jobs(mesh.jobs)
+    work = {job: job.prompt_token_count + OUTPUT_TOKEN_WORK * job.answer_token_count for job in sent}
+    long = percentile(list(work.values()), 0.9)
+    return [
+        Figure("goodput/C at 10x", goodput(mesh.jobs, window) / c, ">= 0.95"),
+        Figure(
+            "work of what was answered / of all",
+            fmean(work[job] for job in sent if job.is_good) / fmean(work.values()),
+            "<= 0.9",
+        ),
+        Figure(
+            "longest tenth: share answered / of all",
+            fmean(job.is_good for job in sent if work[job] >= long) / good_share(mesh.jobs, window),
+            ">= 0.2",
+        ),
+    ]
 
 
 def realtime(length: float, seed: int) -> list[Figure]:
@@ -450,7 +478,7 @@ def hour(length: float, seed: int) -> list[Figure]:
 SCENARIOS: Final[dict[str, Scenario]] = {
     scenario.__name__.replace("_", "-"): scenario
     for scenario in (
-        flood, mixed_flood, realtime, recovery, bursts, square, fair, floor, eta, retry_storm, two_schedulers, drift,
-        placement, hour,
+        flood, mixed_flood, said_flood, realtime, recovery, bursts, square, fair, floor, eta, retry_storm,
+        two_schedulers, drift, placement, hour,
     )
 }  # fmt: skip

@@ -313,6 +313,7 @@ class SimulatedScheduler:
             held_request_count=len(self._waiting) + len(self._preparing) + 1,
             random_share=self._simulator.random.random(),
             outlook=self.expectations.outlook,
+            lot=self._simulator.random.random(),
         )
 
     def _tick(self) -> None:

@@ -37,6 +37,7 @@ class Kind:
     """One kind of client.
 
     Args:
+        says_length: its requests ask for as many tokens as their answers have, rather than for `max_tokens`.
         leave_share: of its requests, those whose client leaves at a random moment of the first `leave_within_seconds`.
     """
 
@@ -46,6 +47,7 @@ class Kind:
     prompt: Lengths = HUNDRED
     answer: Lengths = TWENTY
     max_tokens: int = 256
+    says_length: bool = False
     deadline_seconds: float | None = 2.0
     leave_share: float = 0.0
     leave_within_seconds: float = 1.0
@@ -53,12 +55,13 @@ class Kind:
     def job(self, number: int, sent_at: float, dice: random.Random) -> Job:
         """One request of it."""
         leaves = self.leave_share > 0 and dice.random() < self.leave_share
+        prompt, answer = self.prompt(dice), self.answer(dice)
         return Job(
             f"{self.name}-{number}",
             sent_at,
-            self.prompt(dice),
-            self.answer(dice),
-            self.max_tokens,
+            prompt,
+            answer,
+            answer if self.says_length else self.max_tokens,
             self.tenant,
             self.service_class,
             self.deadline_seconds,

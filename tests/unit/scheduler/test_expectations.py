@@ -184,11 +184,17 @@ class World:
             for tenant, its_times in {"t": times, **times_of_tenants}.items():
                 self.outlook.ask(service_class, tenant, capacity * its_times / 100, NOW - 5 + number * 0.01)
 
-    def refusal(self, request):
-        return self.admission.refusal(request, self.conditions())
+    def see(self, *works):
+        for work in works:
+            request = self.request(timeout=5)
+            request.work = work
+            self.habits.see(request)
 
-    def conditions(self):
-        return Conditions(NOW, None, 0.0, 1, 0.0, self.outlook)
+    def refusal(self, request, lot=0.0):
+        return self.admission.refusal(request, self.conditions(lot))
+
+    def conditions(self, lot=0.0):
+        return Conditions(NOW, None, 0.0, 1, 0.0, self.outlook, lot=lot)
 
 
 class TestAdmission:
@@ -309,6 +315,61 @@ class TestAdmission:
         assert 3 <= sum(outcomes) <= 12
         assert "more than its share" in refused.message
         assert world.refusal(world.request(timeout=5, tenant="modest")) is None
+
+    def test_under_a_flood_a_longer_request_has_a_smaller_chance(self):
+        world = World()
+        world.press(10)
+        world.see(*([100, 1000] * 20))
+        short, long = world.request(timeout=5), world.request(timeout=5)
+        short.work, long.work = 100, 1000
+        taken = [world.refusal(long, number / 100) is None for number in range(100)]
+        assert 8 <= sum(taken) <= 12
+        assert taken == sorted(taken, reverse=True)
+        assert world.refusal(short, 0.8) is None
+        assert "shorter requests go first" in world.refusal(long, 0.99).message
+
+    @pytest.mark.parametrize("service_class", [STANDARD, BATCH])
+    def test_without_a_flood_nor_in_the_batch_lane_lengths_are_no_reason(self, service_class):
+        world = World()
+        world.press(10 if service_class is BATCH else 1.9, service_class)
+        world.see(*([100, 1000] * 20))
+        request = world.request(timeout=5, service_class=service_class)
+        request.work = 1000
+        assert world.refusal(request, 0.99) is None
+
+    def test_of_requests_that_are_alike_none_has_a_smaller_chance(self):
+        world = World()
+        world.press(10)
+        world.see(*([500] * 40))
+        request = world.request(timeout=5)
+        request.work = 500
+        assert world.refusal(request, 0.99) is None
+
+    def test_while_slots_have_nothing_to_do_nobody_is_refused_for_what_others_might_need_them_for(self):
+        world = World()
+        world.press(10)
+        world.see(*([100, 1000] * 20))
+        request = world.request(timeout=5)
+        request.work = 1000
+        assert world.refusal(request, 0.99) is not None
+        world.table.get("a:1").book.grant(["second"], 1e9, 0)
+        assert world.refusal(request, 0.99) is None
+
+    def test_a_tenant_is_compared_with_itself_alone(self):
+        world = World()
+        world.press(10)
+        world.see(*([10] * 40))
+        long = world.request(timeout=5, tenant="long")
+        long.work = 1000
+        world.habits.see(long)
+        assert world.refusal(long, 0.99) is None
+
+    def test_what_a_request_takes_follows_from_its_prompt_and_five_times_its_answer(self):
+        world = World()
+        request = world.request()
+        request.prompt_token_count, request.max_tokens = 10, 20
+        world.expectations().expect(request, NOW)
+        assert request.work == 110
 
     def test_a_length_that_nobody_has_seen_is_no_reason_to_refuse(self):
         world = World(answers_seen=3)

@@ -111,8 +111,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     moment later; a decision is waited for by all that come after it, and what waits at its door nobody can refuse."""
 
     engine_niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 18
-    """How far the engines step back for all of them. An engine on a CPU takes all of it in long steps; a service needs
-    a little, at once, for each token and decision."""
+    """How far engines that compute on the CPU step back for all of them: they take all of it in long steps; a service
+    needs a little, at once, for each token and decision. On a GPU, and simulated, an engine needs no more than that,
+    and steps back as services do."""
 
     max_sequences: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     """Answers that each engine generates at once; 0: the engine's default."""

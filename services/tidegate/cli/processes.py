@@ -148,8 +148,14 @@ def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, label: st
         environment={name: value for name, value in environment.items() if not name.startswith(_OF_UP)},
         is_ready=_health_probe(mesh, name),
         is_whole=lambda pid: bool(stub_process_ids(pid)),
-        niceness=settings.engine_niceness,
+        niceness=engine_niceness(settings, os.environ),
     )
+
+
+def engine_niceness(settings: Settings, environment: Mapping[str, str]) -> int:
+    """How far the engines step back: those that compute elsewhere no further than the services that wait for them."""
+    computes_here = settings.engine != "llm_sim" and environment.get("TIDEGATE_ENGINE_DEVICE", "cpu") == "cpu"
+    return settings.engine_niceness if computes_here else min(settings.engine_niceness, settings.service_niceness)
 
 
 def engine_settings(home: Home, model_path: str, settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:

@@ -40,7 +40,8 @@ FULL_PRESSURE: Final = 4.0
 """At so many times of what can be served the allowed wait is the shortest."""
 
 CHOOSING_PRESSURE: Final = 2.0
-"""From here on small requests are chosen; below, the wait that each one's slack allows does as much."""
+"""From here on small requests are chosen; below, the wait that each one's slack allows does as much. Not of a tenant
+that has had nothing of its share."""
 
 PATIENT_SLACK_SECONDS: Final = 30.0
 """Who leaves this much time beside the answer itself wants a place in the queue rather than a quick refusal."""
@@ -223,7 +224,7 @@ class Admission:
             return PATIENT_SHARE * slack
         lull = conditions.outlook.lull_seconds(request.service_class, conditions.now)
         shortest = min(slack, max(SHORTEST_WAIT_SECONDS, lull))
-        pressed = _pressed(request, conditions.outlook, conditions.now)
+        pressed = _pressed(request, conditions.outlook, conditions.now, 1.0, OWED_DISCOUNT)
         return float(slack ** (1 - pressed) * shortest**pressed)
 
     def _chance(self, request: Request, slack: float, conditions: Conditions) -> float:
@@ -234,7 +235,7 @@ class Admission:
         if outlook.has_idle_slots(conditions.now):
             return 1.0
         small = min(1.0, habit.small_work / request.work)
-        return float(small ** _pressed(request, outlook, conditions.now, CHOOSING_PRESSURE))
+        return float(small ** _pressed(request, outlook, conditions.now, CHOOSING_PRESSURE, 1.0))
 
     def _refusal_by_habit(self, request: Request, conditions: Conditions) -> TidegateError | None:
         """Refuses a request whose like would be refused, without reading it, where its tenant's are all alike."""
@@ -323,11 +324,11 @@ def _is_patient(request: Request, slack: float) -> bool:
     return request.service_class is ServiceClass.BATCH or slack >= PATIENT_SLACK_SECONDS
 
 
-def _pressed(request: Request, outlook: Outlook, now: float, least: float = 1.0) -> float:
-    """From 0, at the least pressure, to 1, at `FULL_PRESSURE`; less for who has little of its share."""
+def _pressed(request: Request, outlook: Outlook, now: float, least: float, discount: float) -> float:
+    """From 0, at the least pressure, to 1, at `FULL_PRESSURE`; less by the discount for who has nothing of its share."""
     pressure = outlook.pressure(request.service_class, now)
     owed = outlook.shares[request.service_class].owed_share(request.tenant)
-    return min(1.0, max(0.0, (pressure - least) / (FULL_PRESSURE - least))) * (1 - OWED_DISCOUNT * owed)
+    return min(1.0, max(0.0, (pressure - least) / (FULL_PRESSURE - least))) * (1 - discount * owed)
 
 
 def latest_start(request: Request, now: float) -> float:

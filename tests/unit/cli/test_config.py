@@ -166,3 +166,11 @@ def test_a_preset_of_the_simulated_engine_goes_with_it_alone():
     for settings in (Settings(sim_preset="h200-8b"), Settings(engine="vllm")):
         (fault,) = config.usage_faults(settings)
         assert "--engine" in fault
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "niceness"), [("llm", "cpu", 18), ("llm", "cuda", 10), ("llm_sim", "cpu", 10)]
+)
+def test_an_engine_that_computes_elsewhere_steps_back_as_services_do(engine, device, niceness):
+    settings = Settings(engine=engine)
+    assert processes.engine_niceness(settings, {"TIDEGATE_ENGINE_DEVICE": device}) == niceness

@@ -364,6 +364,20 @@ class TestAdmission:
         world.habits.see(long)
         assert world.refusal(long, 0.99) is None
 
+    def test_a_tenant_that_asks_for_less_than_its_share_is_not_refused_for_lengths(self):
+        world = World()
+        world.press(greedy=10, modest=0.1)
+        world.see(*([100, 1000] * 20))
+        for tenant in ("greedy", "modest"):
+            world.habits._habits[tenant] = world.habits.get("t")
+        requests = {tenant: world.request(timeout=5, tenant=tenant) for tenant in ("greedy", "modest")}
+        for request in requests.values():
+            request.work = 1000
+        assert world.refusal(requests["modest"], 0.99) is None
+        while world.outlook.shares[STANDARD].owed_share("greedy") > 0.1:
+            world.outlook.shares[STANDARD].admit("greedy", 10)
+        assert "shorter requests go first" in world.refusal(requests["greedy"], 0.99).message
+
     def test_what_a_request_takes_follows_from_its_prompt_and_five_times_its_answer(self):
         world = World()
         request = world.request()

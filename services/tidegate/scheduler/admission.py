@@ -325,7 +325,7 @@ def _is_patient(request: Request, slack: float) -> bool:
 
 
 def _pressed(request: Request, outlook: Outlook, now: float, least: float, discount: float) -> float:
-    """From 0, at the least pressure, to 1, at `FULL_PRESSURE`; less by the discount for who has nothing of its share."""
+    """From 0, at the least pressure, to 1, at `FULL_PRESSURE`; less by `discount` for who has nothing of its share."""
     pressure = outlook.pressure(request.service_class, now)
     owed = outlook.shares[request.service_class].owed_share(request.tenant)
     return min(1.0, max(0.0, (pressure - least) / (FULL_PRESSURE - least))) * (1 - discount * owed)

@@ -31,10 +31,10 @@ UNWATCHED_SECONDS: Final = 0.05
 """A decision that comes sooner needs nobody to watch the stream's end, and Envoy no word that it takes longer."""
 
 LEFT_SECONDS: Final = 5.0
-LEFT_LOOKS: Final = 2
-"""gRPC notices a stream that was reset soon after its reader does. Of thousands at once it does later, but then the
-event loop is late, too; so it is waited for in two steps. Of a stream that has merely ended it notices nothing, and
-Envoy resets such a stream by itself after a second."""
+LEFT_LOOKS: Final = 12
+"""gRPC notices a stream that was reset soon after its reader does. Of twenty thousand at once it does after ten seconds
+and more, and then the event loop is late, too; so it is waited for in steps. Of a stream that has merely ended it
+notices nothing, and Envoy resets such a stream by itself after a second."""
 
 Context = grpc.aio.ServicerContext[ext_proc.ProcessingRequest, ext_proc.ProcessingResponse]
 

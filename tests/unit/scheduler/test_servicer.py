@@ -18,7 +18,8 @@ from google.rpc import error_details_pb2, status_pb2
 from tidegate.common import headers
 from tidegate.common.arena import decode_tensor_header
 from tidegate.common.errors import Reason, TidegateError
-from tidegate.scheduler.servicer import LEFT_LOOKS, LEFT_SECONDS, UNWATCHED_SECONDS, ExternalProcessor
+from tidegate.scheduler import servicer
+from tidegate.scheduler.servicer import LEFT_LOOKS, UNWATCHED_SECONDS, ExternalProcessor
 from tidegate.v1 import errors_pb2, inference_pb2, preprocess_pb2, scheduler_pb2, tensor_pb2
 
 GRPC = {":path": "/tidegate.v1.Inference/Generate", "content-type": "application/grpc"}
@@ -220,10 +221,13 @@ async def test_no_status_is_sent_when_grpc_sees_a_reset_together_with_its_reader
     assert (await world.snapshot()).totals.abandoned == 1
 
 
-async def test_a_stream_that_has_merely_ended_gets_its_status_at_last(world, held):
+async def test_a_stream_that_has_merely_ended_gets_its_status_at_last(world, held, monkeypatch):
+    monkeypatch.setattr(servicer, "LEFT_SECONDS", 0.02)
     stream, task = held
     stream.has_left.set()
-    await asyncio.wait({task}, timeout=LEFT_LOOKS * LEFT_SECONDS + 5)
+    await asyncio.wait({task}, timeout=0.01 * LEFT_LOOKS)
+    assert not task.done()
+    await asyncio.wait({task}, timeout=5)
     assert (task.done(), task.cancelled(), task.exception()) == (True, False, None)
 
 

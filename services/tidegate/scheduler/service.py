@@ -49,7 +49,7 @@ from tidegate.scheduler.queue_status import QueueStatuses
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
 from tidegate.scheduler.replicas import CreditStream, CreditStreams, ended, note_outcome
 from tidegate.scheduler.request import ServiceClass
-from tidegate.scheduler.servicer import ExternalProcessor
+from tidegate.scheduler.servicer import LEFT_LOOKS, LEFT_SECONDS, ExternalProcessor
 from tidegate.scheduler.shedding import Shedder
 from tidegate.scheduler.tenant_habits import TenantHabits
 from tidegate.scheduler.tenant_limits import TenantLimits
@@ -66,7 +66,7 @@ FIRST_TOKEN_PERCENTILE: Final = 0.95
 PEAK_REQUESTS: Final = 1_000
 """After so many at once, what they took is given back to the system when nothing is left."""
 
-RELEASE_SECONDS: Final = 15.0
+RELEASE_SECONDS: Final = LEFT_LOOKS * LEFT_SECONDS + 15.0
 """So long after the last of them: when nothing is held any more, thousands of streams are still to be ended."""
 
 PICKER_HEALTH_NAMES: Final = ("liveness", "readiness")

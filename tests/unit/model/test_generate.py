@@ -219,7 +219,8 @@ async def test_a_batch_answer_comes_in_few_pieces(start_service, fake_triton, ch
     assert text_of(events) == text
     deltas = [event for event in events if event.HasField("delta")]
     assert most / 2 < len(deltas) + 1 <= most
-    assert len(deltas[0].delta.token_ids) == 1
+    # The first comes at once; on a busy machine with a few tokens that came meanwhile.
+    assert len(deltas[0].delta.token_ids) <= 4
 
 
 async def test_pieces_of_a_batch_answer_are_no_larger_than_what_is_kept_for_a_reader(

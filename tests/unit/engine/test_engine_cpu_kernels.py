@@ -3,7 +3,10 @@
 import logging
 import math
 import os
+import platform
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from llm_engine import cpu_kernels
 from llm_engine.blocks import Blocks, rounded
 from llm_engine.cache_layout import CacheLayout
 from llm_engine.cpu_kernels import Narrowness, load_kernels
+from llm_engine.matmul import compute_dtype
 from llm_engine.rowwise import Norm, SwiGlu
 from llm_engine.step_tensors import AttentionGroup, StepTensors
 from llm_engine.window import FULL
@@ -397,3 +401,10 @@ def test_exponentials_are_exact_to_the_last_places(kernels):
     found = unchanged(kernels, torch.cat((x, torch.ones_like(x)), dim=1), SwiGlu(), 64).flatten()
     expected = torch.tensor([value / (1 + math.exp(-value)) for value in x.flatten().tolist()])
     assert ((found - expected).abs() <= 4e-7 * expected.abs() + 1e-37).all()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="by the flags of x86")
+def test_products_of_many_rows_are_in_bf16_only_where_the_processor_has_them():
+    has_them = bool(re.search(r" (avx512_bf16|amx_tile)\b", Path("/proc/cpuinfo").read_text(encoding="utf-8")))
+    assert compute_dtype("bf16", torch.device("cpu")) == (torch.bfloat16 if has_them else torch.float32)
+    assert compute_dtype("fp16", torch.device("cpu")) == torch.float32

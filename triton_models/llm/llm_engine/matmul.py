@@ -9,6 +9,7 @@ arithmetic, which is many times quicker in bf16 where the processor has such pro
 them (AVX2 alone), oneDNN multiplies bf16 six times slower than fp32.
 """
 
+import platform
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -159,5 +160,8 @@ class Embedding:
 
 
 def _has_bf16_products() -> bool:
+    """Whether the processor multiplies bf16; where AVX-512 has no such products, oneDNN emulates them and says yes."""
+    if platform.machine() == "x86_64":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return probe is not None and bool(probe())

@@ -232,10 +232,10 @@ class Admission:
         outlook, habit = conditions.outlook, self._habits.get(request.tenant)
         if outlook is None or habit is None or request.client_deadline is None or _is_patient(request, slack):
             return 1.0
-        if outlook.has_idle_slots(conditions.now):
+        small_work = habit.small_work
+        if request.work <= small_work or outlook.has_idle_slots(conditions.now):
             return 1.0
-        small = min(1.0, habit.small_work / request.work)
-        return float(small ** _pressed(request, outlook, conditions.now, CHOOSING_PRESSURE, 1.0))
+        return float((small_work / request.work) ** _pressed(request, outlook, conditions.now, CHOOSING_PRESSURE, 1.0))
 
     def _refusal_by_habit(self, request: Request, conditions: Conditions) -> TidegateError | None:
         """Refuses a request whose like would be refused, without reading it, where its tenant's are all alike."""

@@ -184,9 +184,9 @@ class World:
             for tenant, its_times in {"t": times, **times_of_tenants}.items():
                 self.outlook.ask(service_class, tenant, capacity * its_times / 100, NOW - 5 + number * 0.01)
 
-    def see(self, *works):
+    def see(self, *works, tenant="t"):
         for work in works:
-            request = self.request(timeout=5)
+            request = self.request(timeout=5, tenant=tenant)
             request.work = work
             self.habits.see(request)
 
@@ -359,19 +359,17 @@ class TestAdmission:
         world = World()
         world.press(10)
         world.see(*([10] * 40))
+        world.see(1000, tenant="long")
         long = world.request(timeout=5, tenant="long")
         long.work = 1000
-        world.habits.see(long)
         assert world.refusal(long, 0.99) is None
 
     def test_a_tenant_that_asks_for_less_than_its_share_is_not_refused_for_lengths(self):
         world = World()
         world.press(greedy=10, modest=0.1)
-        world.see(*([100, 1000] * 20))
-        for tenant in ("greedy", "modest"):
-            world.habits._habits[tenant] = world.habits.get("t")
         requests = {tenant: world.request(timeout=5, tenant=tenant) for tenant in ("greedy", "modest")}
-        for request in requests.values():
+        for tenant, request in requests.items():
+            world.see(*([100, 1000] * 20), tenant=tenant)
             request.work = 1000
         assert world.refusal(requests["modest"], 0.99) is None
         while world.outlook.shares[STANDARD].owed_share("greedy") > 0.1:

@@ -72,7 +72,7 @@ _GENERATING = (
     " encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id"
     " length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams"
     " num_return_sequences pad_token_id prefix remove_invalid_values repetition_penalty sep_token_id suppress_tokens"
-    " temperature top_k top_p typical_p"
+    " temperature top_k top_p typical_p unk_token_id"
 )
 SILENT = frozenset(" ".join((_TRAINING, _SAVING, _RUNNING, _OUTPUTS, _GENERATING)).split())
 

@@ -22,6 +22,13 @@ LARGEST_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 CONCURRENT_STREAMS_PER_CONNECTION: Final = 20_000
 """Above the target concurrency of 10,000, so that Envoy's circuit breakers decide first."""
 
+PENDING_CALLS: Final = 100_000
+"""Calls that may have come while the event loop was busy: as many as Envoy's circuit breakers let through.
+
+From the thousandth on gRPC would drop some by lot, with a bare CANCELLED; where those are the scheduler's, Envoy fails
+open.
+"""
+
 REFLECTION_V1_NAME: Final = "grpc.reflection.v1.ServerReflection"
 
 STOP_GRACE_SECONDS: Final = 5.0
@@ -31,6 +38,8 @@ SERVER_OPTIONS: Final[Sequence[tuple[str, int]]] = (
     ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", CONCURRENT_STREAMS_PER_CONNECTION),
+    ("grpc.server.max_pending_requests", PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),
     ("grpc.so_reuseport", 0),
     # A client that hangs (and does not die) keeps its streams, and what was granted on them; pings find it out.
     ("grpc.keepalive_time_ms", 5_000),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2
+from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -94,3 +98,20 @@ async def test_a_taken_port_is_an_error_that_names_the_address(server: Server) -
     second = Server("127.0.0.1", server.port)
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{server.port}"):
         await second.start()
+
+
+async def test_calls_that_come_while_the_event_loop_stands_still_are_all_answered(server: Server) -> None:
+    count, give_up_at = 1_600, time.monotonic() + 30
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        calls = [stub.Check.future(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(count)]
+        while started_call_count() < count and time.monotonic() < give_up_at:
+            time.sleep(0.01)  # The loop stands still, gRPC's own threads do not.
+        codes = await asyncio.to_thread(lambda: Counter(call.code() for call in calls))
+    assert codes == {grpc.StatusCode.OK: count}
+
+
+def started_call_count() -> int:
+    """Calls that gRPC's newest server has seen, taken by the event loop or not."""
+    servers = channelz.ChannelzServicer.GetServers(channelz_pb2.GetServersRequest(), None).server
+    return int(max(servers, key=lambda one: one.ref.server_id).data.calls_started)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tidegate.bench.own_mesh import MeshDidNotStart, stop_process
-from tidegate.cli.envoy_config import descriptor_set, envoy_command
+from tidegate.cli.envoy_config import descriptor_set, envoy_command, envoy_environment
 from tidegate.cli.ports import free_ports
 
 UNBOUNDED: Final = {"TIDEGATE_MODEL_QUEUE_LIMIT": "100000", "TIDEGATE_MODEL_REFUSES_LATE": "false"}
@@ -46,7 +47,9 @@ class PlainEnvoy:
         config = self._directory / "plain-envoy.yaml"
         config.write_text(json.dumps(self._config(descriptors)), encoding="utf-8")
         self._process = await asyncio.create_subprocess_exec(
-            *envoy_command(config, log_path=self._directory / "plain-envoy.log"), stdin=asyncio.subprocess.DEVNULL
+            *envoy_command(config, log_path=self._directory / "plain-envoy.log"),
+            stdin=asyncio.subprocess.DEVNULL,
+            env=envoy_environment(os.environ),
         )
         give_up_at = time.monotonic() + READY_SECONDS
         while not await _accepts(self.round_robin):

@@ -15,7 +15,7 @@ from typing import Final
 from tidegate.cli import ports, probes
 from tidegate.cli.config import REPOSITORY, Settings, lite_replica_count, origins
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
-from tidegate.cli.envoy_config import EnvoySettings, envoy_command, write_envoy_files
+from tidegate.cli.envoy_config import EnvoySettings, envoy_command, envoy_environment, write_envoy_files
 from tidegate.cli.ports import LOOPBACK
 from tidegate.cli.state import Home, Mesh
 from tidegate.cli.supervisor import Program
@@ -123,7 +123,12 @@ def _file(path: str) -> Path | None:
 def _envoy(home: Home, mesh: Mesh, settings: Settings) -> Program:
     argv = envoy_command(_envoy_settings(home, mesh, settings).config_path)
     admin = mesh.addresses["admin"]
-    return Program(name="envoy", argv=argv, environment=_inherited(), is_ready=lambda: probes.envoy_is_live(admin))
+    return Program(
+        name="envoy",
+        argv=argv,
+        environment=envoy_environment(_inherited()),
+        is_ready=lambda: probes.envoy_is_live(admin),
+    )
 
 
 def _triton(home: Home, mesh: Mesh, settings: Settings, backend: Path, label: str) -> Program:

@@ -28,7 +28,7 @@ from xds.data.orca.v3 import orca_load_report_pb2
 from xds.service.orca.v3 import orca_pb2
 
 from tidegate.cli.endpoints import endpoints_path, write_endpoints
-from tidegate.cli.envoy_config import EnvoySettings, envoy_command, write_envoy_files
+from tidegate.cli.envoy_config import EnvoySettings, envoy_command, envoy_environment, write_envoy_files
 from tidegate.common import headers
 from tidegate.common.errors import Reason, TidegateError, abort
 from tidegate.common.grpc_server import Server
@@ -311,7 +311,7 @@ async def running_mesh(directory: Path, *, replica_count: int = 2, **settings: A
     config_path = write_envoy_files(envoy)
     log = open(directory / "access.log", "wb")  # noqa: SIM115 -- it lives as long as the process.
     argv = envoy_command(config_path, log_path=directory / "envoy.log", concurrency=2)
-    process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=envoy_environment(os.environ))
     mesh = Mesh(envoy, process, replicas, cache, lite, scheduler, scheduler_server, directory / "access.log")
     try:
         mesh.endpoints("model", *replicas)

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from tidegate.cli import main, probes, up
-from tidegate.cli.envoy_config import envoy_command
+from tidegate.cli.envoy_config import envoy_command, envoy_environment
 from tidegate.v1 import scheduler_pb2
 
 REFUSED = {"error": {"message": "no replica is ready"}}
@@ -190,6 +190,18 @@ def test_envoy_has_a_worker_for_each_processor_that_it_may_use(tmp_path):
     finally:
         os.sched_setaffinity(0, allowed)
     assert argv[argv.index("--concurrency") + 1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("said", "tunables"),
+    [
+        ({}, "glibc.pthread.rseq=0"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=3"}, "glibc.malloc.check=3:glibc.pthread.rseq=0"),
+        ({"GLIBC_TUNABLES": "glibc.pthread.rseq=1"}, "glibc.pthread.rseq=1"),
+    ],
+)
+def test_envoy_has_the_restartable_sequences_unless_the_user_says_otherwise(said, tunables):
+    assert envoy_environment({"PATH": "/bin", **said}) == {"PATH": "/bin", "GLIBC_TUNABLES": tunables}
 
 
 @pytest.mark.parametrize(("template", "scheme"), [(up.READY_TEXT, "http"), (up.READY_TEXT_TLS, "https")])

@@ -43,12 +43,23 @@ class FakeTriton:
     """Says `answer` whatever is asked, `pace` seconds between tokens.
 
     `break_after`: the output tokens (prior ones included) at which its stream breaks, once.
+    `wait_after`: the output tokens after which it waits for `go`.
     """
 
-    def __init__(self, answer: str, *, pace: float = 0.0, break_after: int | None = None, slots: int = 4) -> None:
+    def __init__(
+        self,
+        answer: str,
+        *,
+        pace: float = 0.0,
+        break_after: int | None = None,
+        wait_after: int | None = None,
+        slots: int = 4,
+    ) -> None:
         self.answer = answer.encode()
         self.pace = pace
         self.break_after = break_after
+        self.wait_after = wait_after
+        self.go = asyncio.Event()
         self.ready = False
         self.latest_load: EngineLoad | None = None
         self.on_load: list[Callable[[EngineLoad], None]] = []
@@ -92,6 +103,8 @@ class FakeTriton:
                 if place == self.break_after:
                     self.break_after = None
                     raise TritonGone("killed")
+                if place == self.wait_after:
+                    await self.go.wait()
                 await asyncio.sleep(self.pace)
                 if place == len(self.answer):
                     done = True

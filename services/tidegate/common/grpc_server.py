@@ -19,6 +19,12 @@ log = structlog.get_logger()
 LARGEST_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 """The bound on one message either way; Envoy's own limit on bodies is below it."""
 
+LARGEST_HEADERS_BYTES: Final = 128 * 1024
+"""The bound on a call's headers: what Envoy takes of a client (60 KiB), and room for what the mesh adds.
+
+Past 8 KiB gRPC would refuse some by lot, and past 16 all, as an overload.
+"""
+
 CONCURRENT_STREAMS_PER_CONNECTION: Final = 20_000
 """Above the target concurrency of 10,000, so that Envoy's circuit breakers decide first."""
 
@@ -37,6 +43,8 @@ STOP_GRACE_SECONDS: Final = 5.0
 SERVER_OPTIONS: Final[Sequence[tuple[str, int]]] = (
     ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", LARGEST_HEADERS_BYTES),
+    ("grpc.absolute_max_metadata_size", LARGEST_HEADERS_BYTES),
     ("grpc.max_concurrent_streams", CONCURRENT_STREAMS_PER_CONNECTION),
     ("grpc.server.max_pending_requests", PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS),

@@ -78,17 +78,23 @@ def read_headers(metadata: Iterable[tuple[str, str | bytes]] | None) -> CallHead
 
 
 def time_allowed_seconds(
-    call: CallHeaders, grpc_remaining_seconds: float | None, *, default_seconds: float, longest_seconds: float
+    call: CallHeaders,
+    grpc_remaining_seconds: float | None,
+    *,
+    late_seconds: float,
+    default_seconds: float,
+    longest_seconds: float,
 ) -> float:
     """How long the call may take from now.
 
     Args:
+        late_seconds: since the scheduler sent it with the time that was left then.
         default_seconds: for a call that has neither a gRPC deadline nor the header.
         longest_seconds: bounds every call.
     """
     bounds = []
     if call.timeout_seconds is not None:
-        bounds.append(call.timeout_seconds)
+        bounds.append(call.timeout_seconds - late_seconds)
     if grpc_remaining_seconds is not None:
         margin = min(LONGEST_DEADLINE_MARGIN_SECONDS, grpc_remaining_seconds * DEADLINE_MARGIN_SHARE)
         bounds.append(grpc_remaining_seconds - margin)

@@ -82,10 +82,15 @@ class ReplicaLoad:
             self._new_gap_seconds += gap_seconds
             self._new_gap_token_count += count
 
-    def add_arrival(self, delay_seconds: float) -> None:
-        """Takes the time from a scheduler's decision until the request is looked at, by two clocks that may differ."""
+    def add_arrival(self, delay_seconds: float) -> float:
+        """Takes the time from a scheduler's decision until the request is looked at, by two clocks that may differ.
+
+        Returns how much of it is more than the least of the last minutes.
+        """
         now = self._clock()
-        self._latest_lateness.add(self._lateness.of(delay_seconds, now), now)
+        late_seconds = self._lateness.of(delay_seconds, now)
+        self._latest_lateness.add(late_seconds, now)
+        return late_seconds
 
     def add_first_token(self, seconds: float) -> None:
         """Takes one request's time from arrival to its first token."""

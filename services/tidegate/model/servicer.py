@@ -156,11 +156,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def _record(self, call: CallHeaders, operation: str, context: Context, request_id: str) -> Record:
         now = self._clock()
-        if call.sent_at is not None:
-            self._load.add_arrival(self._unix_seconds() - call.sent_at)
+        late_seconds = 0.0 if call.sent_at is None else self._load.add_arrival(self._unix_seconds() - call.sent_at)
         allowed = time_allowed_seconds(
             call,
             context.time_remaining(),
+            late_seconds=late_seconds,
             default_seconds=self._terms.default_timeout_seconds,
             longest_seconds=self._terms.longest_timeout_seconds,
         )

@@ -170,11 +170,14 @@ class TokenSource:
             raise TidegateError(
                 Reason.REPLICA_UNAVAILABLE, "The replica's engine is not ready.", retry_after_seconds=1.0
             )
+        seconds_left = job.record.deadline - self._clock()
+        if seconds_left <= 0.0:
+            raise TidegateError(Reason.DEADLINE_EXCEEDED, "The request came to the replica after its deadline.")
         slot = await self._slots.take(
             credit_id=credit_id,
             resumed=resumed or job.call.resumed,
             urgency=Urgency(job.priority),
-            seconds_left=job.record.deadline - self._clock(),
+            seconds_left=seconds_left,
         )
         job.record.slot_at = self._clock()
         job.spent = job.spent or slot.spent

@@ -222,8 +222,10 @@ def test_headers_that_make_no_sense_are_as_if_absent():
     assert call == CallHeaders()
 
 
-def allowed(call: CallHeaders, grpc_remaining_seconds: float | None) -> float:
-    return time_allowed_seconds(call, grpc_remaining_seconds, default_seconds=600.0, longest_seconds=7200.0)
+def allowed(call: CallHeaders, grpc_remaining_seconds: float | None, late_seconds: float = 0.0) -> float:
+    return time_allowed_seconds(
+        call, grpc_remaining_seconds, late_seconds=late_seconds, default_seconds=600.0, longest_seconds=7200.0
+    )
 
 
 def test_the_deadline_is_the_least_of_those_given_and_keeps_a_margin_of_grpcs():
@@ -231,6 +233,13 @@ def test_the_deadline_is_the_least_of_those_given_and_keeps_a_margin_of_grpcs():
     assert allowed(CallHeaders(), 10.0) == pytest.approx(9.98)
     assert allowed(CallHeaders(), 0.1) == pytest.approx(0.095)
     assert allowed(CallHeaders(), -1.0) == 0.0
+
+
+def test_what_the_header_gives_is_less_by_the_way_to_here():
+    assert allowed(CallHeaders(timeout_seconds=2.0), None, late_seconds=0.5) == 1.5
+    assert allowed(CallHeaders(timeout_seconds=2.0), 1.0, late_seconds=0.5) == pytest.approx(0.98)
+    assert allowed(CallHeaders(timeout_seconds=2.0), None, late_seconds=3.0) == 0.0
+    assert allowed(CallHeaders(), None, late_seconds=3.0) == 600.0
 
 
 def test_the_default_deadline_is_for_a_call_that_has_none_and_bounds_no_other():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import grpc
 import pytest
@@ -145,6 +146,24 @@ async def test_a_deadline_before_the_first_token_is_a_status(start_service, fake
         assert reason_of(caught.value) == "DEADLINE_EXCEEDED"
         assert not triton.live
         assert service.slots.ledger.running_count == 0
+
+
+async def test_the_way_from_the_scheduler_counts_and_what_comes_too_late_is_never_begun(
+    start_service, fake_triton, channel_to
+):
+    triton = fake_triton("a")
+    async with start_service(triton) as service:
+        stub = inference_pb2_grpc.InferenceStub(channel_to(service))
+
+        def sent(seconds_ago: float) -> Sequence[tuple[str, str]]:
+            return ((headers.TIMEOUT_MS, "5000"), (headers.SENT, f"{time.time() - seconds_ago:.6f}"))
+
+        assert text_of(await collect(stub, ask(), metadata=sent(0))) == "a"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(stub, ask(), metadata=sent(20))
+        assert reason_of(caught.value) == "DEADLINE_EXCEEDED"
+        assert len(triton.requests) == 1
+        assert text_of(await collect(stub, ask(), metadata=sent(0))) == "a"
 
 
 async def test_a_deadline_later_is_a_last_event_with_the_error(start_service, fake_triton, channel_to):

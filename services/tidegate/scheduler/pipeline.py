@@ -241,6 +241,8 @@ class Pipeline:
             self.release(request)
             request.tokens, request.answer_key = None, b""
         fields = [(headers.ROUTE, "lite"), (headers.LITE, why.value), *self._common_fields(request)]
+        if why is Why.LOAD:
+            fields += self._brownout_fields(request)
         if placement is not None:
             fields += self._placement_fields(request, placement)
             self._outcomes.count_lite(why.value)
@@ -264,12 +266,18 @@ class Pipeline:
         fields = [*self._placement_fields(request, placement), *self._common_fields(request)]
         if placement.is_owed:
             fields.append((headers.FLOOR, "1"))
-        brownout = self._expectations.brownout
-        if brownout.shortens(request.service_class):
-            fields.append((headers.MAX_TOKENS, str(self._settings.brownout_max_tokens)))
-            fields.append((headers.BROWNOUT, str(brownout.step)))
+        fields += self._brownout_fields(request)
         self._expectations.observations.dispatch(request, placement.credit_id, request.cost)
         return Decision(tuple(fields), placement=placement)
+
+    def _brownout_fields(self, request: Request) -> list[tuple[str, str]]:
+        brownout = self._expectations.brownout
+        if not brownout.shortens(request.service_class):
+            return []
+        return [
+            (headers.MAX_TOKENS, str(self._settings.brownout_max_tokens)),
+            (headers.BROWNOUT, str(brownout.step)),
+        ]
 
     def _placement_fields(self, request: Request, placement: Placement) -> list[tuple[str, str]]:
         fields = [

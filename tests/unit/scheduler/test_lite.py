@@ -102,11 +102,12 @@ async def test_a_short_prompt_may_prefer_it_always(start, limit, goes):
 
 
 async def test_a_brownouts_step_sends_standard_requests_there(start):
-    world = await start()
+    world = await start(brownout_max_tokens=99)
     world.replica.grant("credit-1")
     await world.credits(1)
     world.service.expectations.brownout.step = 4
-    assert world.decided(await world.exchange().run())[headers.LITE] == "load"
+    fields = world.decided(await world.exchange().run())
+    assert [fields[name] for name in (headers.LITE, headers.BROWNOUT, headers.MAX_TOKENS)] == ["load", "4", "99"]
     # Its one credit is spent.
     assert world.decided(await world.exchange().run())[headers.CREDIT] == "credit-1"
 

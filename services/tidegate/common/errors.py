@@ -27,6 +27,9 @@ ERROR_DOMAIN: Final = "tidegate"
 LONGEST_OBEYED_RETRY_SECONDS: Final = 60
 """Older clients ignore longer waits and retry within seconds, so past this they are told not to."""
 
+RETRY_JITTER: Final = 0.5
+"""A retry time is stretched by up to this share, so that those refused together do not come back together."""
+
 LONGEST_MESSAGE_BYTES: Final = 700
 """Of a message in UTF-8. Trailing metadata says it four times over, some of them escaped, and peers bound metadata
 (gRPC's default is 8 KiB): a longer one would end the call with a fault of the transport in the refusal's place."""

@@ -6,12 +6,14 @@ additions, folded into the averages only when somebody asks.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from typing import Final
 
 from xds.data.orca.v3 import orca_load_report_pb2
 
+from tidegate.common.errors import RETRY_JITTER
 from tidegate.common.lateness import Lateness, WindowedMinimum
 from tidegate.model.capacity import Bounds, Capacity
 from tidegate.model.look_ahead import LookAhead
@@ -126,11 +128,11 @@ class ReplicaLoad:
         return slot_count, self.ahead_count
 
     def retry_after_seconds(self) -> float:
-        """When the queue should have moved on, by how long slots are held."""
-        if self.slots is None or (turn_seconds := self.slots.turn_seconds) is None:
-            return DEFAULT_RETRY_SECONDS
-        seconds = (self.slots.ledger.waiting_count + 1) * turn_seconds
-        return min(LONGEST_RETRY_SECONDS, max(DEFAULT_RETRY_SECONDS, seconds))
+        """When the queue should have moved on, by how long slots are held, and a little later by chance."""
+        seconds = DEFAULT_RETRY_SECONDS
+        if self.slots is not None and (turn_seconds := self.slots.turn_seconds) is not None:
+            seconds = max(seconds, (self.slots.ledger.waiting_count + 1) * turn_seconds)
+        return min(LONGEST_RETRY_SECONDS, seconds) * (1 + RETRY_JITTER * random.random())
 
     def snapshot(self) -> replica_pb2.Load:
         """The figures now."""

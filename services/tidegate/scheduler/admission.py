@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tidegate.common.errors import Reason, TidegateError
+from tidegate.common.errors import RETRY_JITTER, Reason, TidegateError
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.forecast import expected_wait
 from tidegate.scheduler.lanes import LaneLimits, Lanes
@@ -32,9 +32,6 @@ from tidegate.scheduler.tenant_habits import TenantHabits
 
 SHORTEST_RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY_SECONDS: Final = 3600.0
-
-RETRY_JITTER: Final = 0.5
-"""A retry time is stretched by up to this share, so that those refused together do not come back together."""
 
 FULL_PRESSURE: Final = 4.0
 """At so many times of what can be served the allowed wait is the shortest."""
@@ -294,6 +291,10 @@ class Admission:
             f"No replica has been ready for {conditions.absence_seconds:.1f} s",
             retry_after_seconds=_retry_seconds(self._default_retry_seconds, conditions),
         )
+
+    def looked_at_late(self, late_seconds: float, conditions: Conditions) -> TidegateError:
+        """The refusal of a request that has lain so long before anybody looked at it."""
+        return self._overloaded(f"The request was not looked at for {late_seconds:.1f} s", conditions)
 
     def _full(self, service_class: ServiceClass, bound: str, conditions: Conditions) -> TidegateError:
         count = len(self._lanes.lane(service_class))

@@ -99,12 +99,9 @@ class Pipeline:
         given = None if request.client_deadline is None else request.client_deadline - request.arrived_at
         request.offered_count = self._shedder.see(request.service_class, request.whole_at, now, given)
         self._limits.see(_key(request))
-        if now - request.whole_at > self._settings.latest_look_seconds:
-            raise TidegateError(
-                Reason.SERVER_IS_OVERLOADED,
-                f"The request was not looked at for {now - request.whole_at:.1f} s",
-                retry_after_seconds=self._settings.default_retry_seconds * (0.5 + random.random()),
-            )
+        late_seconds = now - request.whole_at
+        if late_seconds > self._settings.latest_look_seconds:
+            raise self._admission.looked_at_late(late_seconds, self.conditions())
         if request.header_fault is not None:
             field, message = request.header_fault
             raise TidegateError(Reason.INVALID_VALUE, message, field=field)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -81,6 +81,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     tenant_burst_requests: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 5_000
     """What a tenant that was silent may ask for at once."""
+
+    overload_status: Literal[503, 429] = 503
+    """The HTTP status of a refusal for load; gateways of the Gateway API's picker protocol expect 429. Over gRPC it is
+    UNAVAILABLE either way."""
 
     body_limit_bytes: Annotated[int, msgspec.Meta(ge=1024, le=15 * 1024 * 1024)] = 4 * 1024 * 1024
     """The largest request body; below the 16 MiB that services take as one message."""

@@ -18,6 +18,7 @@ from google.protobuf.descriptor import FileDescriptor
 
 from tidegate.cli.endpoints import CLUSTERS, endpoints_path, write_endpoints
 from tidegate.cli.local_replies import envoy_replies, local_reply_config, lua_replies
+from tidegate.common.errors import SURFACES, Reason
 from tidegate.common.limits_file import write_limits
 from tidegate.common.shed_file import NOTHING_REFUSED, write_shares
 from tidegate.v1 import batch_pb2, inference_pb2, scheduler_pb2
@@ -137,6 +138,7 @@ def placeholders(settings: EnvoySettings) -> dict[str, str]:
         "MESH_HOST": settings.mesh_host,
         "MESH_PORT": str(settings.mesh_port),
         "LOCAL_REPLIES": json.dumps(local_reply_config(replies)),
+        "OVERLOAD_STATUS": str(SURFACES[Reason.SERVER_IS_OVERLOADED].http_status),
         **lua_replies(),
         "API_KEYS_OFF": json.dumps(not keys),
         "API_KEYS": json.dumps([{"key": key, "client": tenant} for key, tenant in keys.items()]),

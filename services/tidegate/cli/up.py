@@ -18,6 +18,7 @@ from typing import Final
 from tidegate.cli import checks, config, machine, ports, probes, process_table, state, talk
 from tidegate.cli.config import Settings
 from tidegate.cli.supervisor import Supervisor
+from tidegate.common import errors
 
 SAY_SOMETHING_SECONDS: Final = 2.0
 """While a start waits, nothing is silent for longer."""
@@ -63,6 +64,9 @@ def run(settings: Settings, *, given_ports: dict[str, int], auto_ports: bool) ->
 
     0: it was ready and then stopped. 1: it could not be started. 130: interrupted before it was ready.
     """
+    # For Envoy's own replies, which are written here, and for the services, which inherit it.
+    os.environ[errors.OVERLOAD_STATUS_VARIABLE] = str(settings.overload_status)
+    errors.set_overload_status(str(settings.overload_status))
     steps = talk.Steps()
     home = state.Home(config.home())
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 from urllib.parse import quote
@@ -23,6 +24,12 @@ from tidegate.common import headers
 from tidegate.v1 import errors_pb2
 
 ERROR_DOMAIN: Final = "tidegate"
+
+OVERLOAD_STATUS_VARIABLE: Final = "TIDEGATE_OVERLOAD_STATUS"
+"""Of the environment, and the same in all processes of a mesh: the HTTP status of SERVER_IS_OVERLOADED."""
+
+OVERLOAD_STATUSES: Final = (503, 429)
+"""The usual one, and what gateways expect that speak the Gateway API's picker protocol."""
 
 LONGEST_OBEYED_RETRY_SECONDS: Final = 60
 """Older clients ignore longer waits and retry within seconds, so past this they are told not to."""
@@ -110,6 +117,21 @@ SURFACES: Final[dict[Reason, Surface]] = {
     Reason.NUMERICAL_ERROR: Surface(grpc.StatusCode.INTERNAL, 500, "server_error", False),
     Reason.INTERNAL_ERROR: Surface(grpc.StatusCode.INTERNAL, 500, "server_error", False),
 }
+
+
+def set_overload_status(text: str) -> None:
+    """Sets the HTTP status of SERVER_IS_OVERLOADED in this process.
+
+    Raises:
+        ValueError: it is neither of the two.
+    """
+    if text not in map(str, OVERLOAD_STATUSES):
+        raise ValueError(f"{OVERLOAD_STATUS_VARIABLE}={text!r}: expected 503 or 429")
+    usual = SURFACES[Reason.SERVER_IS_OVERLOADED]
+    SURFACES[Reason.SERVER_IS_OVERLOADED] = msgspec.structs.replace(usual, http_status=int(text))
+
+
+set_overload_status(os.environ.get(OVERLOAD_STATUS_VARIABLE, "503"))
 
 
 class TidegateError(Exception):

@@ -251,4 +251,5 @@ class _Pending:
 
 def _is_fault(refusal: errors_pb2.Refusal) -> bool:
     """Whether a refusal says nothing about the request: the model service may well prepare the prompt."""
-    return from_refusal(refusal).surface.http_status >= FIRST_FAULT_STATUS
+    surface = from_refusal(refusal).surface
+    return surface.retryable or surface.http_status >= FIRST_FAULT_STATUS

@@ -12,6 +12,7 @@ from tidegate.cli import config, ports, processes, state
 from tidegate.cli.config import Settings
 from tidegate.cli.envoy_config import EnvoySettings
 from tidegate.cli.process_table import ProcessId
+from tidegate.common.settings import SettingsError
 
 OF_ENVOY = (
     "tenant_requests_per_second",
@@ -65,6 +66,13 @@ def test_a_setting_of_the_ingress_reaches_envoys_file(tmp_path, from_environment
     text = rendered(tmp_path, from_environment(**{name: value}))
     assert expected in text
     yaml.safe_load(text)
+
+
+def test_what_is_refused_for_load_is_503_or_429(from_environment):
+    assert Settings().overload_status == 503
+    assert from_environment(overload_status="429").overload_status == 429
+    with pytest.raises(SettingsError, match="TIDEGATE_UP_OVERLOAD_STATUS='500'"):
+        from_environment(overload_status="500")
 
 
 def test_the_certificate_reaches_envoys_file_by_its_whole_path(tmp_path, monkeypatch):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from tidegate.cli.local_replies import envoy_replies, local_reply_config
 from tidegate.common.errors import (
     ERROR_DOMAIN,
     LONGEST_MESSAGE_BYTES,
@@ -24,6 +25,7 @@ from tidegate.common.errors import (
     openai_body,
     openai_json,
     retry_headers,
+    set_overload_status,
     to_refusal,
     to_status,
     trailing_metadata,
@@ -42,6 +44,28 @@ def test_every_reason_has_a_surface_with_an_error_on_each_side(reason: Reason) -
     assert surface.grpc_status is not grpc.StatusCode.OK
     assert 400 <= surface.http_status <= 599
     assert surface.openai_type
+
+
+@pytest.fixture
+def overload_is_429() -> Iterator[None]:
+    set_overload_status("429")
+    yield
+    set_overload_status("503")
+
+
+@pytest.mark.usefixtures("overload_is_429")
+def test_a_refusal_for_load_may_be_429_over_http_and_is_unavailable_over_grpc_either_way() -> None:
+    assert (BUSY_ERROR.surface.http_status, BUSY_ERROR.surface.grpc_status) == (429, grpc.StatusCode.UNAVAILABLE)
+    assert openai_body(BUSY_ERROR)["error"]["code"] == "server_is_overloaded"
+    replies = envoy_replies(body_limit_bytes=1024, tenant_retry_after_seconds=1.0)
+    mappers = local_reply_config(replies)["mappers"]
+    shed = [mapper for mapper in mappers if "fault_filter_abort" in json.dumps(mapper) and "status_code" in mapper]
+    assert shed and {mapper["status_code"] for mapper in shed} == {429}
+
+
+def test_a_refusal_for_load_has_no_other_status() -> None:
+    with pytest.raises(ValueError, match="TIDEGATE_OVERLOAD_STATUS='500': expected 503 or 429"):
+        set_overload_status("500")
 
 
 def test_the_table_has_no_entry_without_a_reason() -> None:

@@ -9,6 +9,7 @@ import time
 import uuid
 
 import grpc
+import msgspec
 import pytest
 from envoy.config.core.v3 import base_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
@@ -17,7 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from tidegate.common import headers
 from tidegate.common.arena import decode_tensor_header
-from tidegate.common.errors import Reason, TidegateError
+from tidegate.common.errors import SURFACES, Reason, TidegateError
 from tidegate.scheduler import servicer
 from tidegate.scheduler.servicer import LEFT_LOOKS, UNWATCHED_SECONDS, ExternalProcessor
 from tidegate.v1 import errors_pb2, inference_pb2, preprocess_pb2, scheduler_pb2, tensor_pb2
@@ -362,11 +363,14 @@ async def test_patience_with_preprocess_ends_with_the_clients_deadline(world):
     assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
 
 
-async def test_a_prompt_at_which_preprocess_fails_is_left_to_the_model_service(start_world):
+@pytest.mark.parametrize("reason", ["INTERNAL_ERROR", "SERVER_IS_OVERLOADED"])
+async def test_a_prompt_at_which_preprocess_fails_is_left_to_the_model_service(start_world, monkeypatch, reason):
+    busy = Reason.SERVER_IS_OVERLOADED
+    monkeypatch.setitem(SURFACES, busy, msgspec.structs.replace(SURFACES[busy], http_status=429))
     world = await start_world(dependency_failure_limit=2, dependency_pause_seconds=60)
 
     def fail(request):
-        error = errors_pb2.Refusal(reason="INTERNAL_ERROR", message="the prompt could not be prepared")
+        error = errors_pb2.Refusal(reason=reason, message="the prompt could not be prepared")
         return preprocess_pb2.PrepareResponse(request_id=request.request_id, error=error)
 
     world.preprocess.answer = fail

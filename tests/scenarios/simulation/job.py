@@ -60,7 +60,8 @@ class Job:
     prefilled_token_count: int = 0
     generated_token_count: int = 0
     replica_address: str = ""
-    was_clamped: bool = False
+    was_shortened: bool = False
+    """Whether a brownout set a bound on its answer."""
 
     scheduler: Any = None
     """Who holds it while it waits."""

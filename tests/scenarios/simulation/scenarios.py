@@ -33,6 +33,7 @@ from simulation.mesh import Mesh, MeshSpec, Retries
 from simulation.state import faults
 from simulation.stepped_engine import SteppedEngine
 from simulation.workload import Kind, burst, lognormal, poisson, square_wave, together
+from tidegate.scheduler.brownout import LAST_STEP
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.expectations import OUTPUT_TOKEN_WORK
 from tidegate.scheduler.request import ServiceClass
@@ -51,6 +52,9 @@ MIXED: Final = Kind(
 
 SAID: Final = MIXED.with_(name="said", says_length=True)
 """The same, and they ask for no more tokens than they get."""
+
+SHORT_ANSWER: Final = 8
+"""Tokens, to which a brownout shortens answers where that is looked at; less than half of EQUAL's."""
 
 START: Final = 2.0
 """When the load begins: streams are open then."""
@@ -249,6 +253,31 @@ def bursts(length: float, seed: int) -> list[Figure]:
         mesh.run_until(START + 20)
         stuck += bool(faults(mesh))
     return [Figure("stuck", stuck, "== 0")]
+
+
+def brownout(length: float, seed: int) -> list[Figure]:
+    """Patient realtime requests, twice what can be done: all steps up, and down again."""
+    spec = MeshSpec(settings=Settings(brownout_max_tokens=SHORT_ANSWER))
+    patient = EQUAL.with_(name="patient", service_class=ServiceClass.REALTIME, deadline_seconds=60.0)
+    batch = EQUAL.with_(name="batch", service_class=ServiceClass.BATCH, deadline_seconds=None)
+    full, seconds = _full_rate(spec, EQUAL), 40 * length
+    mesh = Mesh(spec, seed)
+    ladder, steps = mesh.schedulers[0].expectations.brownout, []
+    mesh.simulator.every(0.1, lambda: steps.append((mesh.simulator.now, ladder.step)))
+    mesh.play(poisson(batch, full, START, seconds, seed))
+    mesh.play(poisson(patient, 2 * full, START + 5, seconds - 5, seed + 1))
+    mesh.run_until(START + seconds + 60)
+    emptied_at = max(job.ended_at or math.inf for job in mesh.jobs)
+    shortened = [job for job in mesh.jobs if job.was_shortened and job.end is End.COMPLETED]
+    return [
+        Figure("highest step", max(step for _, step in steps), f"== {LAST_STEP}"),
+        Figure("answers kept short", len(shortened), ">= 1"),
+        Figure("the longest of them", max(job.generated_token_count for job in shortened), f"<= {SHORT_ANSWER}"),
+        Figure(
+            "seconds to step 0", min(at for at, step in steps if at > emptied_at and not step) - emptied_at, "<= 12"
+        ),
+        Figure("left in the mesh", len(faults(mesh)), "== 0"),
+    ]
 
 
 def square(length: float, seed: int) -> list[Figure]:
@@ -478,7 +507,7 @@ def hour(length: float, seed: int) -> list[Figure]:
 SCENARIOS: Final[dict[str, Scenario]] = {
     scenario.__name__.replace("_", "-"): scenario
     for scenario in (
-        flood, mixed_flood, said_flood, realtime, recovery, bursts, square, fair, floor, eta, retry_storm,
+        flood, mixed_flood, said_flood, realtime, recovery, bursts, brownout, square, fair, floor, eta, retry_storm,
         two_schedulers, drift, placement, hour,
     )
 }  # fmt: skip

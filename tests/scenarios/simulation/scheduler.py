@@ -296,6 +296,9 @@ class SimulatedScheduler:
         job.scheduler = None
         job.dispatched_at = self._simulator.now
         request.queue_seconds = self._simulator.now - waiting.since
+        if self.expectations.brownout.shortens(request.service_class):
+            job.max_tokens = min(job.max_tokens, self.settings.brownout_max_tokens)
+            job.was_shortened = True
         self.expectations.observations.dispatch(request, placement.credit_id, request.cost)
         self._on_dispatched(job, placement)
 

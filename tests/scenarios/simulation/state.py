@@ -23,6 +23,8 @@ def faults(mesh: Mesh) -> list[str]:
             found.append(f"{scheduler.name} has a queue of {len(scheduler.lanes)}")
         if scheduler.lanes.token_count:
             found.append(f"{scheduler.name} counts {scheduler.lanes.token_count} tokens in empty lanes")
+        if scheduler.is_alive and (step := scheduler.expectations.brownout.step):
+            found.append(f"{scheduler.name} is still at step {step} of the brownout")
         if in_flight := sum(replica.book.in_flight_count for replica in scheduler.table):
             found.append(f"{scheduler.name} believes {in_flight} requests in flight")
     return found

@@ -62,14 +62,20 @@ PARTS: Final = (
 DRIFT_REQUESTS: Final = 100_000
 """So many in floods of 60 s; fewer in shorter ones."""
 
-DRIFT_USERS: Final = 100
-DRIFT_THINK_SECONDS: Final = 0.1
-"""As many as keep all slots in use and a few waiting. Of more, most would be refused, and what is refused has no credit
-to lose."""
+DRIFT_ENGINE: Final = {
+    "TIDEGATE_ENGINE_BASE_STEP_SECONDS": "0.005",
+    "TIDEGATE_ENGINE_SECONDS_PER_SEQUENCE": "0",
+    "TIDEGATE_ENGINE_SECONDS_PER_PREFILL_TOKEN": "0",
+    "TIDEGATE_ENGINE_MAX_SEQUENCES": "4",
+}
+DRIFT_USERS: Final = 24
+"""Three times the slots: what is refused has no credit to lose, so all are taken, and two of three wait."""
 
-DRIFT_LEAVE_SHARE: Final = 0.36
-DRIFT_LEAVE_WITHIN_SECONDS: Final = 0.3
-"""About the time of an answer, so that nearly all who mean to leave do: in the queue, before a token, after some."""
+DRIFT_LEAVE_SHARE: Final = 0.5
+DRIFT_LEAVE_WITHIN_SECONDS: Final = 0.25
+"""About the time of an answer, so that most who mean to leave do: in the queue, before a token, after some."""
+
+DRIFT_LEFT_PERCENT: Final = 33.0
 
 ETA_DEADLINE_SECONDS: Final = 60.0
 """With which batch requests may wait for some 25 s, longer than the queue becomes."""
@@ -343,28 +349,32 @@ async def schedulers(bench: Bench) -> None:
     await asyncio.sleep(5.0)
 
 
-async def drift(bench: Bench) -> None:
+async def drift(table: Table, workers: Workers, seconds: float) -> None:
     """Clients that leave at random moments: in the queue, before the first token, and in the middle of an answer."""
-    users = bench.flow(
-        "leaving",
-        0.0,
-        arrivals=Closed(DRIFT_USERS, think_seconds=DRIFT_THINK_SECONDS),
-        leave_share=DRIFT_LEAVE_SHARE,
-        leave_within_seconds=DRIFT_LEAVE_WITHIN_SECONDS,
-        prompt_tokens=ConstantLength(16),
-        answer_tokens=ConstantLength(8),
-        deadline_seconds=2.0,
-    )
-    wanted, count, begun, gone = round(DRIFT_REQUESTS * bench.seconds / 60), 0, 0, 0
-    while count < wanted:
-        ledger = await bench.run(f"a third leaves, {count} of {wanted}", users, seed=count)
-        columns = columns_of(ledger.records)
-        count += len(columns)
-        begun += int((columns.tokens > 0).sum())
-        gone += int(columns.of(Outcome.LEFT).sum())
-    left = stuck(await bench.snapshot())
-    how = f"after {count} requests, of which {begun} began and {gone} left before their end; {left}"
-    bench.table.at_most("credits that drifted", float(bool(left)), 0, "", how)
+    settings = NO_BUCKET | DRIFT_ENGINE
+    async with OwnMesh(replicas=REPLICAS, engine="llm_sim", tenants=TENANTS, settings=settings) as mesh:
+        bench = Bench(mesh, workers, table, seconds)
+        users = bench.flow(
+            "leaving",
+            0.0,
+            arrivals=Closed(DRIFT_USERS),
+            leave_share=DRIFT_LEAVE_SHARE,
+            leave_within_seconds=DRIFT_LEAVE_WITHIN_SECONDS,
+            prompt_tokens=ConstantLength(16),
+            answer_tokens=ConstantLength(8),
+            deadline_seconds=10.0,
+        )
+        wanted, count, begun, gone = round(DRIFT_REQUESTS * seconds / 60), 0, 0, 0
+        while count < wanted:
+            ledger = await bench.run(f"a third leaves, {count} of {wanted}", users, seed=count)
+            columns = columns_of(ledger.records)
+            count += len(columns)
+            begun += int((columns.tokens > 0).sum())
+            gone += int(columns.of(Outcome.LEFT).sum())
+        left = stuck(await bench.snapshot())
+    how = f"after {count} requests, of which {begun} began; {left}"
+    table.at_most("credits that drifted", float(bool(left)), 0, "", how)
+    table.at_least("the same: left before their end", 100 * gone / count, DRIFT_LEFT_PERCENT, "%", f"{gone} requests")
 
 
 MEASURES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
@@ -377,7 +387,6 @@ MEASURES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
     "eta": eta,
     "retries": retries,
     "schedulers": schedulers,
-    "drift": drift,
 }
 
 
@@ -398,6 +407,8 @@ async def measure(arguments: argparse.Namespace) -> int:
                 for part in PARTS:
                     if part in wanted and part in MEASURES:
                         await MEASURES[part](bench)
+        if "drift" in wanted:
+            await drift(table, workers, arguments.seconds)
         if "cpu" in wanted:
             await cpu_bound(table, workers, arguments.seconds)
         if "streams" in wanted:

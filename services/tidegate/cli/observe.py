@@ -76,6 +76,8 @@ class MeshView(msgspec.Struct, frozen=True, kw_only=True):
     lanes: list[LaneView]
     totals: dict[str, int]
     refused: dict[str, int]
+    brownout_step: int
+    """How much less is done for the less urgent; 0 is nothing."""
     errors: list[str]
     """What is red, and why: a line each."""
 
@@ -108,6 +110,7 @@ async def look(mesh: Mesh) -> MeshView:
         lanes=[_lane_view(each) for each in snapshot.lanes] if snapshot else [],
         totals=_totals(snapshot),
         refused=dict(snapshot.totals.refused) if snapshot else {},
+        brownout_step=snapshot.brownout_step if snapshot else 0,
         errors=errors,
     )
 

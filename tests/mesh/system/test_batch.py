@@ -59,16 +59,17 @@ def results(client: openai.OpenAI, file_id: str) -> list[dict[str, Any]]:
 
 
 def test_a_batch_survives_kill_9_of_any_process_with_each_line_once(batch_mesh: Any, client: openai.OpenAI) -> None:
-    names = [f"line-{index}" for index in range(48)]
+    names = [f"line-{index}" for index in range(64)]
     created = create(client, "".join(map(line, names)) + line("nobody", model="gpt-9"))
     assert (created.object, created.status, created.metadata) == ("batch", "validating", {"a": "b"})
-    for done, name in ((2, "batch"), (6, "scheduler"), (10, "model-0"), (14, "triton-0"), (18, "batch")):
+    killed = ("batch", "scheduler", "model-0", "triton-0", "envoy", "preprocess", "cache", "waiting", "batch")
+    for place, name in enumerate(killed):
         # A pause of this process may be long enough for all the lines.
-        until(client, created.id, "in_progress", "finalizing", "completed", done=done)
+        until(client, created.id, "in_progress", "finalizing", "completed", done=2 + 4 * place)
         os.kill(batch_mesh.record(name)["pid"], signal.SIGKILL)
     batch = until(client, created.id, "completed")
     counts = batch.request_counts
-    assert (counts.total, counts.completed, counts.failed) == (49, 48, 1)
+    assert (counts.total, counts.completed, counts.failed) == (65, 64, 1)
     output = results(client, batch.output_file_id)
     assert sorted(each["custom_id"] for each in output) == sorted(names)
     assert all(each["response"]["body"]["choices"][0]["message"]["content"] for each in output)

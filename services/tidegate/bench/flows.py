@@ -75,7 +75,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def scaled(load: Load, *, rate: float = 1.0, time: float = 1.0) -> Load:
-    """The load with its rates multiplied by one factor, and its durations by another; users and traces stay as they are."""
+    """The load with its rates multiplied by one factor, and its durations by another; users and traces stay."""
     return msgspec.structs.replace(load, flows=tuple(_scaled_flow(flow, rate, time) for flow in load.flows))
 
 

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from tidegate.cli import config, observe, state, talk
 from tidegate.cli.observe import MeshView, ReplicaView
-from tidegate.scheduler.brownout import LAST_STEP
 
 
 def run(output: str) -> int:
@@ -40,7 +39,7 @@ def show(view: MeshView) -> None:
     if view.lanes:
         console.print(_lanes(view))
     if view.brownout_step:
-        console.print(Text(f"brownout: step {view.brownout_step} of {LAST_STEP}", style="yellow"))
+        console.print(Text(f"brownout: step {view.brownout_step}", style="yellow"))
     if view.totals:
         counts = [f"{name.replace('_', ' ')} {count}" for name, count in view.totals.items()]
         counts += [f"refused {reason} {count}" for reason, count in sorted(view.refused.items())]

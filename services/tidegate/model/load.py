@@ -132,7 +132,7 @@ class ReplicaLoad:
         seconds = DEFAULT_RETRY_SECONDS
         if self.slots is not None and (turn_seconds := self.slots.turn_seconds) is not None:
             seconds = max(seconds, (self.slots.ledger.waiting_count + 1) * turn_seconds)
-        return min(LONGEST_RETRY_SECONDS, seconds) * (1 + RETRY_JITTER * random.random())
+        return min(LONGEST_RETRY_SECONDS, seconds * (1 + RETRY_JITTER * random.random()))
 
     def snapshot(self) -> replica_pb2.Load:
         """The figures now."""

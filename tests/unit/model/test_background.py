@@ -185,6 +185,11 @@ async def test_the_retry_time_follows_how_long_slots_are_held(monkeypatch):
         now[0] += 20
         slot.release()
     assert load.retry_after_seconds() == pytest.approx(12.5, abs=2.5)
+    for _ in range(10):
+        slot = await slots.take(credit_id="", resumed=False)
+        now[0] += 2_000
+        slot.release()
+    assert load.retry_after_seconds() == 60.0
 
 
 def test_the_buffer_gives_everything_once_and_in_order():

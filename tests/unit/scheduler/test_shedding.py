@@ -6,7 +6,14 @@ from collections import deque
 import pytest
 
 from tidegate.scheduler.request import ServiceClass
-from tidegate.scheduler.shedding import KEPT_FACTOR, SMALLEST_SHARE, SOON_LATE_RUN, SOON_LATE_SECONDS, Shedder
+from tidegate.scheduler.shedding import (
+    KEPT_FACTOR,
+    SMALLEST_SHARE,
+    SOON_LATE_FEWEST,
+    SOON_LATE_RUN,
+    SOON_LATE_SECONDS,
+    Shedder,
+)
 
 INTERVAL = 0.1
 STEP = 0.01
@@ -213,10 +220,16 @@ def looked_at(delays, accepted_count=0):
 
 
 def test_a_crowd_that_is_over_before_its_interval_is_reason_enough_to_refuse_what_would_be_refused_anyway():
-    crowd = [1] * 5 + [20] * SOON_LATE_RUN + [1] * 5
+    crowd = [1] * 20 + [20] * SOON_LATE_RUN + [1] * 20
     assert looked_at(crowd).is_shedding
     assert not looked_at(crowd, accepted_count=len(crowd)).is_shedding
-    assert not looked_at([1, 20, 20, 20] * SOON_LATE_RUN).is_shedding
+    assert not looked_at([1, 20, 20, 20] * 2 * SOON_LATE_RUN).is_shedding
+
+
+def test_a_burst_of_a_few_that_are_looked_at_a_little_late_and_not_decided_yet_sheds_nothing():
+    assert not looked_at([1] + [40] * 12).is_shedding
+    assert not looked_at([1] + [40] * (SOON_LATE_FEWEST - 2)).is_shedding
+    assert looked_at([1] + [40] * (SOON_LATE_FEWEST - 1)).is_shedding
 
 
 def test_clocks_that_differ_are_no_crowd():
@@ -227,9 +240,9 @@ def test_clocks_that_differ_are_no_crowd():
 def test_a_crowd_takes_nothing_from_a_class_of_which_enough_is_accepted():
     shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
     shedder.see(REALTIME, 0.0, 0.001, 10.0)
-    for number in range(30):
+    for number in range(60):
         shedder.see((REALTIME, STANDARD, BATCH)[number % 3], 0.0, 0.02, 10.0)
-    for service_class, count in ((REALTIME, 0), (STANDARD, 2), (BATCH, 8)):
+    for service_class, count in ((REALTIME, 0), (STANDARD, 4), (BATCH, 16)):
         for _ in range(count):
             shedder.accept(service_class)
     shedder.end_interval(0.04)

@@ -47,8 +47,8 @@ SOON_LATE_RUN: Final = 6
 """So many that are, one after the other: a crowd at the processors is over before an interval is."""
 
 SOON_LATE_FEWEST: Final = 40
-"""And so many that were looked at in these intervals: of a burst of fewer, little is decided yet by the time that it is
-late, and that is no sign that it will be refused."""
+"""And so many in these intervals, where nothing is refused yet: of a burst of fewer, little is decided by the time that
+it is late, and that is no sign that it will be refused."""
 
 DRAIN_FACTOR: Final = 5.0
 """What has piled up is to be decided in so many times of what is late."""
@@ -203,10 +203,8 @@ class Shedder:
         seen = [(one.count, one.shortest_delay_seconds) for one in self._intervals]
         ended = [(one.ended_count, one.replicas_late_seconds) for one in self._intervals]
         is_late = self._is_late(seen, 1, self._usual_late_seconds)
-        is_soon_late = (
-            interval.longest_late_run >= SOON_LATE_RUN and sum(count for count, _ in seen) >= SOON_LATE_FEWEST
-        )
-        if is_late or is_soon_late:
+        is_crowd = self.is_shedding or sum(count for count, _ in seen) >= SOON_LATE_FEWEST
+        if is_late or (is_crowd and interval.longest_late_run >= SOON_LATE_RUN):
             # They came in another time than they were looked at in, shorter as a rule.
             arrival_seconds = max(
                 interval.last_arrival - interval.first_arrival, interval.seconds / FASTEST_ARRIVAL_FACTOR

@@ -531,13 +531,13 @@ async def test_a_request_without_a_body_is_decided_in_its_headers(world):
 
 
 async def test_with_no_replica_for_long_requests_are_refused(start_world):
-    world = await start_world(replica_grace_seconds=0.2, replica_absence_limit_seconds=0.6, tick_seconds=0.05)
+    world = await start_world(replica_grace_seconds=1.0, replica_absence_limit_seconds=2.0, tick_seconds=0.05)
     world.replica.say_load(ready=False, not_ready_reason="loading")
     await world.until(lambda snapshot: not snapshot.replicas[0].load.ready)
     waiting = world.exchange()
     await waiting.begin()
     await world.replica.demand(1)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.1)
     refused = world.exchange()
     await refused.send_headers()
     status, fields, body = world.refused(await refused.receive())

@@ -57,7 +57,7 @@ SHORTEST_WAIT_SECONDS: Final = 0.03
 the next one comes and is decided about."""
 
 SMALL_SHARE: Final = 0.5
-"""A request that is judged by its headers is taken for so much of what its tenant's usually are."""
+"""A request that is judged by its headers is taken to be so long as its tenant's usually are, and to take so much."""
 
 LATE_SERVICE_SHARE: Final = 0.8
 """A request that has less than this share of its answer's time left is not sent to a replica any more."""
@@ -186,6 +186,7 @@ class Admission:
                 " what has no deadline can go to /v1/batches",
                 retry_after_seconds=_retry_seconds(self._default_retry_seconds, conditions),
             )
+        self._lanes.refuse(request.service_class, request.cost)
         before = self._lanes.count_before(request.service_class)
         return TidegateError(
             Reason.SERVER_IS_OVERLOADED,
@@ -245,7 +246,7 @@ class Admission:
         small = replace(
             request,
             service_class=habit.service_class,
-            cost=SMALL_SHARE * habit.cost,
+            cost=habit.cost,
             work=SMALL_SHARE * habit.small_work,
             expected_seconds=outlook.service_seconds(int(SMALL_SHARE * habit.answer_token_count), conditions.now),
         )
@@ -262,8 +263,10 @@ class Admission:
     def _left_out(self, service_class: ServiceClass, conditions: Conditions) -> TidegateError | None:
         if self._brownout is None or not self._brownout.refuses(service_class):
             return None
-        if self._lanes.floor(service_class) > 0 and not len(self._lanes.lane(service_class)):
-            return None  # A floor is what no brownout takes, and one that waits is enough to use it.
+        lane = self._lanes.lane(service_class)
+        if self._lanes.floor(service_class) > 0 and lane.owed >= lane.cost:
+            return None  # A floor is what no brownout takes, and one that it has not paid for yet is enough to use it.
+        self._lanes.refuse(service_class, lane.cost / max(1, len(lane)))
         message = f"No {service_class.label} requests are taken while more urgent ones wait too long"
         step = self._brownout.step
         return self._overloaded(f"{message} (brownout step {step})", conditions, brownout_step=step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -11,6 +11,9 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(gt=0, le=1)]
+
+LARGEST_FLOORS: Final = 0.9
+"""Of both floors together; the rest is realtime's."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +110,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     keys, everybody is the one tenant `default`, which may use all."""
 
     standard_floor: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
-    """What standard gets at least of all that is dispatched while it waits, in cost."""
+    """The share that standard gets at least of all that is dispatched while more of it is asked for, in cost. Realtime
+    has what the two floors leave, and whatever they do not use."""
 
     batch_floor: Annotated[float, Meta(ge=0, le=0.5)] = 0.02
     """The same for batch."""
@@ -283,6 +287,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("latency_weight and queue_weight: at least one must be above 0")
         if bool(self.lite_endpoints_file) != bool(self.lite_model_name):
             raise ValueError("lite_endpoints_file and lite_model_name: neither goes without the other")
+        if self.standard_floor + self.batch_floor > LARGEST_FLOORS:
+            raise ValueError(f"standard_floor and batch_floor: together at most {LARGEST_FLOORS}, or realtime starves")
         if self.replica_absence_limit_seconds < self.replica_grace_seconds:
             raise ValueError("replica_absence_limit_seconds: must be at least replica_grace_seconds")
         if self.prepare_patience_seconds < self.prepare_timeout_seconds:

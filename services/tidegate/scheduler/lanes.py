@@ -2,8 +2,9 @@
 
 A lane that waits is owed its floor's share of the cost of all that is dispatched meanwhile, and goes first as soon as
 its next request is covered by what it is owed: no class can be starved. A lane in which nothing waits is owed
-nothing. Inside a lane tenants are served fairly by cost (`fair_queue`), and inside a tenant an ordering policy
-decides (`ordering`).
+nothing, unless something of it was refused: who may not wait behind a flood of what is more urgent gets the floor all
+the same, a request or two at a time. Inside a lane tenants are served fairly by cost (`fair_queue`), and inside a
+tenant an ordering policy decides (`ordering`).
 
 Invariants, after every call:
 - a lane's counts of requests, tokens and bytes are the sums over what waits in it, and within its limits;
@@ -14,6 +15,7 @@ Pure: no clock, no loop. When and whereto a request leaves is decided elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +24,12 @@ from tidegate.common.headers import DEFAULT_TENANT
 from tidegate.scheduler.fair_queue import FairQueue
 from tidegate.scheduler.ordering import ORDERS, Order
 from tidegate.scheduler.request import ServiceClass
+
+REFUSED_OWED: Final = 2.0
+"""An empty lane is owed so many refused requests at most: one to come, while the next one is paid for."""
+
+REFUSED_KEPT: Final = 0.99
+"""Of the largest so much counts from one refusal to the next; costs differ."""
 
 NO_FLOORS: Final[Mapping[ServiceClass, float]] = {}
 
@@ -71,6 +79,8 @@ class Lane:
         self.byte_count = 0
         self.cost = 0.0
         self.owed = 0.0
+        self.most_owed = 0.0
+        """The bound on it while nothing waits here."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -125,7 +135,7 @@ class Lane:
         self.queue.remove(waiting)
         self._change(waiting, -1)
         if not self._count:
-            self.owed = 0.0
+            self.owed = min(self.owed, self.most_owed)
             self.cost = 0.0
 
     def _change(self, waiting: Waiting, sign: int) -> None:
@@ -219,10 +229,24 @@ class Lanes:
             lane = self._lanes[service_class]
             if len(lane):
                 lane.owed += floor * waiting.cost
+            else:
+                lane.owed = max(lane.owed, min(lane.most_owed, lane.owed + floor * waiting.cost))
         lane = self._lanes[waiting.service_class]
         lane.owed = max(0.0, lane.owed - waiting.cost)
         self.remove(waiting)
         self.charge(waiting.service_class, waiting.tenant, waiting.cost)
+
+    def refuse(self, service_class: ServiceClass, cost: float) -> None:
+        """A request of this cost may not wait; its lane is owed the next ones even while nothing waits in it."""
+        lane = self._lanes[service_class]
+        lane.most_owed = max(REFUSED_OWED * cost, REFUSED_KEPT * lane.most_owed)
+
+    def floor_cost(self, service_class: ServiceClass, tenant: str, cost: float) -> float:
+        """What is dispatched of all lanes, at most, until the floor has paid for one more request; infinite without."""
+        floor, lane = self.floor(service_class), self._lanes[service_class]
+        if not floor:
+            return math.inf
+        return max(0.0, lane.cost_before(tenant, cost) + cost - lane.owed) / floor
 
     def charge(self, service_class: ServiceClass, tenant: str, cost: float) -> None:
         """A tenant was served so much more than it was charged for (less, where negative)."""

@@ -96,7 +96,8 @@ class Outlook:
             # More urgent requests come meanwhile, too: what the lane itself was left with tells how many.
             own = _seconds(self._lanes.lane(service_class).cost_before(tenant, cost), own_rate)
             wait = own if wait is None or own is None else max(wait, own)
-        return wait
+        by_floor = _seconds(self._lanes.floor_cost(service_class, tenant, cost), capacity)
+        return wait if wait is None or by_floor is None else min(wait, by_floor)
 
     def service_seconds(self, answer_token_count: int, now: float) -> float:
         """How long an answer of this length takes on a replica; 0 when nothing is known."""

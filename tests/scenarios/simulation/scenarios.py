@@ -324,15 +324,35 @@ def fair(length: float, seed: int) -> list[Figure]:
 
 
 def floor(length: float, seed: int) -> list[Figure]:
-    """What batch gets while five times the capacity comes as realtime."""
-    spec = MeshSpec()
-    c = capacity(EQUAL, spec, length)
-    urgent = EQUAL.with_(name="urgent", service_class=ServiceClass.REALTIME, tenant="urgent")
-    heavy = EQUAL.with_(name="heavy", service_class=ServiceClass.BATCH, tenant="heavy", deadline_seconds=60.0)
+    """What the floors of standard and batch pay for while all three ask for more; high floors make them shares."""
+    high = {"standard_floor": 0.3, "batch_floor": 0.2}
+    c = capacity(EQUAL, MeshSpec(), length)
+    return [
+        *_floors(EQUAL, Settings(), (5 * c, 2 * c, 0.5 * c), length, seed),
+        *_floors(EQUAL, Settings(**high), (2 * c, 2 * c, 2 * c), length, seed),
+        # Patient ones, too, where a brownout leaves their classes out but for the floors.
+        *_floors(EQUAL.with_(deadline_seconds=60.0), Settings(**high), (5 * c, c, c), length, seed),
+    ]
+
+
+def _floors(kind: Kind, settings: Settings, rates: Sequence[float], length: float, seed: int) -> list[Figure]:
+    """Shares of tokens over the floors, where so many requests a second come of each class."""
+    kinds = [
+        (kind.with_(name=one.label, tenant=one.label, service_class=one), rate)
+        for one, rate in zip(ServiceClass, rates, strict=True)
+    ]
     seconds = 60 * length
-    mesh = _tenants([(urgent, 5 * c), (heavy, 0.5 * c)], spec, seconds, seed)
+    mesh = _tenants(kinds, MeshSpec(settings=settings), seconds, seed)
     sums = tokens_by(mesh.jobs, lambda job: job.tenant, Window(START + 20, START + seconds))
-    return [Figure("batch's share of tokens", sums["heavy"] / max(1, sum(sums.values())), ">= 0.02")]
+    floors = {ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor}
+    return [
+        Figure(
+            f"deadline {kind.deadline_seconds:.0f} s, {one.label}: its share / its floor of {share}",
+            sums[one.label] / sum(sums.values()) / share,
+            ">= 0.85",
+        )
+        for one, share in floors.items()
+    ]
 
 
 def eta(length: float, seed: int) -> list[Figure]:

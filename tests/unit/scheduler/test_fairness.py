@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -109,6 +110,28 @@ def test_a_lane_that_was_empty_is_owed_nothing():
     served(lanes, 5_000)
     lanes.add(place("t", service_class=BATCH))
     assert lanes.next.service_class is REALTIME
+
+
+def test_a_lane_that_is_refused_is_owed_a_request_or_two():
+    lanes = Lanes(LIMITS, floors={BATCH: 0.1})
+    for _ in range(100):
+        lanes.add(place("t", service_class=REALTIME))
+    lanes.refuse(BATCH, 10)
+    served(lanes, 5_000)
+    for _ in range(10):
+        lanes.add(place("t", cost=10, service_class=BATCH))
+    _, by_class = served(lanes, 25)
+    assert by_class[BATCH] == 20  # And what more of it waits has to be paid for again.
+
+
+def test_what_a_floor_still_has_to_pay_for_is_known():
+    lanes = Lanes(LIMITS, floors={BATCH: 0.5})
+    lanes.refuse(BATCH, 10)
+    assert lanes.floor_cost(BATCH, "t", 10) == 20
+    lanes.add(place("t", cost=16, service_class=REALTIME))
+    served(lanes, 16)
+    assert lanes.floor_cost(BATCH, "t", 10) == 4
+    assert lanes.floor_cost(STANDARD, "t", 10) == math.inf
 
 
 @pytest.mark.parametrize("order", ["fcfs", "wfq", "edf", "srpt"])

@@ -116,7 +116,12 @@ class ReplicaTable:
 
     def has_credit(self, now: float, *, urgent: bool = False) -> bool:
         """Whether any replica's credit could be spent, however that replica is."""
-        return any(replica.book.can_spend(now, urgent=urgent) for replica in self._replicas.values())
+        for replica in self._replicas.values():
+            book = replica.book
+            # Each message asks this, and most replicas of a full mesh have nothing in hand.
+            if (book.in_hand or (urgent and book.preempting)) and book.can_spend(now, urgent=urgent):
+                return True
+        return False
 
     @property
     def credit_count(self) -> int:

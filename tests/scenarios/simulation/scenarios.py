@@ -341,7 +341,7 @@ def _floors(kind: Kind, settings: Settings, rates: Sequence[float], length: floa
         (kind.with_(name=one.label, tenant=one.label, service_class=one), rate)
         for one, rate in zip(ServiceClass, rates, strict=True)
     ]
-    seconds = 60 * length
+    seconds = 20 + 40 * length
     mesh = _tenants(kinds, MeshSpec(settings=settings), seconds, seed)
     sums = tokens_by(mesh.jobs, lambda job: job.tenant, Window(START + 20, START + seconds))
     floors = {ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor}
@@ -501,21 +501,21 @@ def _placed(spec: MeshSpec, kind: Kind, utilisation: float, seconds: float, seed
     return percentile(latencies, 0.99), max(loads) / (sum(loads) / len(loads))
 
 
-def hour(length: float, seed: int) -> list[Figure]:
-    """An hour of a hundred replicas at twice what they can do."""
+def hours(length: float, seed: int) -> list[Figure]:
+    """Two hours of a hundred replicas at twice what they can do, with answers of some minutes."""
     engine = EngineSpec(slot_count=4, base_seconds=0.1)
-    settings = Settings(tick_seconds=1.0, demand_interval_seconds=5.0)
-    spec = MeshSpec(engines=(engine,) * 100, settings=settings, load_interval_seconds=2.5)
+    settings = Settings(tick_seconds=2.0, demand_interval_seconds=5.0, replica_silence_seconds=15.0)
+    spec = MeshSpec(engines=(engine,) * 100, settings=settings, load_interval_seconds=10.0)
     kind = Kind(
-        name="long", prompt=lognormal(1_000, 0.8, 8_000), answer=lognormal(1_500, 0.5, 4_000), max_tokens=4_096,
-        deadline_seconds=600.0,
+        name="long", prompt=lognormal(1_000, 0.8, 8_000), answer=lognormal(4_500, 0.5, 12_000), max_tokens=12_288,
+        deadline_seconds=1_800.0,
     )  # fmt: skip
     full = _full_rate(spec, kind)
-    seconds = 3_600 * length
+    seconds = 7_200 * length
     mesh = Mesh(spec, seed)
     mesh.play(poisson(kind, 2 * full, START, seconds, seed))
     mesh.run_until(START + seconds)
-    window = Window(START + seconds / 4, START + seconds - 600)
+    window = Window(START + seconds / 4, START + seconds - 1_800)
     return [
         Figure("requests", len(mesh.jobs)),
         Figure("events", mesh.simulator.event_count),
@@ -528,6 +528,6 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     scenario.__name__.replace("_", "-"): scenario
     for scenario in (
         flood, mixed_flood, said_flood, realtime, recovery, bursts, brownout, square, fair, floor, eta, retry_storm,
-        two_schedulers, drift, placement, hour,
+        two_schedulers, drift, placement, hours,
     )
 }  # fmt: skip

@@ -31,7 +31,10 @@ REFUSED_OWED: Final = 2.0
 REFUSED_KEPT: Final = 0.99
 """Of the largest so much counts from one refusal to the next; costs differ."""
 
-NO_FLOORS: Final[Mapping[ServiceClass, float]] = {}
+Floors = Mapping[ServiceClass, float]
+"""Of classes the share that each gets at least; of one that is not named, none."""
+
+NO_FLOORS: Final[Floors] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,7 @@ class Lanes:
         self,
         limits: Mapping[ServiceClass, LaneLimits],
         *,
-        floors: Mapping[ServiceClass, float] = NO_FLOORS,
+        floors: Floors = NO_FLOORS,
         order: str = "fcfs",
         weights: Mapping[str, float] | None = None,
     ) -> None:

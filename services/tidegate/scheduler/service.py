@@ -95,9 +95,10 @@ class SchedulerService:
         weights = Weights(settings.latency_weight, settings.queue_weight, settings.prefix_weight)
         self.anomalies = Anomalies(_anomaly_terms(settings), clock)
         self.outcomes = Outcomes(self.anomalies)
+        floors = {ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor}
         lanes = Lanes(
             lane_limits(settings),
-            floors={ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor},
+            floors=floors,
             order=settings.order,
             weights=settings.tenant_weights,
         )
@@ -148,7 +149,10 @@ class SchedulerService:
             brownout=self.expectations.brownout,
         )
         self.shedder = Shedder(
-            late_seconds=settings.shed_late_seconds, drain_seconds=settings.shed_drain_seconds, now=clock()
+            late_seconds=settings.shed_late_seconds,
+            drain_seconds=settings.shed_drain_seconds,
+            now=clock(),
+            floors=floors,
         )
         self.limits = TenantLimits(clock())
         self._held_peak = 0

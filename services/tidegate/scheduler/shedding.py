@@ -11,8 +11,9 @@ enough to refuse that, and no more: `KEPT_FACTOR` times of what is accepted of e
 are late, as much is kept of the most urgent class alone. What is much too late cannot be decided in time, and then
 nothing is kept.
 
-Invariants: the most urgent class is the last to lose anything; no class is shut out entirely, so that what comes can
-still be seen; a share that nothing speaks for any more grows back to 1 by itself. Times are seconds of one clock.
+Invariants: but for the floors of others the most urgent class is the last to lose anything; no class is shut out
+entirely, so that what comes can still be seen; a share that nothing speaks for any more grows back to 1 by itself.
+Times are seconds of one clock.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tidegate.common.lateness import Lateness
+from tidegate.scheduler.lanes import NO_FLOORS, Floors
 from tidegate.scheduler.request import ServiceClass
 
 Shares = Mapping[ServiceClass, float]
@@ -124,9 +126,11 @@ class Shedder:
         late_seconds: what comes later than this, all through an interval, is more than can be decided, whatever time
             clients give.
         drain_seconds: in this time, at most, what has piled up is to be decided.
+        floors: of what can be decided, what a class gets at least of which as much comes.
     """
 
-    def __init__(self, *, late_seconds: float, drain_seconds: float, now: float) -> None:
+    def __init__(self, *, late_seconds: float, drain_seconds: float, now: float, floors: Floors = NO_FLOORS) -> None:
+        self._floors = floors
         self._late_seconds = late_seconds
         self._drain_seconds = drain_seconds
         self._interval = _Interval()
@@ -309,10 +313,15 @@ class Shedder:
         return {one: rate + NEWEST_WEIGHT * (newest[one] - rate) for one, rate in self._rates.items()}
 
     def _allot(self, budget: float, rates: Mapping[ServiceClass, float], kept: Shares, now: float) -> None:
-        """Divides so many requests a second between the classes, of which so many come, the most urgent first."""
+        """Divides so many requests a second between the classes, of which so many come, the most urgent first, when
+        each has its floor of them."""
+        decidable = USED_SHARE * self._decidable_rate
+        floors = {one: min(rates[one], self._floors.get(one, 0.0) * decidable) for one in ServiceClass}
+        budget = max(0.0, budget - sum(floors.values()))
         shares = {}
         for service_class in ServiceClass:
             rate = rates[service_class]
+            budget += floors[service_class]
             # Of a class of which nothing came, nothing is known: it recovers like one for which nothing speaks.
             wanted = budget / rate if rate > 0 else self.shares[service_class] * RECOVERY_FACTOR
             least = min(kept.get(service_class, 0.0), self.shares[service_class])

@@ -5,6 +5,7 @@ from collections import deque
 
 import pytest
 
+from tidegate.scheduler.lanes import NO_FLOORS, Floors
 from tidegate.scheduler.request import ServiceClass
 from tidegate.scheduler.shedding import (
     KEPT_FACTOR,
@@ -23,10 +24,12 @@ REALTIME, STANDARD, BATCH = ServiceClass
 class Mesh:
     """Envoy with its shares, a scheduler that decides so many a second, and the requests between them."""
 
-    def __init__(self, decidable_rate: float, seed: int = 1, given_seconds: float | None = None) -> None:
+    def __init__(
+        self, decidable_rate: float, seed: int = 1, given_seconds: float | None = None, floors: Floors = NO_FLOORS
+    ) -> None:
         self.given_seconds = given_seconds
         self.now = 0.0
-        self.shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0)
+        self.shedder = Shedder(late_seconds=0.5, drain_seconds=2.0, now=0.0, floors=floors)
         self.decidable_rate = decidable_rate
         self.waiting: deque[tuple[ServiceClass, float]] = deque()
         self.decided = dict.fromkeys(ServiceClass, 0)
@@ -118,6 +121,26 @@ def test_a_class_is_never_shut_out_entirely():
     mesh.run(30, {REALTIME: 1000, BATCH: 1000})
     assert mesh.shedder.shares[BATCH] >= SMALLEST_SHARE
     assert mesh.decided[BATCH] > 0
+
+
+def test_each_class_has_its_floor_of_what_can_be_decided():
+    mesh = Mesh(1000, floors={STANDARD: 0.3, BATCH: 0.1})
+    rates = {REALTIME: 10_000, STANDARD: 1000, BATCH: 1000}
+    mesh.run(30, rates)
+    mesh.decided, mesh.longest_delay = dict.fromkeys(ServiceClass, 0), 0.0
+    mesh.run(20, rates)
+    total = sum(mesh.decided.values())
+    assert total > 0.85 * 20 * 1000
+    assert mesh.decided[STANDARD] / total == pytest.approx(0.3, abs=0.05)
+    assert mesh.decided[BATCH] / total == pytest.approx(0.1, abs=0.05)
+    assert mesh.longest_delay < 2
+
+
+def test_what_a_class_does_not_use_of_its_floor_the_others_have():
+    mesh = Mesh(1000, floors={STANDARD: 0.3, BATCH: 0.1})
+    mesh.run(20, {REALTIME: 10_000, STANDARD: 100})
+    assert mesh.refused[STANDARD] < 0.1 * 20 * 100
+    assert mesh.decided[REALTIME] > 0.7 * 20 * 1000
 
 
 def test_after_the_load_has_ended_everything_is_let_through_again_soon():

@@ -3,7 +3,7 @@
 A lane that waits is owed its floor's share of the cost of all that is dispatched meanwhile, and goes first as soon as
 its next request is covered by what it is owed: no class can be starved. A lane in which nothing waits is owed
 nothing, unless something of it was refused: who may not wait behind a flood of what is more urgent gets the floor all
-the same, a request or two at a time. Inside a lane tenants are served fairly by cost (`fair_queue`), and inside a
+the same, a few requests at a time. Inside a lane tenants are served fairly by cost (`fair_queue`), and inside a
 tenant an ordering policy decides (`ordering`).
 
 Invariants, after every call:
@@ -25,8 +25,8 @@ from tidegate.scheduler.fair_queue import FairQueue
 from tidegate.scheduler.ordering import ORDERS, Order
 from tidegate.scheduler.request import ServiceClass
 
-REFUSED_OWED: Final = 2.0
-"""An empty lane is owed so many refused requests at most: one to come, while the next one is paid for."""
+OWED_REQUESTS: Final = 4.0
+"""A lane is owed so many of its requests at most: what could not be served for a while does not go alone afterwards."""
 
 REFUSED_KEPT: Final = 0.99
 """Of the largest so much counts from one refusal to the next; costs differ."""
@@ -126,6 +126,12 @@ class Lane:
         own_cost = 0.0 if own is None else own.cost
         others = self.queue.tenant_count - (own is not None)
         return min(self.cost, own_cost + (own_cost + cost) * others)
+
+    def owe(self, cost: float) -> None:
+        """Something was dispatched of which its floor is so much."""
+        first = self.next
+        most = self.most_owed if first is None else max(self.most_owed, OWED_REQUESTS * first.cost)
+        self.owed = max(self.owed, min(most, self.owed + cost))
 
     def add(self, waiting: Waiting) -> None:
         """Lets one wait."""
@@ -229,11 +235,7 @@ class Lanes:
     def take(self, waiting: Waiting) -> None:
         """Takes one out that is dispatched: its tenant is charged, and the lanes that still wait are owed more."""
         for service_class, floor in self._floors.items():
-            lane = self._lanes[service_class]
-            if len(lane):
-                lane.owed += floor * waiting.cost
-            else:
-                lane.owed = max(lane.owed, min(lane.most_owed, lane.owed + floor * waiting.cost))
+            self._lanes[service_class].owe(floor * waiting.cost)
         lane = self._lanes[waiting.service_class]
         lane.owed = max(0.0, lane.owed - waiting.cost)
         self.remove(waiting)
@@ -242,7 +244,7 @@ class Lanes:
     def refuse(self, service_class: ServiceClass, cost: float) -> None:
         """A request of this cost may not wait; its lane is owed the next ones even while nothing waits in it."""
         lane = self._lanes[service_class]
-        lane.most_owed = max(REFUSED_OWED * cost, REFUSED_KEPT * lane.most_owed)
+        lane.most_owed = max(OWED_REQUESTS * cost, REFUSED_KEPT * lane.most_owed)
 
     def floor_cost(self, service_class: ServiceClass, tenant: str, cost: float) -> float:
         """What is dispatched of all lanes, at most, until the floor has paid for one more request; infinite without."""

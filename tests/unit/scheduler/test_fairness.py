@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
+from tidegate.scheduler.lanes import OWED_REQUESTS, LaneLimits, Lanes, Waiting
 from tidegate.scheduler.request import ServiceClass
 
 REALTIME, STANDARD, BATCH = ServiceClass
@@ -112,7 +112,7 @@ def test_a_lane_that_was_empty_is_owed_nothing():
     assert lanes.next.service_class is REALTIME
 
 
-def test_a_lane_that_is_refused_is_owed_a_request_or_two():
+def test_a_lane_that_is_refused_is_owed_a_few_requests():
     lanes = Lanes(LIMITS, floors={BATCH: 0.1})
     for _ in range(100):
         lanes.add(place("t", service_class=REALTIME))
@@ -120,8 +120,21 @@ def test_a_lane_that_is_refused_is_owed_a_request_or_two():
     served(lanes, 5_000)
     for _ in range(10):
         lanes.add(place("t", cost=10, service_class=BATCH))
-    _, by_class = served(lanes, 25)
-    assert by_class[BATCH] == 20  # And what more of it waits has to be paid for again.
+    _, by_class = served(lanes, 45)
+    assert by_class[BATCH] == OWED_REQUESTS * 10  # And what more of it waits has to be paid for again.
+
+
+def test_a_lane_that_could_not_be_served_for_long_is_owed_a_few_requests():
+    lanes = Lanes(LIMITS, floors={BATCH: 0.1})
+    urgent = [place("t", service_class=REALTIME) for _ in range(200)]
+    for one in urgent:
+        lanes.add(one)
+    for _ in range(20):
+        lanes.add(place("t", cost=10, service_class=BATCH))
+    for one in urgent[:100]:  # Nothing was free that batch may use.
+        lanes.take(one)
+    _, by_class = served(lanes, 45)
+    assert by_class[BATCH] == OWED_REQUESTS * 10
 
 
 def test_what_a_floor_still_has_to_pay_for_is_known():

@@ -57,7 +57,7 @@ SHORTEST_WAIT_SECONDS: Final = 0.03
 the next one comes and is decided about."""
 
 SMALL_SHARE: Final = 0.5
-"""A request that is judged by its headers is taken to be so long as its tenant's usually are, and to take so much."""
+"""A request that is judged by its headers is taken to have so much of the length that its tenant's usually have."""
 
 LATE_SERVICE_SHARE: Final = 0.8
 """A request that has less than this share of its answer's time left is not sent to a replica any more."""
@@ -323,7 +323,7 @@ class Admission:
 def _is_patient(request: Request, slack: float) -> bool:
     """Whether a request would rather wait than be refused.
 
-    Nobody watches a batch request come, and its lane gets its floor only while something waits in it.
+    Nobody watches a batch request come.
     """
     return request.service_class is ServiceClass.BATCH or slack >= PATIENT_SLACK_SECONDS
 

@@ -5,6 +5,8 @@ Invariant: after `match`, either nothing waits or no candidate has a credit that
 
 from __future__ import annotations
 
+import math
+
 from tidegate.scheduler.forecast import DrainRate, WorkRates, expected_wait
 from tidegate.scheduler.lanes import Lanes, Waiting
 from tidegate.scheduler.placement import Placement, Weights
@@ -83,7 +85,7 @@ class Dispatcher:
 
         By cost as soon as such a rate is known: that of requests is too high while slots are filled that nobody freed.
         Of what all lanes are served, more urgent requests that come meanwhile take a part: what the own lane was left
-        with of late says how large.
+        with of late says how large. Its floor it has whatever comes.
 
         Args:
             position: of the request, where the caller knows it; to find it takes time.
@@ -93,7 +95,10 @@ class Dispatcher:
         by_count = expected_wait(position, self.drain.rate(now))
         if self._work is None:
             return by_count
-        in_all = expected_wait(urgent + own, self._work.rate(now))
+        rate, floor = self._work.rate(now), self.lanes.floor(waiting.service_class)
+        in_all = expected_wait(urgent + own, rate)
+        if in_all is not None and floor > 0:
+            in_all = min(in_all, own / floor / rate if rate else math.inf)
         in_lane = expected_wait(own, self._work.lane_rate(waiting.service_class, now))
         return max((wait for wait in (in_all, in_lane) if wait is not None), default=by_count)
 

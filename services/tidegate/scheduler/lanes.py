@@ -26,10 +26,14 @@ from tidegate.scheduler.ordering import ORDERS, Order
 from tidegate.scheduler.request import ServiceClass
 
 OWED_REQUESTS: Final = 4.0
-"""A lane is owed so many of its requests at most: what could not be served for a while does not go alone afterwards."""
+"""A lane is owed so many usual requests of its own at most, or one that costs more: what could not be served for a
+while does not go alone afterwards."""
 
-REFUSED_KEPT: Final = 0.99
-"""Of the largest so much counts from one refusal to the next; costs differ."""
+UNUSED_KEPT: Final = 0.9999
+"""Of what an empty lane is owed so much is left from one dispatch to the next."""
+
+REFUSED_WEIGHT: Final = 0.05
+"""What the newest refused request counts in what such requests cost on average."""
 
 Floors = Mapping[ServiceClass, float]
 """Of classes the share that each gets at least; of one that is not named, none."""
@@ -83,7 +87,8 @@ class Lane:
         self.cost = 0.0
         self.owed = 0.0
         self.most_owed = 0.0
-        """The bound on it while nothing waits here."""
+        """A bound on it: a few of those that were refused. It fades while nothing waits here."""
+        self._refused_cost = 0.0
         self._count = 0
 
     def __len__(self) -> int:
@@ -130,8 +135,19 @@ class Lane:
     def owe(self, cost: float) -> None:
         """Something was dispatched of which its floor is so much."""
         first = self.next
-        most = self.most_owed if first is None else max(self.most_owed, OWED_REQUESTS * first.cost)
-        self.owed = max(self.owed, min(most, self.owed + cost))
+        if first is not None:
+            most = max(self.most_owed, first.cost, OWED_REQUESTS * self.cost / self._count)
+        else:
+            self.owed *= UNUSED_KEPT
+            most = self.most_owed = UNUSED_KEPT * self.most_owed
+        if most > 0:
+            # What one dispatch is worth is not cut, or cheap requests would not get their floor beside dear ones.
+            self.owed = max(self.owed, min(max(most, OWED_REQUESTS * cost), self.owed + cost))
+
+    def refuse(self, cost: float) -> None:
+        """A request of this cost may not wait."""
+        self._refused_cost += REFUSED_WEIGHT * (cost - self._refused_cost) if self._refused_cost else cost
+        self.most_owed = max(cost, OWED_REQUESTS * self._refused_cost)
 
     def add(self, waiting: Waiting) -> None:
         """Lets one wait."""
@@ -158,7 +174,7 @@ class Lanes:
     """All lanes of a scheduler.
 
     Args:
-        floors: of all cost that is dispatched while a class waits, what that class gets at least.
+        floors: of all cost that is dispatched while a class waits, or is refused, what that class gets at least.
         order: inside a tenant.
         weights: of tenants; one that is not named has 1.
     """
@@ -233,25 +249,26 @@ class Lanes:
         self._by_request_id[waiting.request_id] = waiting
 
     def take(self, waiting: Waiting) -> None:
-        """Takes one out that is dispatched: its tenant is charged, and the lanes that still wait are owed more."""
+        """Takes one out that is dispatched: its tenant is charged, and the lanes with a floor are owed more."""
         for service_class, floor in self._floors.items():
-            self._lanes[service_class].owe(floor * waiting.cost)
+            if service_class is not waiting.service_class:
+                self._lanes[service_class].owe(floor * waiting.cost)
         lane = self._lanes[waiting.service_class]
-        lane.owed = max(0.0, lane.owed - waiting.cost)
+        lane.owed = max(0.0, lane.owed - (1 - self.floor(waiting.service_class)) * waiting.cost)
         self.remove(waiting)
         self.charge(waiting.service_class, waiting.tenant, waiting.cost)
 
     def refuse(self, service_class: ServiceClass, cost: float) -> None:
         """A request of this cost may not wait; its lane is owed the next ones even while nothing waits in it."""
-        lane = self._lanes[service_class]
-        lane.most_owed = max(OWED_REQUESTS * cost, REFUSED_KEPT * lane.most_owed)
+        self._lanes[service_class].refuse(cost)
 
     def floor_cost(self, service_class: ServiceClass, tenant: str, cost: float) -> float:
-        """What is dispatched of all lanes, at most, until the floor has paid for one more request; infinite without."""
+        """What is dispatched of all lanes, at most, until one more request goes by its floor; infinite without one."""
         floor, lane = self.floor(service_class), self._lanes[service_class]
         if not floor:
             return math.inf
-        return max(0.0, lane.cost_before(tenant, cost) + cost - lane.owed) / floor
+        before = lane.cost_before(tenant, cost)
+        return max(before, (before + cost - lane.owed) / floor)
 
     def charge(self, service_class: ServiceClass, tenant: str, cost: float) -> None:
         """A tenant was served so much more than it was charged for (less, where negative)."""

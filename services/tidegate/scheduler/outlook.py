@@ -73,7 +73,17 @@ class Outlook:
         capacity = self.capacity(now)
         if capacity is None:
             return 1.0
-        return sum(arrivals.pressure(capacity, now) for one, arrivals in self._arrivals.items() if one <= service_class)
+        left = self._left(service_class, capacity, now)
+        return sum(arrivals.pressure(left, now) for one, arrivals in self._arrivals.items() if one <= service_class)
+
+    def _left(self, service_class: ServiceClass, capacity: float, now: float) -> float:
+        """Of the capacity what the floors of less urgent classes leave, as far as those ask for them."""
+        taken = 0.0
+        for one, arrivals in self._arrivals.items():
+            if one > service_class:
+                floor = self._lanes.floor(one)
+                taken += floor if len(self._lanes.lane(one)) else min(floor, arrivals.pressure(capacity, now))
+        return capacity * (1 - taken)
 
     def lull_seconds(self, service_class: ServiceClass, now: float) -> float:
         """For how long nothing may come of a class, as it was of late."""
@@ -90,7 +100,7 @@ class Outlook:
             before += self._observations.usual_cost or 0.0
         if before <= 0:
             return 0.0
-        wait = _seconds(before, capacity)
+        wait = _seconds(before, capacity and self._left(service_class, capacity, now))
         own_rate = self._work.lane_rate(service_class, now)
         if own_rate is not None and any(len(self._lanes.lane(one)) for one in ServiceClass if one < service_class):
             # More urgent requests come meanwhile, too: what the lane itself was left with tells how many.

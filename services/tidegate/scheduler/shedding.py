@@ -315,8 +315,9 @@ class Shedder:
     def _allot(self, budget: float, rates: Mapping[ServiceClass, float], kept: Shares, now: float) -> None:
         """Divides so many requests a second between the classes, of which so many come, the most urgent first, when
         each has its floor of them."""
-        decidable = USED_SHARE * self._decidable_rate
-        floors = {one: min(rates[one], self._floors.get(one, 0.0) * decidable) for one in ServiceClass}
+        # Where what is accepted of the most urgent class is kept although all are late, so are the floors.
+        whole = USED_SHARE * self._decidable_rate if kept else budget
+        floors = {one: min(rates[one], self._floors.get(one, 0.0) * whole) for one in ServiceClass}
         budget = max(0.0, budget - sum(floors.values()))
         shares = {}
         for service_class in ServiceClass:

@@ -145,6 +145,23 @@ def test_the_expected_wait_leaves_room_for_more_urgent_requests_that_come_meanwh
     assert own / in_lane > 1.3 * (urgent + own) / in_all
 
 
+def test_behind_many_more_urgent_ones_the_expected_wait_is_what_the_floor_takes(dispatcher):
+    lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(1000, 10**9, 10**9)), floors={ServiceClass.STANDARD: 0.2})
+    dispatcher = dispatcher_of(lanes, dispatcher.table, WorkRates(10))
+    for number in range(1000):
+        dispatcher.add(place(f"urgent {number}", ServiceClass.REALTIME))
+    for number in range(20):
+        dispatcher.add(place(str(number)))
+    dispatcher.match(0)
+    for number in range(1, 21):
+        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
+        dispatcher.match(number * 0.1)
+    *_, last = lanes
+    left = len(lanes.lane(ServiceClass.STANDARD))
+    assert left < 20
+    assert dispatcher.expected_wait(last, 2.0) == pytest.approx(left / (0.2 * 10), rel=0.3)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_runs_leave_no_credit_idle_while_something_waits(dispatcher, seed):
     chance, now = random.Random(seed), 0.0

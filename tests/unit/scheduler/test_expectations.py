@@ -15,7 +15,7 @@ from tidegate.scheduler.brownout import Brownout, Signs, Terms
 from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.fair_shares import FairShares, max_min_shares
 from tidegate.scheduler.forecast import LONGEST_LULL_SECONDS, Arrivals, WorkRates
-from tidegate.scheduler.lanes import LaneLimits, Lanes, Waiting
+from tidegate.scheduler.lanes import NO_FLOORS, LaneLimits, Lanes, Waiting
 from tidegate.scheduler.observations import Ended, Observations, cost_of
 from tidegate.scheduler.outlook import Outlook
 from tidegate.scheduler.replica_table import ReplicaLoad, ReplicaTable
@@ -141,8 +141,8 @@ def ready_table(slot_count=10):
 class World:
     """Admission and all it goes by, with answers of 100 tokens that take 1 s in each of ten slots."""
 
-    def __init__(self, answers_seen=200):
-        self.lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10**6, 10**9, 10**12)))
+    def __init__(self, answers_seen=200, floors=NO_FLOORS):
+        self.lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10**6, 10**9, 10**12)), floors=floors)
         self.observations = Observations(self.lanes, AnswerLengths(256))
         self.work = WorkRates(5.0)
         self.table = ready_table()
@@ -184,6 +184,10 @@ class World:
             for tenant, its_times in {"t": times, **times_of_tenants}.items():
                 self.outlook.ask(service_class, tenant, capacity * its_times / 100, NOW - 5 + number * 0.01)
 
+    def dispatch(self, count):
+        for _ in range(count):
+            self.lanes.take(self.lanes.next)
+
     def see(self, *works, tenant="t"):
         for work in works:
             request = self.request(timeout=5, tenant=tenant)
@@ -211,6 +215,39 @@ class TestAdmission:
         assert world.outlook.capacity(NOW) == pytest.approx(
             10 * request.cost / world.outlook.service_seconds(256, NOW), rel=0.01
         )
+
+    @pytest.mark.parametrize("floors", [{STANDARD: 0.1}, {STANDARD: 0.1, BATCH: 0.02}, NO_FLOORS])
+    def test_what_a_floor_has_paid_for_is_taken_behind_a_flood_of_what_is_more_urgent(self, floors):
+        world = World(floors=floors)
+        world.press(5, REALTIME)
+        world.wait(100, REALTIME)
+        assert world.refusal(world.request(timeout=5)).reason is Reason.SERVER_IS_OVERLOADED
+        world.dispatch(6)
+        assert world.refusal(world.request(timeout=5)) is not None
+        world.dispatch(4)
+        assert (world.refusal(world.request(timeout=5)) is None) == bool(floors)
+
+    def test_a_brownout_takes_what_the_floor_of_a_class_that_it_leaves_out_pays_for(self):
+        world = World(floors={STANDARD: 0.1})
+        world.brownout.step = 5
+        world.wait(100, REALTIME)
+        assert world.refusal(world.request()) is None
+        world.wait(1)
+        assert world.refusal(world.request()).brownout_step == 5
+        world.dispatch(9)
+        assert world.refusal(world.request()) is not None
+        world.lanes.lane(STANDARD).owe(21)
+        assert world.refusal(world.request()) is None
+
+    def test_the_floors_of_less_urgent_classes_that_ask_for_them_leave_less(self):
+        world = World(floors={STANDARD: 0.3, BATCH: 0.2})
+        world.press(0.8, REALTIME)
+        assert world.outlook.pressure(REALTIME, NOW) == pytest.approx(0.8, abs=0.05)
+        world.press(2, STANDARD)
+        world.press(0.1, BATCH)
+        assert world.outlook.pressure(REALTIME, NOW) == pytest.approx(0.8 / 0.6, abs=0.1)
+        world.wait(1, BATCH)
+        assert world.outlook.pressure(REALTIME, NOW) == pytest.approx(0.8 / 0.5, abs=0.1)
 
     def test_a_request_may_use_all_of_its_slack_while_nothing_presses(self):
         world = World()

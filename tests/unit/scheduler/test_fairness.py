@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from tidegate.scheduler.config import Settings
 from tidegate.scheduler.lanes import OWED_REQUESTS, LaneLimits, Lanes, Waiting
 from tidegate.scheduler.request import ServiceClass
 
@@ -94,6 +95,33 @@ def test_the_lowest_lane_keeps_its_floor_under_a_flood():
     assert by_class[STANDARD] / 200_000 == pytest.approx(0.1, abs=0.002)
 
 
+def test_a_lane_of_small_requests_keeps_its_floor_beside_large_ones():
+    lanes = Lanes(LIMITS, floors={STANDARD: 0.3})
+    for _ in range(3000):
+        lanes.add(place("t", service_class=REALTIME, cost=8_000))
+        for _ in range(20):
+            lanes.add(place("t", service_class=STANDARD, cost=200))
+    _, by_class = served(lanes, 2_000_000)
+    assert by_class[STANDARD] / 2_000_000 == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_lane_that_nobody_asks_for_any_more_is_owed_less_and_less():
+    lanes = Lanes(LIMITS, floors={BATCH: 0.1})
+    for _ in range(100_000):
+        lanes.add(place("t", service_class=REALTIME, cost=10))
+    lanes.refuse(BATCH, 5_000)
+    served(lanes, 50_000)
+    assert lanes.floor_cost(BATCH, "t", 3_000) == 0
+    served(lanes, 900_000)
+    assert lanes.floor_cost(BATCH, "t", 100) > 0
+
+
+def test_floors_leave_something_to_realtime():
+    Settings(standard_floor=0.5, batch_floor=0.4)
+    with pytest.raises(ValueError, match="standard_floor and batch_floor: together at most"):
+        Settings(standard_floor=0.5, batch_floor=0.41)
+
+
 def test_a_large_request_in_the_lowest_lane_is_not_starved():
     lanes = Lanes(LIMITS, floors={BATCH: 0.02})
     lanes.add(place("t", cost=5_000, service_class=BATCH))
@@ -122,6 +150,18 @@ def test_a_lane_that_is_refused_is_owed_a_few_requests():
         lanes.add(place("t", cost=10, service_class=BATCH))
     _, by_class = served(lanes, 45)
     assert by_class[BATCH] == OWED_REQUESTS * 10  # And what more of it waits has to be paid for again.
+
+
+def test_a_large_request_that_is_refused_can_be_paid_for_and_its_lane_is_owed_no_more_than_that():
+    lanes = Lanes(LIMITS, floors={BATCH: 0.1})
+    for _ in range(1000):
+        lanes.add(place("t", service_class=REALTIME))
+    for cost in [10] * 100 + [2_000]:
+        lanes.refuse(BATCH, cost)
+    served(lanes, 30_000)
+    lanes.refuse(BATCH, 10)
+    assert lanes.floor_cost(BATCH, "t", 1_900) == 0
+    assert lanes.floor_cost(BATCH, "t", 2_001) > 0
 
 
 def test_a_lane_that_could_not_be_served_for_long_is_owed_a_few_requests():

@@ -138,6 +138,8 @@ def test_each_class_has_its_floor_of_what_can_be_decided():
 
 def test_what_a_class_does_not_use_of_its_floor_the_others_have():
     mesh = Mesh(1000, floors={STANDARD: 0.3, BATCH: 0.1})
+    mesh.run(30, {REALTIME: 10_000, STANDARD: 100})
+    mesh.decided, mesh.refused = dict.fromkeys(ServiceClass, 0), dict.fromkeys(ServiceClass, 0)
     mesh.run(20, {REALTIME: 10_000, STANDARD: 100})
     assert mesh.refused[STANDARD] < 0.1 * 20 * 100
     assert mesh.decided[REALTIME] > 0.7 * 20 * 1000

@@ -536,10 +536,11 @@ def hours(length: float, seed: int) -> list[Figure]:
     ]
 
 
+# What takes longest is first, so that tests that run side by side end together.
 SCENARIOS: Final[dict[str, Scenario]] = {
     scenario.__name__.replace("_", "-"): scenario
     for scenario in (
-        flood, mixed_flood, said_flood, realtime, recovery, bursts, brownout, square, fair, floor, eta, retry_storm,
-        two_schedulers, drift, placement, hours,
+        hours, flood, mixed_flood, said_flood, realtime, recovery, bursts, brownout, square, fair, floor, eta,
+        retry_storm, two_schedulers, drift, placement,
     )
 }  # fmt: skip

@@ -21,22 +21,22 @@ class CreditBook:
 
     def __init__(self, margin_seconds: float) -> None:
         self._margin_seconds = margin_seconds
-        # Ids and the end of the lease, oldest entry first. To be read only; `can_spend` says which are good.
-        self.in_hand: OrderedDict[str, float] = OrderedDict()
-        self.preempting: OrderedDict[str, float] = OrderedDict()
-        """Those that pause a batch sequence."""
+        # Both map ids to the end of the lease, oldest entry first.
+        self._in_hand: OrderedDict[str, float] = OrderedDict()
         self._spent: OrderedDict[str, float] = OrderedDict()
+        # Those of `_in_hand` and `_spent` that pause a batch sequence.
+        self._preempting: OrderedDict[str, float] = OrderedDict()
         self._spent_preempting: set[str] = set()
 
     @property
     def count(self) -> int:
         """Plain credits in hand, some of which may be too near their end to be spent."""
-        return len(self.in_hand)
+        return len(self._in_hand)
 
     @property
     def preempting_count(self) -> int:
         """Preempting credits in hand."""
-        return len(self.preempting)
+        return len(self._preempting)
 
     @property
     def in_flight_count(self) -> int:
@@ -45,7 +45,7 @@ class CreditBook:
 
     def grant(self, credit_ids: Iterable[str], lease_seconds: float, now: float, *, preempting: bool = False) -> None:
         """Takes new credits, or renews the lease of those in hand. One that is spent stays spent."""
-        hand = self.preempting if preempting else self.in_hand
+        hand = self._preempting if preempting else self._in_hand
         for credit_id in credit_ids:
             if credit_id in self._spent:
                 continue
@@ -54,14 +54,14 @@ class CreditBook:
 
     def can_spend(self, now: float, *, urgent: bool = False) -> bool:
         """Whether a credit in hand, for an urgent request also a preempting one, has enough of its lease left."""
-        return self._has_fresh(self.in_hand, now) or (urgent and self._has_fresh(self.preempting, now))
+        return self._has_fresh(self._in_hand, now) or (urgent and self._has_fresh(self._preempting, now))
 
     def spend(self, now: float, *, urgent: bool = False) -> str:
         """Spends the credit whose lease was given first, a plain one before one that preempts; the caller has asked
         `can_spend`."""
-        preempting = not self._has_fresh(self.in_hand, now)
+        preempting = not self._has_fresh(self._in_hand, now)
         assert urgent or not preempting
-        hand = self.preempting if preempting else self.in_hand
+        hand = self._preempting if preempting else self._in_hand
         while True:
             credit_id, end = hand.popitem(last=False)
             if end - now > self._margin_seconds:
@@ -75,7 +75,7 @@ class CreditBook:
         end = self._spent.pop(credit_id, None)
         if end is None:
             return False
-        hand = self.preempting if credit_id in self._spent_preempting else self.in_hand
+        hand = self._preempting if credit_id in self._spent_preempting else self._in_hand
         self._spent_preempting.discard(credit_id)
         hand[credit_id] = end
         hand.move_to_end(credit_id, last=False)
@@ -93,14 +93,14 @@ class CreditBook:
     def drop_expired(self, now: float) -> int:
         """Forgets credits in hand whose lease has ended; returns how many."""
         expired = [
-            credit_id for hand in (self.in_hand, self.preempting) for credit_id, end in hand.items() if end <= now
+            credit_id for hand in (self._in_hand, self._preempting) for credit_id, end in hand.items() if end <= now
         ]
         for credit_id in expired:
             self._pop_in_hand(credit_id)
         return len(expired)
 
     def _pop_in_hand(self, credit_id: str) -> float | None:
-        return self.in_hand.pop(credit_id, None) or self.preempting.pop(credit_id, None)
+        return self._in_hand.pop(credit_id, None) or self._preempting.pop(credit_id, None)
 
     def _has_fresh(self, hand: OrderedDict[str, float], now: float) -> bool:
         return bool(hand) and any(end - now > self._margin_seconds for end in hand.values())

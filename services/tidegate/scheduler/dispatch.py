@@ -5,8 +5,6 @@ Invariant: after `match`, either nothing waits or no candidate has a credit that
 
 from __future__ import annotations
 
-import math
-
 from tidegate.scheduler.forecast import DrainRate, WorkRates, expected_wait
 from tidegate.scheduler.lanes import Lanes, Waiting
 from tidegate.scheduler.placement import Placement, Weights
@@ -95,10 +93,9 @@ class Dispatcher:
         by_count = expected_wait(position, self.drain.rate(now))
         if self._work is None:
             return by_count
-        rate, floor = self._work.rate(now), self.lanes.floor(waiting.service_class)
-        in_all = expected_wait(urgent + own, rate)
-        if in_all is not None and floor > 0:
-            in_all = min(in_all, own / floor / rate if rate else math.inf)
+        floor = self.lanes.floor(waiting.service_class)
+        before = min(urgent + own, own / floor) if floor > 0 else urgent + own
+        in_all = expected_wait(before, self._work.rate(now))
         in_lane = expected_wait(own, self._work.lane_rate(waiting.service_class, now))
         return max((wait for wait in (in_all, in_lane) if wait is not None), default=by_count)
 

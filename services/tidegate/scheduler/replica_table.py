@@ -116,12 +116,11 @@ class ReplicaTable:
 
     def has_credit(self, now: float, *, urgent: bool = False) -> bool:
         """Whether any replica's credit could be spent, however that replica is."""
-        for replica in self._replicas.values():
-            book = replica.book
-            # Each message asks this, and most replicas of a full mesh have nothing in hand.
-            if (book.in_hand or (urgent and book.preempting)) and book.can_spend(now, urgent=urgent):
-                return True
-        return False
+        # Each message asks this, and most replicas of a full mesh have nothing in hand.
+        books = (replica.book for replica in self._replicas.values())
+        return any(
+            book.can_spend(now, urgent=urgent) for book in books if book.count or (urgent and book.preempting_count)
+        )
 
     @property
     def credit_count(self) -> int:

@@ -34,7 +34,7 @@ from tidegate.scheduler.endpoints import EndpointsFile
 from tidegate.scheduler.expectations import Expectations
 from tidegate.scheduler.forecast import DrainRate, WorkRates
 from tidegate.scheduler.gauges import Gauges
-from tidegate.scheduler.lanes import LaneLimits, Lanes
+from tidegate.scheduler.lanes import Floors, LaneLimits, Lanes
 from tidegate.scheduler.lite import Lite
 from tidegate.scheduler.neighbours import Neighbours
 from tidegate.scheduler.observations import Observations
@@ -95,7 +95,7 @@ class SchedulerService:
         weights = Weights(settings.latency_weight, settings.queue_weight, settings.prefix_weight)
         self.anomalies = Anomalies(_anomaly_terms(settings), clock)
         self.outcomes = Outcomes(self.anomalies)
-        floors = {ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor}
+        floors = lane_floors(settings)
         lanes = Lanes(
             lane_limits(settings),
             floors=floors,
@@ -434,6 +434,11 @@ def placer_of(
         start_share=settings.start_share,
         batch_start_share=settings.batch_start_share,
     )
+
+
+def lane_floors(settings: Settings) -> Floors:
+    """What each class but the most urgent one gets at least, by these settings."""
+    return {ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor}
 
 
 def lane_limits(settings: Settings) -> dict[ServiceClass, LaneLimits]:

@@ -37,6 +37,7 @@ from tidegate.scheduler.brownout import LAST_STEP
 from tidegate.scheduler.config import Settings
 from tidegate.scheduler.expectations import OUTPUT_TOKEN_WORK
 from tidegate.scheduler.request import ServiceClass
+from tidegate.scheduler.service import lane_floors
 
 EQUAL: Final = Kind(name="equal")
 """Requests of about 0.23 s that are all alike."""
@@ -354,14 +355,12 @@ def _floors(kind: Kind, settings: Settings, rates: Sequence[float], length: floa
     mesh = _tenants(kinds, MeshSpec(settings=settings), seconds, seed)
     sums = tokens_by(mesh.jobs, lambda job: job.tenant, Window(START + 20, START + seconds))
     total = sum(sums.values())
-    floors = {ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor}
-    shares = {one: (share, ">= 0.8") for one, share in floors.items()}
-    # What standard and batch use beyond their floors is what realtime leaves.
-    shares[ServiceClass.REALTIME] = (1 - sum(floors.values()), ">= 0.8")
+    floors = lane_floors(settings)
+    shares = {**floors, ServiceClass.REALTIME: 1 - sum(floors.values())}
     words = f"deadline {kind.deadline_seconds:.0f} s"
     figures = [
-        Figure(f"{words}, {one.label}: its share / {share:g}", sums[one.label] / total / share, bound)
-        for one, (share, bound) in shares.items()
+        Figure(f"{words}, {one.label}: its share / {share:g}", sums[one.label] / total / share, ">= 0.8")
+        for one, share in shares.items()
     ]
     wasted = wasted_share([job for job in mesh.jobs if job.end is not None])
     return [*figures, Figure(f"{words}, wasted", wasted, "<= 0.02")]

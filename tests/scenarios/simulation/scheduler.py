@@ -26,7 +26,7 @@ from tidegate.scheduler.queue_status import QueueStatuses
 from tidegate.scheduler.replica_table import Replica, ReplicaTable
 from tidegate.scheduler.replicas import CreditStream, ended, note_outcome
 from tidegate.scheduler.request import Request, ServiceClass, request_from_headers
-from tidegate.scheduler.service import expectations_of, lane_limits, placer_of, signs_of
+from tidegate.scheduler.service import expectations_of, lane_floors, lane_limits, placer_of, signs_of
 from tidegate.v1 import replica_pb2
 
 PREPARE_SECONDS: Final = 0.003
@@ -140,7 +140,7 @@ class SimulatedScheduler:
         self._on_dispatched = on_dispatched
         self._lanes = Lanes(
             lane_limits(settings),
-            floors={ServiceClass.STANDARD: settings.standard_floor, ServiceClass.BATCH: settings.batch_floor},
+            floors=lane_floors(settings),
             order=settings.order,
             weights=settings.tenant_weights,
         )

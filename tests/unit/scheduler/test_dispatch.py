@@ -41,6 +41,14 @@ def matched(dispatcher, now=0.0):
     ]
 
 
+def twenty_leave(dispatcher):
+    """One after the other, within two seconds."""
+    dispatcher.match(0)
+    for number in range(1, 21):
+        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
+        dispatcher.match(number * 0.1)
+
+
 def test_what_waits_gets_the_credits_in_order_of_urgency(dispatcher):
     for name, service_class in [("b", ServiceClass.BATCH), ("s", ServiceClass.STANDARD), ("r", ServiceClass.REALTIME)]:
         dispatcher.add(place(name, service_class))
@@ -100,10 +108,7 @@ def test_a_credit_of_an_earlier_stream_is_not_put_back(dispatcher):
 def test_the_expected_wait_follows_the_measured_rate(dispatcher):
     for number in range(40):
         dispatcher.add(place(str(number)))
-    dispatcher.match(0)
-    for number in range(1, 21):
-        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
-        dispatcher.match(number * 0.1)
+    twenty_leave(dispatcher)
     last = list(dispatcher.lanes)[-1]
     assert dispatcher.lanes.position(last) == 20
     assert dispatcher.expected_wait(last, 2.0) == pytest.approx(2.0, rel=0.05)
@@ -115,10 +120,7 @@ def test_the_expected_wait_goes_by_what_those_before_cost(dispatcher):
         dispatcher.add(place(str(number)))
     for number in range(20, 40):
         dispatcher.add(place(str(number), cost=3.0))
-    dispatcher.match(0)
-    for number in range(1, 21):
-        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
-        dispatcher.match(number * 0.1)
+    twenty_leave(dispatcher)
     # Ten that cost 1 left in a second; the 20 that cost 3 take six.
     last = list(dispatcher.lanes)[-1]
     assert dispatcher.expected_wait(last, 2.0) == pytest.approx(6.0, rel=0.05)
@@ -152,10 +154,7 @@ def test_behind_many_more_urgent_ones_the_expected_wait_is_what_the_floor_takes(
         dispatcher.add(place(f"urgent {number}", ServiceClass.REALTIME))
     for number in range(20):
         dispatcher.add(place(str(number)))
-    dispatcher.match(0)
-    for number in range(1, 21):
-        dispatcher.table.get("a:1").book.grant([str(number)], 10, number * 0.1)
-        dispatcher.match(number * 0.1)
+    twenty_leave(dispatcher)
     *_, last = lanes
     left = len(lanes.lane(ServiceClass.STANDARD))
     assert left < 20

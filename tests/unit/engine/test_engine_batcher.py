@@ -771,18 +771,18 @@ def test_a_restarted_sequence_is_computed_from_its_beginning():
     assert told(subject, subject.plan()) == "b[3:4] a[0:4] free=14"
 
 
-def test_prompts_that_are_less_urgent_than_something_here_are_computed_in_small_pieces():
+def test_prompts_that_are_less_urgent_than_something_here_are_computed_in_pieces_smaller_beside_its_prompt():
     subject = batcher(blocks=400, running=6, budget=900)
     subject.add(sequence("batch", 500, priority=2))
     assert told(subject, subject.plan()).startswith("batch[0:500] ")
     subject.add(sequence("more", 200, arrival=1, priority=2))
     subject.add(sequence("urgent", 300, arrival=2, priority=0))
     plan = subject.plan()
-    assert told(subject, plan).startswith("urgent[0:300] batch[0:128] ")
+    assert told(subject, plan).startswith("urgent[0:300] batch[0:32] ")
     carry_out(subject, plan)
-    assert told(subject, subject.plan()).startswith("urgent[300:301] batch[128:256] ")
+    assert told(subject, subject.plan()).startswith("urgent[300:301] batch[32:160] ")
     subject.remove("urgent")
-    assert told(subject, subject.plan()).startswith("batch[128:500] more[0:200] ")
+    assert told(subject, subject.plan()).startswith("batch[32:500] more[0:200] ")
 
 
 def plan_of_decodes(subject: Batcher, *prompts: int) -> StepPlan:

@@ -22,10 +22,10 @@ randomness; the same calls give the same plans. Invariants, between calls:
   one; blocks that a sequence has beyond its own tokens go back with the next plan, and a draft counts as
   computed only once it is the sequence's own token;
 - a plan never exceeds the step's token budget, nor LESSER_PROMPT_TOKENS of prompts that are less urgent than something
-  else here, nor, where something decodes, the bound on tokens of prompts that are not more urgent than some of it; and
-  every running sequence whose prompt is computed gets its token in every step (decodes first, prompts in chunks in
-  what is left: Sarathi-Serve, Agrawal et al., OSDI 2024; sequences join and leave between steps: Orca, Yu et al.,
-  OSDI 2022).
+  else here (LESSER_BESIDE_TOKENS beside a prompt that is not), nor, where something decodes, the bound on tokens of
+  prompts that are not more urgent than some of it; and every running sequence whose prompt is computed gets its token
+  in every step (decodes first, prompts in chunks in what is left: Sarathi-Serve, Agrawal et al., OSDI 2024; sequences
+  join and leave between steps: Orca, Yu et al., OSDI 2022).
 """
 
 from bisect import insort
@@ -39,6 +39,9 @@ from .window import FULL, Window
 LESSER_PROMPT_TOKENS = 128
 """Of prompts that are less urgent than something else here, in a step: whoever is urgent and comes in its midst waits
 for its end."""
+
+LESSER_BESIDE_TOKENS = 32
+"""The same in a step with a prompt that is as urgent as anything here, and whose first token comes with its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +283,9 @@ class Batcher:
         planned = sum(work.count for work in prefills)
         left = self.step_token_budget - self.decode_count + sum(map(_decodes, paused)) - planned
         if self._is_lesser(head):
-            left = min(left, LESSER_PROMPT_TOKENS - sum(w.count for w in prefills if self._is_lesser(w.sequence)))
+            lesser = [work.count for work in prefills if self._is_lesser(work.sequence)]
+            most = LESSER_PROMPT_TOKENS if len(lesser) == len(prefills) else LESSER_BESIDE_TOKENS
+            left = min(left, most - sum(lesser))
         if self._prompt_token_bound is not None and self._is_bound(head):
             left = min(left, self._prompt_token_bound - sum(w.count for w in prefills if self._is_bound(w.sequence)))
         return left

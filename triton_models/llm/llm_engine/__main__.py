@@ -14,7 +14,9 @@ import os
 import random
 import sys
 import time
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import get_args
 
 from . import Engine, EngineConfig, EngineError, SamplingParams, SequenceRequest
 
@@ -45,20 +47,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-# Flags whose defaults are the engine's own, and what they say of themselves.
-_ENGINE_DEFAULTS = {
-    "dtype": None,
-    "device": None,
-    "tensor_parallel_size": None,
-    "kv_cache_bytes": None,
-    "block_token_count": None,
-    "step_token_budget": None,
-    "step_stretch": None,
-    "speculation_sequences": "no drafts while more run",
-    "max_sequences": None,
-    "attention_window": "newest tokens that are seen; 0: all",
-    "attention_window_from": "the first position with it",
-    "attention_sinks": "first tokens that are always seen",
+# Of this command, where they are not the engine's own.
+_DEFAULTS: dict[str, object] = {
+    "thread_count": 2,
+    "prefix_reuse": False,
+    "speculation_tokens": 0,
+    "max_waiting": 1_000_000,
+}
+
+# Other names of flags, and of hosts and how they meet those of torchrun's environment.
+_OTHER_NAMES = {
+    "model_path": ("--model", ""),
+    "thread_count": ("--threads", ""),
+    "node_count": ("--nnodes", "NNODES"),
+    "node_rank": ("--node_rank", "NODE_RANK"),
+    "master_address": ("--master_addr", "MASTER_ADDR"),
+    "master_port": ("--master_port", "MASTER_PORT"),
 }
 
 
@@ -81,63 +85,28 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--prompts", type=Path, required=True, help="JSON file: a list of lists of token ids")
     join = commands.add_parser("join", help="compute with an engine on another host, until it ends")
     for command in (generate, bench, perplexity, join):
-        command.add_argument("--model", required=True, help="GGUF file or Hugging Face folder")
-        command.add_argument("--cache-dir")
-        command.add_argument("--threads", type=int, default=2)
-        command.add_argument("--no-cpu-kernels", action="store_true", help="let torch compute everything")
-        for name, words in _ENGINE_DEFAULTS.items():
-            default = getattr(EngineConfig, name)
-            command.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=words)
-        _add_node_flags(command)
-        command.add_argument("--max-context-tokens", type=int)
-        command.add_argument("--prefix-reuse", action="store_true", help="compute no prompt's beginning twice")
-        command.add_argument("--speculation-tokens", type=int, default=0, help="drafts a step and sequence; 0: none")
+        for setting in fields(EngineConfig):
+            _add_flag(command, setting)
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
 
-def _add_node_flags(command: argparse.ArgumentParser) -> None:
-    """Which hosts a model is divided among; as torchrun's, whose names, also those of its environment, do too."""
-    for flag, other, variable, kind, default in (
-        ("--node-count", "--nnodes", "NNODES", int, "1"),
-        ("--node-rank", "--node_rank", "NODE_RANK", int, "0"),
-        ("--master-address", "--master_addr", "MASTER_ADDR", str, "127.0.0.1"),
-        ("--master-port", "--master_port", "MASTER_PORT", int, "0"),
-    ):
-        command.add_argument(flag, other, type=kind, default=os.environ.get(variable) or default, help=f"or {variable}")
-    command.add_argument("--join-timeout-seconds", type=float, default=300.0, help="that nodes wait for each other")
-    command.add_argument("--collective-timeout-seconds", type=float, default=60.0, help="that ranks wait in a step")
+def _add_flag(command: argparse.ArgumentParser, setting: Field[object]) -> None:
+    """A setting of the engine, which `EngineConfig` explains."""
+    other, variable = _OTHER_NAMES.get(setting.name, ("", ""))
+    names = [f"--{setting.name.replace('_', '-')}", *filter(None, [other])]
+    default = os.environ.get(variable) or _DEFAULTS.get(setting.name, setting.default)
+    if setting.type is bool:
+        command.add_argument(*names, action=argparse.BooleanOptionalAction, default=default)
+        return
+    kind = (get_args(setting.type) or (setting.type,))[0]
+    said = "a GGUF file or a Hugging Face folder" if default is MISSING else f"default {default}"
+    said += f"; or {variable}" if variable else ""
+    command.add_argument(*names, type=kind, default=default, required=default is MISSING, help=said)
 
 
 def _config(options: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(
-        model_path=options.model,
-        cache_dir=options.cache_dir,
-        dtype=options.dtype,
-        device=options.device,
-        thread_count=options.threads,
-        cpu_kernels=not options.no_cpu_kernels,
-        tensor_parallel_size=options.tensor_parallel_size,
-        node_count=options.node_count,
-        node_rank=options.node_rank,
-        master_address=options.master_address,
-        master_port=options.master_port,
-        join_timeout_seconds=options.join_timeout_seconds,
-        collective_timeout_seconds=options.collective_timeout_seconds,
-        kv_cache_bytes=options.kv_cache_bytes,
-        block_token_count=options.block_token_count,
-        max_context_tokens=options.max_context_tokens,
-        step_token_budget=options.step_token_budget,
-        prefix_reuse=options.prefix_reuse,
-        step_stretch=options.step_stretch,
-        speculation_tokens=options.speculation_tokens,
-        speculation_sequences=options.speculation_sequences,
-        attention_window=options.attention_window,
-        attention_window_from=options.attention_window_from,
-        attention_sinks=options.attention_sinks,
-        max_sequences=options.max_sequences,
-        max_waiting=1_000_000,
-    )
+    return EngineConfig(**{setting.name: getattr(options, setting.name) for setting in fields(EngineConfig)})
 
 
 def _join(config: EngineConfig) -> int:
@@ -201,7 +170,7 @@ def _bench(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
         "preemptions": engine.load.preemption_count,
         "weight_dtype": engine.model_info.weight_dtype,
         "compute_dtype": engine.model_info.compute_dtype,
-        "threads": options.threads,
+        "threads": options.thread_count,
     }
 
 

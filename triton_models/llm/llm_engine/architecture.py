@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import ModelLoadError
 from .field_reader import MISSING, Fields
-from .known_fields import MIXTURE_SILENT, READ, REQUIRED_VALUES, ROPE, ROPE_OF_KIND, SILENT
+from .known_fields import DEEPSEEK_SILENT, MIXTURE_SILENT, REQUIRED_VALUES, SILENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,27 +139,8 @@ class Architecture:
 # Beyond any model: what a damaged file says would be counted up to, or laid out, before a shape is missed.
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_TOKENS = 4096, 65_536, 1 << 31
 
-# Fields of "llama.*" that are read, or that say nothing about the mathematics.
-_GGUF_FIELDS = frozenset(
-    [
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_rms_epsilon",
-        "rope.freq_base",
-        "rope.dimension_count",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "vocab_size",
-    ]
-)
+# Of "llama.*", beside those that are read.
+_GGUF_SILENT = frozenset(["llama.rope.scaling.original_context_length", "llama.rope.scaling.finetuned"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +154,8 @@ class _Family:
     """Of a config without one; None: the hidden size divided among the heads."""
     unused: tuple[str, ...] = ()
     """Required values that say nothing here."""
-    fields: frozenset[str] = frozenset()
-    """Those that only this family has."""
+    silent: frozenset[str] = frozenset()
+    """Fields that say nothing in this family alone."""
     latent: Callable[[Fields], Latent] | None = None
     experts: Callable[[Fields, int], Experts | None] | None = None
 
@@ -248,37 +229,6 @@ def _deepseek_latent(fields: Fields) -> Latent:
     )
 
 
-_QWEN_EXPERT_FIELDS = MIXTURE_SILENT | {
-    "decoder_sparse_step",
-    "mlp_only_layers",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "num_experts",
-    "num_experts_per_tok",
-}
-_DEEPSEEK_FIELDS = MIXTURE_SILENT | {
-    "first_k_dense_replace",
-    "kv_lora_rank",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "n_group",
-    "n_routed_experts",
-    "n_shared_experts",
-    "norm_topk_prob",
-    "num_experts_per_tok",
-    "q_lora_rank",
-    "qk_head_dim",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "rope_interleave",
-    "routed_scaling_factor",
-    "scoring_func",
-    "topk_group",
-    "topk_method",
-    "v_head_dim",
-}
-
-
 # A Qwen config always names a window; `use_sliding_window` says whether there is one.
 _FAMILIES = {
     "llama": _Family(class_name="LlamaForCausalLM"),
@@ -288,18 +238,18 @@ _FAMILIES = {
         class_name="Qwen3MoeForCausalLM",
         has_head_norms=True,
         unused=("sliding_window", "num_local_experts"),
-        fields=_QWEN_EXPERT_FIELDS,
+        silent=MIXTURE_SILENT,
         experts=_qwen_experts,
     ),
     "deepseek_v2": _Family(
         class_name="DeepseekV2ForCausalLM",
-        fields=_DEEPSEEK_FIELDS,
+        silent=DEEPSEEK_SILENT,
         latent=_deepseek_latent,
         experts=_deepseek_v2_experts,
     ),
     "deepseek_v3": _Family(
         class_name="DeepseekV3ForCausalLM",
-        fields=_DEEPSEEK_FIELDS,
+        silent=DEEPSEEK_SILENT,
         latent=_deepseek_latent,
         experts=_deepseek_v3_experts,
     ),
@@ -310,9 +260,6 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
     """Read the metadata of a GGUF file."""
     fields = Fields(path, metadata)
     fields.expect("general.architecture", ("llama",))
-    for key in metadata:
-        if key.startswith("llama.") and key.removeprefix("llama.") not in _GGUF_FIELDS:
-            raise ModelLoadError(f"{path}: field {key} is not supported")
     heads = fields.integer("llama.attention.head_count")
     hidden = fields.integer("llama.embedding_length")
     head_dim = fields.integer("llama.attention.key_length", default=hidden // max(heads, 1))
@@ -325,7 +272,7 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
     factor = fields.positive("llama.rope.scaling.factor", default=1.0, or_zero=True)
     linear = None if scaling == "none" or factor in (0.0, 1.0) else RopeScaling(kind="linear", factor=factor)
     ends = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    return _checked(
+    architecture = _checked(
         path,
         family="llama",
         has_interleaved_rope=True,
@@ -344,6 +291,8 @@ def from_gguf(path: Path, metadata: Mapping[str, object]) -> Architecture:
         eos_token_ids=tuple(dict.fromkeys(fields.integer(key) for key in ends if key in metadata)),
         bos_token_id=fields.integer("tokenizer.ggml.bos_token_id", default=None),
     )
+    fields.refuse_others(_GGUF_SILENT | {key for key in metadata if not key.startswith("llama.")})
+    return architecture
 
 
 def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapping[str, object]) -> Architecture:
@@ -353,7 +302,6 @@ def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapp
     name = fields.text("model_type")
     family = _FAMILIES[name]
     fields.expect("architectures", ([family.class_name],), default=[family.class_name])
-    fields.refuse_others(READ | REQUIRED_VALUES.keys() | SILENT | family.fields)
     for key, values in REQUIRED_VALUES.items():
         if key not in family.unused:
             fields.expect(key, values, default=values[0])
@@ -377,7 +325,7 @@ def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapp
     eos = generation.get("eos_token_id")
     if eos is None:
         eos = config.get("eos_token_id")
-    return _checked(
+    architecture = _checked(
         path,
         family=name,
         name=str(config.get("_name_or_path") or path.parent.name),
@@ -404,6 +352,9 @@ def from_hugging_face(path: Path, config: Mapping[str, object], generation: Mapp
         latent=latent,
         experts=None if family.experts is None else family.experts(fields, layers),
     )
+    fields.refuse_others(REQUIRED_VALUES.keys() | SILENT | family.silent)
+    rope.refuse_others()
+    return architecture
 
 
 def _rope_fields(path: Path, config: Mapping[str, object]) -> Fields:
@@ -412,10 +363,7 @@ def _rope_fields(path: Path, config: Mapping[str, object]) -> Fields:
     if older and newer and {**newer, **older} != newer:
         raise ModelLoadError(f"{path}: fields rope_scaling and rope_parameters say different things")
     beside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    fields = Fields(path, {**beside, **older, **newer})
-    kind = fields.text("rope_type", default="default")
-    fields.refuse_others(ROPE | ROPE_OF_KIND.get(kind, frozenset(fields.names)))
-    return fields
+    return Fields(path, {**beside, **older, **newer})
 
 
 def _mapping(found: object) -> dict[str, object]:

@@ -23,6 +23,7 @@ class Fields:
     def __init__(self, path: Path, values: Mapping[str, object]) -> None:
         self._path = path
         self._values = values
+        self._asked: set[str] = set()
 
     def integer(self, key: str, *, default: Any = MISSING, least: int = 0, most: int = _MOST) -> Any:
         value = self._typed(key, int, default)
@@ -55,15 +56,10 @@ class Fields:
             raise ModelLoadError(f"{self._path}: field {key} is {values!r}: not the expected type")
         return values
 
-    @property
-    def names(self) -> Collection[str]:
-        """All fields."""
-        return self._values.keys()
-
-    def refuse_others(self, known: Collection[str]) -> None:
-        """Refuse fields that are not known; null says as much as no field."""
+    def refuse_others(self, silent: Collection[str] = ()) -> None:
+        """Refuse fields that nobody asked for, but for those that say nothing; null says as much as no field."""
         for key, value in self._values.items():
-            if key not in known and value is not None:
+            if key not in self._asked and key not in silent and value is not None:
                 raise ModelLoadError(f"{self._path}: field {key} is {value!r}: such a field is not supported")
 
     def boolean(self, key: str, *, default: Any = MISSING) -> Any:
@@ -76,6 +72,7 @@ class Fields:
             raise self.fault(key, value)
 
     def _typed(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        self._asked.add(key)
         value = self._values.get(key)
         if value is None:
             value = default

@@ -18,7 +18,6 @@ SCALE_ENDING = "_scale_inv"
 """What the name of a weight's scales ends with, after the weight's own name."""
 SHORTEST_GROUP = 16
 """Of inputs that share a scale: what a tensor core multiplies at once. Longer ones are multiples of it."""
-_KNOWN = ("quant_method", "fmt", "weight_block_size", "activation_scheme")
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ def read_fp8(path: Path, value: object) -> Fp8 | None:
     fields.expect("quant_method", ("fp8",))
     fields.expect("fmt", ("e4m3",), default="e4m3")
     fields.expect("activation_scheme", ("dynamic",), default="dynamic")
-    fields.refuse_others(_KNOWN)
     block = fields.integers("weight_block_size")
+    fields.refuse_others()
     if len(block) != 2 or min(block) < 1:
         raise fields.fault("weight_block_size", block)
     return Fp8((block[0], block[1]))

@@ -1,34 +1,8 @@
-"""Fields of Hugging Face's config.json that this engine knows, by what they say.
+"""Fields of Hugging Face's config.json that this engine knows beside those that it reads.
 
-Owns the lists. Invariant: a field that stands in none of them is not known, and `architecture.py` refuses it by its
-name, since it may change the mathematics. Those that `architecture.py` reads stand here too.
+Owns the lists. Invariant: a field that stands in none of them, and that nobody read, is refused by its name, since it
+may change the mathematics.
 """
-
-READ = frozenset(
-    [
-        "architectures",
-        "bos_token_id",
-        "eos_token_id",
-        "head_dim",
-        "hidden_size",
-        "intermediate_size",
-        "layer_types",
-        "max_position_embeddings",
-        "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "num_nextn_predict_layers",
-        "quantization_config",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "tie_word_embeddings",
-        "vocab_size",
-        "_name_or_path",
-    ]
-)
 
 # Fields that change the mathematics, with the values under which they do not; an absent one counts as the first.
 REQUIRED_VALUES: dict[str, tuple[object, ...]] = {
@@ -74,27 +48,15 @@ _GENERATING = (
     " num_return_sequences pad_token_id prefix remove_invalid_values repetition_penalty sep_token_id suppress_tokens"
     " temperature top_k top_p typical_p unk_token_id"
 )
-SILENT = frozenset(" ".join((_TRAINING, _SAVING, _RUNNING, _OUTPUTS, _GENERATING)).split())
+# Read as they stand, without a type.
+_ELSEWHERE = "bos_token_id eos_token_id quantization_config rope_parameters rope_scaling rope_theta _name_or_path"
+SILENT = frozenset(" ".join((_TRAINING, _SAVING, _RUNNING, _OUTPUTS, _GENERATING, _ELSEWHERE)).split())
 
 # A mixture's that only its training reads.
 MIXTURE_SILENT = frozenset(["aux_loss_alpha", "ep_size", "output_router_logits", "router_aux_loss_coef", "seq_aux"])
 
-# What stands in rope_parameters or rope_scaling, by the kind of scaling.
-ROPE = frozenset(["rope_type", "type", "rope_theta", "partial_rotary_factor"])
-ROPE_OF_KIND: dict[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset(["factor"]),
-    "llama3": frozenset(["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]),
-    "yarn": frozenset(
-        [
-            "factor",
-            "original_max_position_embeddings",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-            "attention_factor",
-        ]
-    ),
-}
+# DeepSeek's where attention is latent, and where experts are not chosen by groups, or no layer has any.
+DEEPSEEK_SILENT = MIXTURE_SILENT | {
+    "moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok",
+    "num_key_value_heads", "routed_scaling_factor", "topk_group",
+}  # fmt: skip

@@ -189,7 +189,7 @@ def bench(**flags: Any) -> None:
 @click.option("--model", default="", help="A GGUF file or a Hugging Face folder. [default: SmolLM2-135M-Instruct]")
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
+    type=click.Choice(["fp32", "bf16", "fp16", "int8", "w8a8"]),
     default="fp32",
     help="Of the weights. [default: fp32]",
 )

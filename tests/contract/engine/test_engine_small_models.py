@@ -66,7 +66,10 @@ def test_scores_of_a_text_are_those_of_transformers(tmp_path, make_engine, refer
 
 
 @pytest.mark.parametrize("cpu_kernels", [True, False], ids=["by kernels", "by torch"])
-@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 0.03), ("bf16 products", 0.03), ("fp16", 0.003), ("int8", 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [("bf16", 0.03), ("bf16 products", 0.03), ("fp16", 0.003), ("int8", 0.03), ("w8a8", 0.05), ("w8a8 products", 0.05)],
+)
 @pytest.mark.parametrize("shape", ["grouped", "qwen2", "deepseek_v3"])
 def test_narrow_weights_come_near_those_of_fp32(
     tmp_path, make_engine, prompt_logits, reference_logits, monkeypatch, shape, dtype, bound, cpu_kernels
@@ -78,10 +81,10 @@ def test_narrow_weights_come_near_those_of_fp32(
     tokens = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = reference_logits(model, tokens)
     # As on a processor with such products, and on one without.
-    products = torch.bfloat16 if dtype == "bf16 products" else torch.float32
+    products = torch.bfloat16 if dtype.endswith("products") else torch.float32
     monkeypatch.setattr(rank_module, "compute_dtype", lambda dtype, device: products)
     engine = make_engine(tmp_path, dtype=dtype.split()[0], kv_cache_bytes=1 << 24, cpu_kernels=cpu_kernels)
-    assert engine.model_info.compute_dtype == ("bf16" if dtype == "bf16 products" else "fp32")
+    assert engine.model_info.compute_dtype == ("bf16" if dtype.endswith("products") else "fp32")
     difference = prompt_logits(engine, tokens) - expected
     # A rounded row may choose another expert, which is no small difference.
     bound *= 2 if shape == "deepseek_v3" else 1

@@ -63,7 +63,7 @@ def works(*spans: tuple[int, int]) -> list[RowWork]:
 STEPS = (works((0, 21), (0, 1), (0, 40)), works((21, 1), (1, 9), (40, 1)), works((22, 1), (10, 1), (41, 1)))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["int8", "w8a8", "bf16", "fp16"])
 @pytest.mark.parametrize("window", [0, 8], ids=["all", "window"])
 def test_layers_in_one_call_are_those_called_one_by_one(folder, dtype, window, monkeypatch):
     config = EngineConfig(

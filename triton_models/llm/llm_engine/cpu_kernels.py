@@ -49,8 +49,10 @@ class Narrowness(enum.IntEnum):
     EXACT = 0
     """None: rows and sums are fp32."""
     FEW_ROWS = 1
-    """Those of a few rows, as there is no matrix unit."""
+    """As there is no matrix unit, those of a few rows, and of weights in blocks where bf16 is not multiplied either."""
     ANY_ROWS = 2
+    BYTES = 3
+    """Without a matrix unit: rows for weights in blocks are bytes."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,9 @@ class CpuKernels:
         """Whether it takes consecutive ones, and is quicker than torch."""
         if not self.can_attend(layout):
             return False
+        # Torch has the matrix unit for any sizes, these kernels do not.
         fits_unit = layout.key_size % _UNIT_INPUTS == 0 and layout.value_size % _UNIT_INPUTS == 0
-        return layout.dtype == torch.float32 or (fits_unit and self.narrowness == Narrowness.ANY_ROWS)
+        return layout.dtype == torch.float32 or fits_unit or self.narrowness != Narrowness.ANY_ROWS
 
     def attend(
         self,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .blocks import Blocks, Floats8, Weight
+from .config import NARROW_DTYPES
 from .cpu_kernels import CpuKernels, Narrowness, Packed
 from .rowwise import Rowwise
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from .gpu_attention import GpuAttention
     from .gpu_products import GpuExperts
 
-# From so many rows on oneDNN's bf16 products are quicker than our own kernels that do not use the matrix unit.
-_MANY_ROWS = 12
+# From so many rows on oneDNN's bf16 products are quicker than our own kernels that do not use the matrix unit, which
+# multiply bytes with weights in blocks.
+_MANY_ROWS, _MANY_ROWS_OF_BLOCKS = 12, 64
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,26 @@ class Compute:
     """Of products of many rows, and of the KV cache."""
     activations: torch.dtype
     kernels: CpuKernels | None
+    narrowness: Narrowness = Narrowness.EXACT
+    """Which of the kernels' products may be narrow."""
     attention: "CpuKernels | GpuAttention | None" = None
     """What attends to blocks where they lie; None: they are gathered for torch."""
     grouped_experts: "type[GpuExperts] | None" = None
     """What multiplies the rows of all experts at once; None: each expert multiplies its own."""
 
-    @property
-    def narrowness(self) -> Narrowness:
-        """Which of the kernels' products may be narrow."""
-        is_exact = self.kernels is None or self.dtype == torch.float32
-        return Narrowness.EXACT if is_exact else self.kernels.narrowness
-
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The type in which products of many rows run, with the engine's setting `dtype`."""
     if device.type == "cpu":
-        return torch.bfloat16 if dtype == "bf16" and _has_bf16_products() else torch.float32
+        return torch.bfloat16 if dtype in NARROW_DTYPES and _has_bf16_products() else torch.float32
     return {"fp32": torch.float32, "fp16": torch.float16}.get(dtype, torch.bfloat16)
+
+
+def narrowness(dtype: str, kernels: CpuKernels | None) -> Narrowness:
+    """Which of the kernels' products may be narrow, with the engine's setting `dtype`."""
+    if kernels is None or dtype not in NARROW_DTYPES:
+        return Narrowness.EXACT
+    return Narrowness.BYTES if dtype == "w8a8" and kernels.narrowness == Narrowness.FEW_ROWS else kernels.narrowness
 
 
 class Projection:
@@ -81,6 +86,7 @@ class Projection:
             self._floats8 = partial(multiplied, weight=weight.to(compute.device))
             return
         self._packed = None if kernels is None else kernels.pack(weight, self._bias)
+        self._many_rows = _MANY_ROWS_OF_BLOCKS if isinstance(weight, Blocks) else _MANY_ROWS
         # What the kernels can read is kept a second time only for products that are quicker than theirs.
         if self._packed is None or not self._takes_many_rows(weight):
             dense = weight.dense() if isinstance(weight, Blocks) else weight
@@ -99,7 +105,7 @@ class Projection:
             before: what is done with the rows first.
             onto: the result is added to this, and comes back as this.
         """
-        if self._packed is not None and (self._dense is None or len(rows) < _MANY_ROWS):
+        if self._packed is not None and (self._dense is None or len(rows) < self._many_rows):
             assert self._compute.kernels is not None
             return self._compute.kernels.linear(
                 self._packed,
@@ -123,6 +129,8 @@ class Projection:
         """Whether the kernels' products are the quickest for any number of rows."""
         if self._compute.dtype == torch.float32:
             return True
+        if self._narrowness == Narrowness.BYTES:
+            return isinstance(weight, Blocks)
         is_exact = isinstance(weight, torch.Tensor) and weight.dtype == torch.float16
         return self._narrowness == Narrowness.ANY_ROWS and not is_exact
 

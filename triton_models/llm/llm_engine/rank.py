@@ -19,7 +19,7 @@ from .cuda_graphs import Capture, GraphedDecodes
 from .division import division
 from .errors import ModelLoadError
 from .kv_cache import KvCache
-from .matmul import Compute, compute_dtype
+from .matmul import Compute, compute_dtype, narrowness
 from .memory import enough_memory_for, machine_bytes
 from .model import Model
 from .ranks import Alone, Group
@@ -68,6 +68,7 @@ class LoadedRank:
             dtype=self.dtype,
             activations=torch.float32 if is_cpu else self.dtype,
             kernels=kernels,
+            narrowness=narrowness(config.dtype, kernels),
             attention=kernels if is_cpu else _gpu_attention(config),
             grouped_experts=grouped_experts,
         )

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from . import architecture as architectures
 from .architecture import Architecture, RopeScaling
 from .blocks import GGUF_BLOCKS, Blocks, Floats8, Narrow, Weight, rounded, unnamed
+from .config import ROUNDED_DTYPES
 from .division import Division, division
 from .errors import ModelLoadError
 from .fp8 import SCALE_ENDING, Fp8, read_fp8
@@ -32,8 +33,8 @@ from .layouts import Fused, Part, RopeRows, fused_tensors
 
 # Counted up whenever the fused layout or the reading of a file changes.
 CACHE_VERSION = 2
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.float32}
-"""In which tensors are held; with int8, those that are not rounded."""
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16} | dict.fromkeys(("fp32", *ROUNDED_DTYPES), torch.float32)
+"""In which tensors are held, where they are not rounded."""
 # What a safetensors file's numbers may be; those of other types would be quantised, with scales beside them.
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -158,7 +159,7 @@ def _byte_count(source: _Source, architecture: Architecture, here: Division, dty
         for part in filter(here.is_here, fused.parts):
             each: float = 4 if fused.is_exact else TORCH_DTYPES[dtype].itemsize
             if len(part.shape) == 2 and not fused.is_exact:
-                is_rounded = dtype == "int8" and fused.can_be_rounded
+                is_rounded = dtype in ROUNDED_DTYPES and fused.can_be_rounded
                 each = source.block_bytes.get(source.name_of(part.name), 1 if is_rounded else each)
             total += each * math.prod(here.shape(part))
     return int(total)
@@ -183,7 +184,7 @@ def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: st
             parts.append(tensor if fused.is_exact else tensor.to(TORCH_DTYPES[dtype]))
         # A rank's part may be a view of the whole tensor, which joining copies.
         tensor = parts[0] if len(parts) == 1 and here.size == 1 else torch.cat(parts)
-        tensors[fused.name] = (rounded(tensor) if dtype == "int8" and fused.can_be_rounded else None) or tensor
+        tensors[fused.name] = (rounded(tensor) if dtype in ROUNDED_DTYPES and fused.can_be_rounded else None) or tensor
     return tensors
 
 

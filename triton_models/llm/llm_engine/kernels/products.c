@@ -2,7 +2,7 @@
  * norm or SwiGLU of the rows, a bias, and the sum with what is there already.
  *
  * Two kinds. Exact ones keep rows and sums in fp32. Narrow ones round rows, and weights where that is needed, to bf16,
- * or whole numbers, and sum in fp32; they want AVX512-BF16 and -VNNI, and are made for AMX.
+ * or whole numbers, and sum in fp32; they want AVX512-VNNI, for bf16 AVX512-BF16 as well, and are made for AMX.
  *
  * Invariants: no memory is kept between calls; an exact product's row does not depend on the other rows of a call, nor
  * on the number of threads. A narrow one's depends on whether there are enough rows for the matrix unit, no more.
@@ -24,7 +24,7 @@
 #else
 #define PLAIN_ROWS 2
 #endif
-#define NARROW_ROWS 4     /* that are multiplied at once without it */
+#define NARROW_ROWS(planes) ((planes) == 2 ? 6 : 12) /* that are multiplied at once without it */
 #define WORDS_AHEAD 1024
 #define UNIT_GROUPS 9 /* whose weights are unpacked at a time, so that they and the rows stay in a core's first cache */
 #define MATRIX_ROWS 12    /* from so many on the matrix unit is quicker */
@@ -265,23 +265,24 @@ INLINE void exact_linear(int packing, const Weight *weight, const Rows *rows, co
     free(room);
 }
 
-#if HAS_NARROW
+#if HAS_BYTES
 
 /* Rows as narrow products without the matrix unit take them. For weights of sixteen bits they are bf16. For those of four
  * and eight, whose digits are whole numbers, so are the rows: each group in units of its own, of which its largest input
- * is MOST_UNITS, so that it is closer than bf16; and of two signed bytes, as the processor multiplies bytes.
+ * is the most that its bytes hold, in one plane of signed bytes, as the processor multiplies them, or in two: then it is
+ * closer than bf16.
  */
 typedef struct {
-    uint16_t *numbers; /* [rows][width], bf16; of bytes, a group's higher ones, then its lower ones */
-    float *units;      /* [rows][groups][2], a group's unit, and the sum of its inputs */
-    int64_t width;     /* the inputs, filled up to whole groups with zeros */
+    uint8_t *numbers;      /* [rows][width], bf16; of bytes, [rows][groups][planes][GROUP], the higher ones first */
+    float *units;          /* [rows][groups][2], a group's unit, and the sum of its inputs */
+    int64_t width, stride; /* the inputs, filled up to whole groups with zeros; bytes from row to row */
 } Narrow;
 
 #define LOW_BITS 7 /* lower bytes are from -64 to 63 */
-#define MOST_UNITS 16319
+#define MOST_UNITS(planes) ((planes) == 2 ? 16319 : 127)
 
 /* A group's inputs as bytes, in the order in which the weights' digits come out of their words. */
-INLINE void to_bytes(int packing, const float *from, int8_t *to, float *unit) {
+INLINE void to_bytes(int packing, int planes, const float *from, int8_t *to, float *unit) {
     const __m512i sign = _mm512_set1_epi32(0x7fffffff);
     __m512 values[2] = {(__m512)load(from), (__m512)load(from + LANES)};
     __m512i larger_one = _mm512_max_epu32(
@@ -290,21 +291,25 @@ INLINE void to_bytes(int packing, const float *from, int8_t *to, float *unit) {
     float most;
     memcpy(&most, &bits, 4);
     /* What is not finite makes the group's part of every sum not a number. */
-    float inverse = bits >= 0x7f800000 || most < 0x1p-100f ? 0 : MOST_UNITS / most;
-    unit[0] = bits >= 0x7f800000 ? NAN : inverse == 0 ? 0 : most / MOST_UNITS;
+    float inverse = bits >= 0x7f800000 || most < 0x1p-100f ? 0 : MOST_UNITS(planes) / most;
+    unit[0] = bits >= 0x7f800000 ? NAN : inverse == 0 ? 0 : most / MOST_UNITS(planes);
     __m128i bytes[2][2];
     int sum = 0;
     for (int half = 0; half < 2; half++) {
         __m512i units = _mm512_cvtps_epi32(_mm512_mul_ps(values[half], _mm512_set1_ps(inverse)));
-        __m512i high = _mm512_srai_epi32(_mm512_add_epi32(units, _mm512_set1_epi32(1 << (LOW_BITS - 1))), LOW_BITS);
-        bytes[0][half] = _mm512_cvtepi32_epi8(high);
-        bytes[1][half] = _mm512_cvtepi32_epi8(_mm512_sub_epi32(units, _mm512_slli_epi32(high, LOW_BITS)));
+        if (planes == 2) {
+            __m512i high = _mm512_srai_epi32(_mm512_add_epi32(units, _mm512_set1_epi32(1 << (LOW_BITS - 1))), LOW_BITS);
+            bytes[0][half] = _mm512_cvtepi32_epi8(high);
+            bytes[1][half] = _mm512_cvtepi32_epi8(_mm512_sub_epi32(units, _mm512_slli_epi32(high, LOW_BITS)));
+        } else {
+            bytes[0][half] = _mm512_cvtepi32_epi8(units);
+        }
         sum += _mm512_reduce_add_epi32(units);
     }
     unit[1] = unit[0] * sum;
     /* Of four bits, a word's even inputs, then its odd ones. */
     const __m128i dealt = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
-    for (int plane = 0; plane < 2; plane++)
+    for (int plane = 0; plane < planes; plane++)
         for (int half = 0; half < 2; half++) {
             __m128i some = bytes[plane][half];
             if (packing == FOUR_BITS) some = _mm_shuffle_epi8(some, dealt);
@@ -312,52 +317,70 @@ INLINE void to_bytes(int packing, const float *from, int8_t *to, float *unit) {
         }
 }
 
-INLINE void narrow_row(int packing, const float *from, int64_t inputs, int64_t row, Narrow *to) {
-    for (int64_t group = 0; group < to->width / GROUP; group++) {
-        uint16_t *place = to->numbers + row * to->width + group * GROUP;
-        if (packing == BF16) _mm512_storeu_si512(place, narrowed(from + group * GROUP, inputs - group * GROUP));
-        else to_bytes(packing, from + group * GROUP, (int8_t *)place, to->units + row * to->width / GROUP * 2 + group * 2);
+INLINE void narrow_row(int packing, int planes, const float *from, int64_t inputs, int64_t row, Narrow *to) {
+    const int64_t groups = to->width / GROUP, group_bytes = to->stride / groups;
+    for (int64_t group = 0; group < groups; group++) {
+        void *place = to->numbers + row * to->stride + group * group_bytes;
+#if HAS_BF16
+        if (packing == BF16) {
+            _mm512_storeu_si512(place, narrowed(from + group * GROUP, inputs - group * GROUP));
+            continue;
+        }
+#endif
+        to_bytes(packing, planes, from + group * GROUP, place, to->units + (row * groups + group) * 2);
     }
 }
 
 /* `rows` rows times one tile. A group's sum of digits times units is a whole number, and is scaled as such. */
-INLINE void narrow_few_rows(int packing, int rows, Tile tile, const Narrow *x, int64_t first_row, Floats sums[][2]) {
+INLINE void narrow_few_rows(
+    int packing, int planes, int rows, Tile tile, const Narrow *x, int64_t first_row, Floats sums[][2]
+) {
     const int64_t groups = x->width / GROUP;
-    const int8_t *bytes = (const int8_t *)(x->numbers + first_row * x->width);
+    const uint8_t *bytes = x->numbers + first_row * x->stride;
     const float *units = x->units + first_row * groups * 2;
     for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
-    for (int64_t group = 0; group < groups; group++, bytes += 2 * GROUP, units += 2) {
+    for (int64_t group = 0; group < groups; group++, bytes += planes * GROUP, units += 2) {
         Floats scale[2], offset[2];
-        __m512i parts[NARROW_ROWS][2][2];
+        __m512i parts[NARROW_ROWS(1)][2][2];
         take_scales(packing, &tile, scale, offset);
+#pragma GCC unroll 12
         for (int row = 0; row < rows; row++)
+#pragma GCC unroll 2
             for (int half = 0; half < 2; half++) parts[row][half][0] = parts[row][half][1] = _mm512_setzero_si512();
 #pragma GCC unroll 8
         for (int four = 0; four < GROUP / 4; four++) {
+            Words digits[2];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 if (packing == EIGHT_BITS || four % 2 == 0) ask_ahead(tile.words + half * LANES);
                 /* Four digits of each output, as bytes without a sign. */
-                Words words = *(const Words *)(tile.words + half * LANES), digits;
-                if (packing == FOUR_BITS) digits = (four % 2 ? words >> 4 : words) & 0x0f0f0f0f;
-                else digits = words ^ 0x80808080;
-#pragma GCC unroll 4
-                for (int row = 0; row < rows; row++) {
+                Words words = *(const Words *)(tile.words + half * LANES);
+                if (packing == FOUR_BITS) digits[half] = (four % 2 ? words >> 4 : words) & 0x0f0f0f0f;
+                else digits[half] = words ^ 0x80808080;
+            }
+#pragma GCC unroll 12
+            for (int row = 0; row < rows; row++) {
 #pragma GCC unroll 2
-                    for (int plane = 0; plane < 2; plane++) {
-                        int32_t inputs;
-                        memcpy(&inputs, bytes + row * x->width * 2 + plane * GROUP + four * 4, 4);
+                for (int plane = 0; plane < planes; plane++) {
+                    int32_t inputs;
+                    memcpy(&inputs, bytes + row * x->stride + plane * GROUP + four * 4, 4);
+                    __m512i several = _mm512_set1_epi32(inputs);
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; half++) {
                         __m512i *part = &parts[row][half][plane];
-                        *part = _mm512_dpbusd_epi32(*part, (__m512i)digits, _mm512_set1_epi32(inputs));
+                        *part = _mm512_dpbusd_epi32(*part, (__m512i)digits[half], several);
                     }
                 }
             }
             if (packing == EIGHT_BITS || four % 2) tile.words += TILE;
         }
+#pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             float unit = units[row * groups * 2], total = units[row * groups * 2 + 1];
+#pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                __m512i part = _mm512_add_epi32(_mm512_slli_epi32(parts[row][half][0], LOW_BITS), parts[row][half][1]);
+                __m512i part = parts[row][half][0];
+                if (planes == 2) part = _mm512_add_epi32(_mm512_slli_epi32(part, LOW_BITS), parts[row][half][1]);
                 Floats added = offset[half];
                 if (packing == EIGHT_BITS) added = scale[half] * -128.0f;
                 sums[row][half] += (Floats)_mm512_cvtepi32_ps(part) * (scale[half] * unit) + added * total;
@@ -365,6 +388,8 @@ INLINE void narrow_few_rows(int packing, int rows, Tile tile, const Narrow *x, i
         }
     }
 }
+
+#if HAS_BF16
 
 /* `outputs` rows of bf16 weights, which lie as they were read, times `rows` rows. */
 INLINE void narrow_plain_block(
@@ -379,7 +404,7 @@ INLINE void narrow_plain_block(
         __mmask32 mask = left >= GROUP ? 0xffffffff : (1u << left) - 1;
         __m512i from[PLAIN_ROWS];
         for (int row = 0; row < rows; row++)
-            from[row] = _mm512_loadu_si512(x->numbers + (first_row + row) * x->width + input);
+            from[row] = _mm512_loadu_si512(x->numbers + (first_row + row) * x->stride + input * 2);
         for (int output = 0; output < outputs; output++) {
             __m512i some = _mm512_maskz_loadu_epi16(mask, weights + output * weight->inputs + input);
             for (int row = 0; row < rows; row++)
@@ -391,52 +416,71 @@ INLINE void narrow_plain_block(
             put_one(out, first_row + row, first_output + output, total((Floats)sums[output][row]));
 }
 
-INLINE void narrow_tile(int packing, const Weight *weight, int64_t tile, const Narrow *x, int64_t rows, const To *out) {
-    if (packing == BF16) {
-        int64_t end = (tile + 1) * TILE < weight->outputs ? (tile + 1) * TILE : weight->outputs;
-        for (int64_t output = tile * TILE; output < end;) {
-            int64_t row = 0;
-            if (output + PLAIN_OUTPUTS <= end) {
-                for (; row + PLAIN_ROWS <= rows; row += PLAIN_ROWS)
-                    narrow_plain_block(PLAIN_OUTPUTS, PLAIN_ROWS, weight, output, x, row, out);
-                for (; row < rows; row++) narrow_plain_block(PLAIN_OUTPUTS, 1, weight, output, x, row, out);
-                output += PLAIN_OUTPUTS;
-            } else {
-                for (; row < rows; row++) narrow_plain_block(1, 1, weight, output, x, row, out);
-                output++;
-            }
+/* TILE outputs of bf16 weights times all rows. */
+INLINE void narrow_plain_tile(const Weight *weight, int64_t tile, const Narrow *x, int64_t rows, const To *out) {
+    int64_t end = (tile + 1) * TILE < weight->outputs ? (tile + 1) * TILE : weight->outputs;
+    for (int64_t output = tile * TILE; output < end;) {
+        int64_t row = 0;
+        if (output + PLAIN_OUTPUTS <= end) {
+            for (; row + PLAIN_ROWS <= rows; row += PLAIN_ROWS)
+                narrow_plain_block(PLAIN_OUTPUTS, PLAIN_ROWS, weight, output, x, row, out);
+            for (; row < rows; row++) narrow_plain_block(PLAIN_OUTPUTS, 1, weight, output, x, row, out);
+            output += PLAIN_OUTPUTS;
+        } else {
+            for (; row < rows; row++) narrow_plain_block(1, 1, weight, output, x, row, out);
+            output++;
         }
-        return;
     }
+}
+
+#endif
+
+/* TILE outputs of weights of four and eight bits times all rows. */
+INLINE void narrow_tile(
+    int packing, int planes, const Weight *weight, int64_t tile, const Narrow *x, int64_t rows, const To *out
+) {
     Tile place = tile_at(packing, weight, tile);
     for (int64_t row = 0; row < rows;) {
-        Floats sums[NARROW_ROWS][2];
-        int64_t count = rows - row < NARROW_ROWS ? rows - row : NARROW_ROWS;
-        switch (count) {
-            case 1: narrow_few_rows(packing, 1, place, x, row, sums); break;
-            case 2: narrow_few_rows(packing, 2, place, x, row, sums); break;
-            case 3: narrow_few_rows(packing, 3, place, x, row, sums); break;
-            case 4: narrow_few_rows(packing, 4, place, x, row, sums); break;
-        }
+        Floats sums[NARROW_ROWS(1)][2];
+        int64_t left = rows - row, count = left >= NARROW_ROWS(planes) ? NARROW_ROWS(planes) : left < 4 ? left : 4;
+        if (count == NARROW_ROWS(planes)) narrow_few_rows(packing, planes, NARROW_ROWS(planes), place, x, row, sums);
+        else if (count == 4) narrow_few_rows(packing, planes, 4, place, x, row, sums);
+        else if (count == 3) narrow_few_rows(packing, planes, 3, place, x, row, sums);
+        else if (count == 2) narrow_few_rows(packing, planes, 2, place, x, row, sums);
+        else narrow_few_rows(packing, planes, 1, place, x, row, sums);
         for (int64_t each = 0; each < count; each++) put(out, row++, tile * TILE, sums[each]);
     }
 }
 
-INLINE int64_t narrow_bytes(const Weight *weight, int64_t rows) {
-    int64_t width = whole_groups(weight->inputs);
-    return rows * (width * sizeof(uint16_t) + width / GROUP * 2 * sizeof(float));
+/* Bytes of a row; of sixteen bits two a number, too. */
+INLINE int64_t narrow_stride(const Weight *weight, int planes) {
+    return whole_groups(weight->inputs) * (weight->packing == BF16 ? 2 : planes);
 }
 
-INLINE void narrow_linear(int packing, const Weight *weight, const Rows *rows, const To *out, void *shared) {
+INLINE int64_t narrow_bytes(const Weight *weight, int64_t rows, int planes) {
+    return rows * (narrow_stride(weight, planes) + whole_groups(weight->inputs) / GROUP * 2 * sizeof(float));
+}
+
+INLINE void narrow_linear(
+    int packing, int planes, const Weight *weight, const Rows *rows, const To *out, void *shared
+) {
     int64_t inputs = weight->inputs, tiles = (weight->outputs + TILE - 1) / TILE, count = rows->count;
-    Narrow narrow = {.numbers = shared, .width = whole_groups(inputs)};
-    narrow.units = (float *)(narrow.numbers + count * narrow.width);
+    Narrow narrow = {.numbers = shared, .width = whole_groups(inputs), .stride = narrow_stride(weight, planes)};
+    narrow.units = (float *)(narrow.numbers + count * narrow.stride);
     float *made = rows->before == AS_THEY_ARE ? NULL : malloc(inputs * sizeof(float));
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < count; row++) narrow_row(packing, ready(rows, row, inputs, made), inputs, row, &narrow);
+    for (int64_t row = 0; row < count; row++) narrow_row(packing, planes, ready(rows, row, inputs, made), inputs, row, &narrow);
     free(made);
 #pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < tiles; tile++) narrow_tile(packing, weight, tile, &narrow, count, out);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+#if HAS_BF16
+        if (packing == BF16) {
+            narrow_plain_tile(weight, tile, &narrow, count, out);
+            continue;
+        }
+#endif
+        narrow_tile(packing, planes, weight, tile, &narrow, count, out);
+    }
 }
 
 #endif
@@ -632,11 +676,12 @@ INLINE void unit_linear(int packing, const Weight *weight, const Rows *rows, con
 
 #endif
 
-/* Which kind a product is. One with weights of fp16 is exact. */
+/* Which kind a product is. One with weights of fp16 is exact, and so is one of bf16 without products of such. */
 INLINE int kind_of(const Weight *weight, int64_t rows, int narrowness) {
-    if (weight->packing == FP16) return EXACT;
+    if (weight->packing == FP16 || (weight->packing == BF16 && !HAS_BF16)) return EXACT;
     if (HAS_MATRIX_UNIT && narrowness == ANY_ROWS && rows >= MATRIX_ROWS) return ANY_ROWS;
-    return HAS_NARROW && narrowness != EXACT ? FEW_ROWS : EXACT;
+    if (!HAS_BYTES || narrowness == EXACT) return EXACT;
+    return narrowness == BYTES && weight->packing < BF16 ? BYTES : FEW_ROWS;
 }
 
 int64_t linear_bytes(const Weight *weight, int64_t rows, int narrowness) {
@@ -644,8 +689,9 @@ int64_t linear_bytes(const Weight *weight, int64_t rows, int narrowness) {
 #if HAS_MATRIX_UNIT
         case ANY_ROWS: return unit_bytes(weight, rows);
 #endif
-#if HAS_NARROW
-        case FEW_ROWS: return narrow_bytes(weight, rows);
+#if HAS_BYTES
+        case FEW_ROWS: return narrow_bytes(weight, rows, 2);
+        case BYTES: return narrow_bytes(weight, rows, 1);
 #endif
         default: return exact_bytes(weight, rows);
     }
@@ -654,18 +700,24 @@ int64_t linear_bytes(const Weight *weight, int64_t rows, int narrowness) {
 typedef void (*Product)(const Weight *, const Rows *, const To *, void *);
 
 /* Each in a function of its own: in one the compiler takes several times as long. */
-#define PRODUCT(name, function, packing)                                                               \
+#define PRODUCT(name, function, ...)                                                                   \
     static OUTLINED void name(const Weight *weight, const Rows *rows, const To *out, void *shared) {   \
-        function(packing, weight, rows, out, shared);                                                  \
+        function(__VA_ARGS__, weight, rows, out, shared);                                              \
     }
 PRODUCT(exact_four, exact_linear, FOUR_BITS)
 PRODUCT(exact_eight, exact_linear, EIGHT_BITS)
 PRODUCT(exact_bf16, exact_linear, BF16)
 PRODUCT(exact_fp16, exact_linear, FP16)
-#if HAS_NARROW
-PRODUCT(narrow_four, narrow_linear, FOUR_BITS)
-PRODUCT(narrow_eight, narrow_linear, EIGHT_BITS)
-PRODUCT(narrow_bf16, narrow_linear, BF16)
+#if HAS_BYTES
+PRODUCT(narrow_four, narrow_linear, FOUR_BITS, 2)
+PRODUCT(narrow_eight, narrow_linear, EIGHT_BITS, 2)
+PRODUCT(bytes_four, narrow_linear, FOUR_BITS, 1)
+PRODUCT(bytes_eight, narrow_linear, EIGHT_BITS, 1)
+#endif
+#if HAS_BF16
+PRODUCT(narrow_bf16, narrow_linear, BF16, 2)
+#else
+#define narrow_bf16 NULL
 #endif
 #if HAS_MATRIX_UNIT
 PRODUCT(unit_four, unit_linear, FOUR_BITS)
@@ -679,8 +731,9 @@ PRODUCT(unit_bf16, unit_linear, BF16)
 void linear(const Weight *weight, const Rows *rows, const Out *out, int narrowness, void *shared) {
     static const Product products[][4] = {
         [EXACT] = {exact_four, exact_eight, exact_bf16, exact_fp16},
-#if HAS_NARROW
+#if HAS_BYTES
         [FEW_ROWS] = {narrow_four, narrow_eight, narrow_bf16},
+        [BYTES] = {bytes_four, bytes_eight},
 #endif
 #if HAS_MATRIX_UNIT
         [ANY_ROWS] = {unit_four, unit_eight, unit_bf16},
@@ -706,7 +759,7 @@ int64_t tidegate_narrowness(void) {
     enum { ASK = 0x1023, TILE_DATA = 18 };
     if (syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0) return ANY_ROWS;
 #endif
-    return HAS_NARROW ? FEW_ROWS : EXACT;
+    return HAS_BYTES ? FEW_ROWS : EXACT;
 }
 
 int64_t tidegate_tile(void) { return TILE; }

@@ -1,29 +1,34 @@
-/* bf16 and the processor's matrix unit, where it has them. Each file includes it for itself. */
+/* Products of bytes and of bf16 and the matrix unit, where the processor has them. Each file includes it for itself. */
 
 #ifndef TIDEGATE_UNIT_H
 #define TIDEGATE_UNIT_H
 
 #include "vectors.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define HAS_NARROW 1
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define HAS_BYTES 1
 #else
-#define HAS_NARROW 0
+#define HAS_BYTES 0
 #endif
-#if HAS_NARROW && defined(__AMX_BF16__) && defined(__linux__)
+#if HAS_BYTES && defined(__AVX512BF16__)
+#define HAS_BF16 1
+#else
+#define HAS_BF16 0
+#endif
+#if HAS_BF16 && defined(__AMX_BF16__) && defined(__linux__)
 #define HAS_MATRIX_UNIT 1
 #else
 #define HAS_MATRIX_UNIT 0
 #endif
 
 /* Which narrow products there are. */
-enum { EXACT, FEW_ROWS, ANY_ROWS };
+enum { EXACT, FEW_ROWS, ANY_ROWS, BYTES };
 
 #define UNIT_INPUTS 32 /* that are multiplied at once */
 
 INLINE int64_t whole_groups(int64_t inputs) { return (inputs + UNIT_INPUTS - 1) / UNIT_INPUTS * UNIT_INPUTS; }
 
-#if HAS_NARROW
+#if HAS_BF16
 
 /* UNIT_INPUTS numbers as bf16; behind the row's end, zeros. */
 INLINE __m512i narrowed(const float *from, int64_t left) {

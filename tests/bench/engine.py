@@ -277,6 +277,7 @@ def quality(bench: Bench) -> None:
     kinds = {dtype: (str(plain), dtype) for dtype in bench.dtypes if dtype != PLAIN_DTYPE}
     kinds["FP8 weights"] = (str(eight), PLAIN_DTYPE)
     kinds["the file's blocks"] = (bench.model, PLAIN_DTYPE)
+    kinds["the file's blocks, w8a8"] = (bench.model, "w8a8")
 
     def found(model: str, dtype: str) -> dict[str, Any]:
         return own_inside("agreement", model=model, dtype=dtype, threads=bench.threads, text=file)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .gpu_attention import GpuAttention
     from .gpu_products import GpuExperts
 
-# From so many rows on oneDNN's bf16 products are quicker than our own kernels that do not use the matrix unit, which
-# multiply bytes with weights in blocks.
-_MANY_ROWS, _MANY_ROWS_OF_BLOCKS = 12, 64
+# From so many rows on oneDNN's bf16 products are quicker than our own kernels for weights of sixteen bits that do not
+# use the matrix unit.
+_MANY_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ class Projection:
             self._floats8 = partial(multiplied, weight=weight.to(compute.device))
             return
         self._packed = None if kernels is None else kernels.pack(weight, self._bias)
-        self._many_rows = _MANY_ROWS_OF_BLOCKS if isinstance(weight, Blocks) else _MANY_ROWS
         # What the kernels can read is kept a second time only for products that are quicker than theirs.
         if self._packed is None or not self._takes_many_rows(weight):
             dense = weight.dense() if isinstance(weight, Blocks) else weight
@@ -105,7 +104,7 @@ class Projection:
             before: what is done with the rows first.
             onto: the result is added to this, and comes back as this.
         """
-        if self._packed is not None and (self._dense is None or len(rows) < self._many_rows):
+        if self._packed is not None and (self._dense is None or len(rows) < _MANY_ROWS):
             assert self._compute.kernels is not None
             return self._compute.kernels.linear(
                 self._packed,
@@ -126,13 +125,10 @@ class Projection:
         return self._packed if self._dense is None else None
 
     def _takes_many_rows(self, weight: torch.Tensor | Blocks) -> bool:
-        """Whether the kernels' products are the quickest for any number of rows."""
-        if self._compute.dtype == torch.float32:
+        """Whether the kernels' products are the quickest for any number of rows, or nearly so."""
+        if self._compute.dtype == torch.float32 or isinstance(weight, Blocks):
             return True
-        if self._narrowness == Narrowness.BYTES:
-            return isinstance(weight, Blocks)
-        is_exact = isinstance(weight, torch.Tensor) and weight.dtype == torch.float16
-        return self._narrowness == Narrowness.ANY_ROWS and not is_exact
+        return self._narrowness == Narrowness.ANY_ROWS and weight.dtype != torch.float16
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if self._floats8 is not None:

@@ -24,7 +24,7 @@
 #else
 #define PLAIN_ROWS 2
 #endif
-#define NARROW_ROWS(planes) ((planes) == 2 ? 6 : 12) /* that are multiplied at once without it */
+#define NARROW_ROWS(planes) ((planes) == 2 ? 4 : 8) /* that are multiplied at once without it */
 #define WORDS_AHEAD 1024
 #define UNIT_GROUPS 9 /* whose weights are unpacked at a time, so that they and the rows stay in a core's first cache */
 #define MATRIX_ROWS 12    /* from so many on the matrix unit is quicker */
@@ -343,7 +343,7 @@ INLINE void narrow_few_rows(
         Floats scale[2], offset[2];
         __m512i parts[NARROW_ROWS(1)][2][2];
         take_scales(packing, &tile, scale, offset);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
         for (int row = 0; row < rows; row++)
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) parts[row][half][0] = parts[row][half][1] = _mm512_setzero_si512();
@@ -358,7 +358,7 @@ INLINE void narrow_few_rows(
                 if (packing == FOUR_BITS) digits[half] = (four % 2 ? words >> 4 : words) & 0x0f0f0f0f;
                 else digits[half] = words ^ 0x80808080;
             }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
             for (int row = 0; row < rows; row++) {
 #pragma GCC unroll 2
                 for (int plane = 0; plane < planes; plane++) {
@@ -374,7 +374,7 @@ INLINE void narrow_few_rows(
             }
             if (packing == EIGHT_BITS || four % 2) tile.words += TILE;
         }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
             float unit = units[row * groups * 2], total = units[row * groups * 2 + 1];
 #pragma GCC unroll 2

@@ -93,6 +93,8 @@ def gap(options: argparse.Namespace) -> dict[str, object]:
         _add(engine, f"arriving-{number}", _prompt(1000 + number, ARRIVING_TOKENS), 1)
         name = f"arriving-{number}"
         disturbed += _gaps(engine, lambda ended, count, name=name: name in ended)
+    # The streams have grown meanwhile: what they take undisturbed is that of their lengths before and after.
+    calm += _gaps(engine, lambda ended, count: count == CALM_STEPS // options.rounds)
     return {
         "ratio": _percentile(disturbed, 99) / _percentile(calm, 99),
         "calm_p50": statistics.median(calm),

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -58,11 +57,6 @@ class RankGroup:
             self._fault = str(error) or type(error).__name__
             self.close()
             raise
-
-    @property
-    def model(self) -> Any:
-        """The first rank's."""
-        return self._rank.model
 
     def lay_out(self, works: list[RowWork]) -> StepTensors:
         """A step's tensors on the first rank."""

@@ -7,6 +7,8 @@
 #include "calls.h"
 #include "unit.h"
 
+#include <omp.h>
+
 /* Turn the query and key heads of rows [rows, (heads + 2 kv_heads) * key_size] in place, each normed before where the
  * model has weights for it, and write keys and values into the cache at the rows' slots. A team's.
  */
@@ -308,18 +310,72 @@ INLINE void lay_out(
             store(values + token * width + index, cached(is_bf16, cache, offsets[token] + shift + index));
 }
 
+/* `many_rows`, or where all is in bf16 the same of pairs: `inputs` of them, each as long as a number of fp32. */
+INLINE void many(
+    int is_narrow, int rows, const float *weights, int64_t step, const float *x, int64_t stride, int64_t inputs,
+    Floats sums[][2]
+) {
+#if HAS_BF16
+    if (is_narrow) {
+        for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
+#pragma GCC unroll 2
+        for (int64_t input = 0; input < inputs; input++, weights += step) {
+            __m512bh low = (__m512bh)load(weights), high = (__m512bh)load(weights + LANES);
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++) {
+                __m512bh pair = (__m512bh)_mm512_set1_ps(x[row * stride + input]);
+                sums[row][0] = (Floats)_mm512_dpbf16_ps((__m512)sums[row][0], low, pair);
+                sums[row][1] = (Floats)_mm512_dpbf16_ps((__m512)sums[row][1], high, pair);
+            }
+        }
+        return;
+    }
+#endif
+    many_rows(rows, weights, step, x, stride, inputs, sums);
+}
+
+#if HAS_BF16
+
+/* As `lay_out`, of pairs: keys as [key_size / 2][CHUNK_SPLIT], two numbers of a token each, values as
+ * [CHUNK_SPLIT / 2][width], two tokens' each.
+ */
+INLINE void lay_out_pairs(
+    const uint16_t *cache, const int64_t *offsets, int64_t count, int64_t shift, int64_t key_size, int64_t value_size,
+    int64_t width, float *keys, float *values
+) {
+    for (int64_t first = 0; first < count; first += LANES)
+        for (int64_t index = 0; index < key_size; index += 2 * LANES) {
+            Floats block[LANES];
+            for (int token = 0; token < LANES; token++)
+                block[token] = load((const float *)(cache + offsets[first + token] + index));
+            transpose(block);
+            for (int lane = 0; lane < LANES; lane++) store(keys + (index / 2 + lane) * CHUNK_SPLIT + first, block[lane]);
+        }
+    for (int64_t token = 0; token < count; token += 2)
+        for (int64_t index = 0; index < value_size; index += LANES) {
+            const uint16_t *one = cache + offsets[token] + shift + index;
+            /* Behind the last token, its own values: they weigh nothing. */
+            const uint16_t *other = token + 1 < count ? cache + offsets[token + 1] + shift + index : one;
+            Words low = __builtin_convertvector(*(const Halves *)one, Words);
+            Words high = __builtin_convertvector(*(const Halves *)other, Words);
+            store(values + token / 2 * width + index, (Floats)(low | high << 16));
+        }
+}
+
+#endif
+
 /* What `rows` consecutive rows of one head, the first of which is token `position`, get of the laid out tokens, which
  * are those from `split` on. `largest`, `sums` and `out` carry on from split to split.
  */
 INLINE void attend_rows(
-    int rows, const float *keys, const float *values, int64_t width, const Window *window, int64_t position, int64_t split,
-    int64_t count, const float *query, int64_t query_stride, int64_t key_size, int64_t value_size, float scale,
+    int is_narrow, int rows, const float *keys, const float *values, int64_t width, const Window *window,
+    int64_t position, int64_t split, int64_t count, const float *query, int64_t query_stride, int64_t key_size, int64_t value_size, float scale,
     float *largest, float *sums, float *out, int64_t out_stride
 ) {
     float weights[ROWS][CHUNK_SPLIT];
     for (int64_t first = 0; first < count; first += TILE) {
         Floats scores[ROWS][2];
-        many_rows(rows, keys + first, CHUNK_SPLIT, query, query_stride, key_size, scores);
+        many(is_narrow, rows, keys + first, CHUNK_SPLIT, query, query_stride, is_narrow ? key_size / 2 : key_size, scores);
         for (int row = 0; row < rows; row++)
             for (int half = 0; half < 2; half++)
                 store(weights[row] + first + half * LANES, scores[row][half] * scale);
@@ -338,10 +394,17 @@ INLINE void attend_rows(
             sums[row] = sums[row] * shrink[row] + sum;
         }
         for (int64_t token = seen.end < 0 ? 0 : seen.end; token < count; token++) weights[row][token] = 0;
+#if HAS_BF16
+        /* In place: what is written lies behind what is still to be read. */
+        if (is_narrow && count % 2) weights[row][count] = 0;
+        for (int64_t token = 0; is_narrow && token < count; token += 2 * LANES)
+            _mm512_storeu_si512(weights[row] + token / 2, narrowed(weights[row] + token, 2 * LANES));
+#endif
     }
+    int64_t inputs = is_narrow ? (count + 1) / 2 : count;
     for (int64_t first = 0; first < value_size; first += TILE) {
         Floats added[ROWS][2];
-        many_rows(rows, values + first, width, weights[0], CHUNK_SPLIT, count, added);
+        many(is_narrow, rows, values + first, width, weights[0], CHUNK_SPLIT, inputs, added);
         for (int row = 0; row < rows; row++) {
             for (int half = 0; half < 2 && first + half * LANES < value_size; half++) {
                 float *to = out + row * out_stride + first + half * LANES;
@@ -362,33 +425,52 @@ INLINE void attend_rows(
 ROWS_APART(rows_apart_in_fp32, 0)
 ROWS_APART(rows_apart_in_bf16, 1)
 
-/* Attention of one sequence's consecutive rows, [rows, heads, key_size]. */
-static OUTLINED void attend_chunk(
-    const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,
-    int64_t heads, const void *cache, float *out, void *shared
+/* Attention of one sequence's consecutive rows, [rows, heads, key_size]; `is_narrow` rounds queries and weights to bf16,
+ * for a cache in it, and wants key sizes of whole groups for the unit.
+ */
+INLINE void attend_rows_together(
+    int is_narrow, const CacheLayout *layout, const Window *window, const Group *group, const float *queries,
+    int64_t stride, int64_t heads, const void *cache, float *out, void *shared
 ) {
     int64_t kv_heads = layout->kv_heads, key_size = layout->key_size, value_size = layout->value_size;
     int64_t sharing = heads / kv_heads, width = (value_size + TILE - 1) / TILE * TILE, out_stride = heads * value_size;
-    int64_t rows = group->count, start = group->longest - rows, parts = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    int64_t rows = group->count, start = group->longest - rows, most = CHUNK_ROWS, parts;
+    /* So many at a time that all threads have as much to do, where that can be. */
+    while (parts = (rows + most - 1) / most, most > ROWS && parts * kv_heads % omp_get_num_threads()) most /= 2;
     float *keys = aligned_alloc(64, key_size * CHUNK_SPLIT * sizeof(float));
     float *values = aligned_alloc(64, width * CHUNK_SPLIT * sizeof(float));
     float *largest = malloc(sharing * CHUNK_ROWS * sizeof(float));
     float *sums = malloc(sharing * CHUNK_ROWS * sizeof(float));
+    int64_t query_size = key_size / 2; /* in pairs */
+    float *pairs = is_narrow ? malloc(sharing * CHUNK_ROWS * query_size * sizeof(float)) : NULL;
     memset(values, 0, width * CHUNK_SPLIT * sizeof(float));
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t part = 0; part < parts; part++)
         for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
-            int64_t begin = part * CHUNK_ROWS, end = begin + CHUNK_ROWS < rows ? begin + CHUNK_ROWS : rows;
+            int64_t begin = part * most, end = begin + most < rows ? begin + most : rows;
             int64_t shift = shift_of(layout, kv_head);
             for (int64_t index = 0; index < sharing * CHUNK_ROWS; index++) largest[index] = -INFINITY, sums[index] = 0;
             for (int64_t row = begin; row < end; row++)
                 memset(out + row * out_stride + kv_head * sharing * value_size, 0, sharing * value_size * sizeof(float));
+#if HAS_BF16
+            for (int64_t index = 0; is_narrow && index < sharing * (end - begin); index++) {
+                int64_t head = index / (end - begin), row = begin + index % (end - begin);
+                const float *from = queries + row * stride + (kv_head * sharing + head) * key_size;
+                float *to = pairs + (head * CHUNK_ROWS + row - begin) * query_size;
+                for (int64_t number = 0; number < key_size; number += UNIT_INPUTS)
+                    _mm512_storeu_si512(to + number / 2, narrowed(from + number, UNIT_INPUTS));
+            }
+#endif
             for (int64_t first = 0; first < start + end; first += CHUNK_SPLIT) {
                 int64_t left = start + end - first, count = left < CHUNK_SPLIT ? left : CHUNK_SPLIT;
                 count = needed_of_split(window, start + begin, first, count);
                 if (!count) continue;
                 int64_t offsets[CHUNK_SPLIT];
                 find(layout, group->blocks, kv_head * key_size, first, count, 0, 0, offsets);
+#if HAS_BF16
+                if (is_narrow) lay_out_pairs(cache, offsets, count, shift, key_size, value_size, width, keys, values);
+                else
+#endif
                 if (layout->is_bf16) lay_out(1, cache, offsets, count, shift, key_size, value_size, width, keys, values);
                 else lay_out(0, cache, offsets, count, shift, key_size, value_size, width, keys, values);
                 for (int64_t head = 0; head < sharing; head++) {
@@ -396,11 +478,13 @@ static OUTLINED void attend_chunk(
                         int64_t several = end - row < ROWS ? end - row : ROWS;
                         if (!needed_of_split(window, start + row, first, count)) continue;
                         int64_t of_all = kv_head * sharing + head, state = head * CHUNK_ROWS + row - begin;
+                        const float *query = queries + row * stride + of_all * key_size;
+                        if (is_narrow) query = pairs + state * query_size;
 #define CASE(n)                                                                                                   \
     case n:                                                                                                       \
-        attend_rows(n, keys, values, width, window, start + row, first, count,                                    \
-                    queries + row * stride + of_all * key_size, stride, key_size, value_size, layout->scale,      \
-                    largest + state, sums + state, out + row * out_stride + of_all * value_size, out_stride);     \
+        attend_rows(is_narrow, n, keys, values, width, window, start + row, first, count, query,                  \
+                    is_narrow ? query_size : stride, key_size, value_size, layout->scale, largest + state,        \
+                    sums + state, out + row * out_stride + of_all * value_size, out_stride);                      \
         break;
                         switch (several) { FOR_EACH_COUNT(CASE) }
 #undef CASE
@@ -419,7 +503,20 @@ static OUTLINED void attend_chunk(
     free(values);
     free(largest);
     free(sums);
+    free(pairs);
 }
+
+#define ROWS_TOGETHER(name, is_narrow)                                                                              \
+    static OUTLINED void name(                                                                                      \
+        const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,  \
+        int64_t heads, const void *cache, float *out, void *shared                                                  \
+    ) {                                                                                                             \
+        attend_rows_together(is_narrow, layout, window, group, queries, stride, heads, cache, out, shared);         \
+    }
+ROWS_TOGETHER(attend_chunk, 0)
+#if HAS_BF16
+ROWS_TOGETHER(attend_chunk_in_bf16, 1)
+#endif
 
 #if HAS_MATRIX_UNIT
 
@@ -651,9 +748,14 @@ void attend(
     out += group->first_row * heads * layout->value_size;
     Attention run = attend_chunk;
     if (group->lengths) run = layout->is_bf16 ? rows_apart_in_bf16 : rows_apart_in_fp32;
-#if HAS_MATRIX_UNIT
+#if HAS_BF16
     int fits = layout->key_size % UNIT_INPUTS == 0 && layout->value_size % UNIT_INPUTS == 0;
-    if (!group->lengths && layout->is_bf16 && fits && narrowness == ANY_ROWS) run = attend_chunk_on_unit;
+    if (!group->lengths && layout->is_bf16 && fits && narrowness != EXACT) {
+        run = attend_chunk_in_bf16;
+#if HAS_MATRIX_UNIT
+        if (narrowness == ANY_ROWS) run = attend_chunk_on_unit;
+#endif
+    }
 #endif
     run(layout, window, group, queries, stride, heads, cache, out, shared);
 }

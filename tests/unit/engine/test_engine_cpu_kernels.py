@@ -16,7 +16,7 @@ from llm_engine import cpu_kernels
 from llm_engine.blocks import Blocks, rounded
 from llm_engine.cache_layout import CacheLayout
 from llm_engine.cpu_kernels import Narrowness, load_kernels
-from llm_engine.matmul import compute_dtype
+from llm_engine.matmul import Compute, Projection, compute_dtype
 from llm_engine.rowwise import Norm, SwiGlu
 from llm_engine.step_tensors import AttentionGroup, StepTensors
 from llm_engine.window import FULL
@@ -380,9 +380,28 @@ def test_what_the_kernels_cannot_attend_to_is_known(kernels):
     assert not kernels.can_attend(plain_layout(1, 20, torch.float32))
     assert not kernels.can_attend(plain_layout(1, 64, torch.float16))
     assert kernels.can_attend_chunks(plain_layout(1, 48, torch.float32))
-    assert kernels.can_attend_chunks(plain_layout(1, 64, torch.bfloat16))
-    has_unit = kernels.narrowness == Narrowness.ANY_ROWS
-    assert kernels.can_attend_chunks(plain_layout(1, 48, torch.bfloat16)) is not has_unit
+    assert kernels.can_attend_chunks(plain_layout(1, 64, torch.bfloat16)) == kernels.are_quickest_in_bf16
+    fits = kernels.are_quickest_in_bf16 and kernels.narrowness != Narrowness.ANY_ROWS
+    assert kernels.can_attend_chunks(plain_layout(1, 48, torch.bfloat16)) == fits
+
+
+@pytest.mark.parametrize(
+    ("narrowness", "has_unit", "expected"),
+    [
+        (Narrowness.EXACT, False, False),
+        (Narrowness.FEW_ROWS, False, True),
+        (Narrowness.FEW_ROWS, True, False),
+        (Narrowness.ANY_ROWS, True, True),
+    ],
+)
+def test_what_torch_multiplies_quicker_in_bf16_is_left_to_it(kernels, monkeypatch, narrowness, has_unit, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_unit)
+    monkeypatch.setattr(kernels._library, "tidegate_narrowness", lambda: narrowness.value)
+    kernels = cpu_kernels.CpuKernels(kernels._library, 1)
+    assert kernels.are_quickest_in_bf16 is expected
+    assert kernels.can_attend_chunks(plain_layout(1, 64, torch.bfloat16)) is expected
+    compute = Compute(torch.device("cpu"), torch.bfloat16, torch.float32, kernels, narrowness=narrowness)
+    assert (Projection(four_bits(64, 64), compute).packed is not None) is expected
 
 
 def test_the_library_is_built_once(folder, monkeypatch):

@@ -108,6 +108,10 @@ class CpuKernels:
         self._rooms: dict[str, torch.Tensor] = {}
         self.narrowness = Narrowness(library.tidegate_narrowness())
         """Which narrow products this processor has."""
+        has_unit_elsewhere = self.narrowness == Narrowness.FEW_ROWS and torch.cpu._is_amx_tile_supported()
+        self.are_quickest_in_bf16 = self.narrowness != Narrowness.EXACT and not has_unit_elsewhere
+        """Whether torch's products of bf16 are slower for many rows, too. They are quicker where these kernels have
+        none, or where a compiler that does not know the matrix unit leaves it to torch alone."""
 
     def room(self, name: str, *shape: int) -> torch.Tensor:
         """fp32 memory for a result that nobody needs any more when the next one of this name is asked for.
@@ -203,9 +207,11 @@ class CpuKernels:
         """Whether it takes consecutive ones, and is quicker than torch."""
         if not self.can_attend(layout):
             return False
+        if layout.dtype == torch.float32:
+            return True
         # Torch has the matrix unit for any sizes, these kernels do not.
         fits_unit = layout.key_size % _UNIT_INPUTS == 0 and layout.value_size % _UNIT_INPUTS == 0
-        return layout.dtype == torch.float32 or fits_unit or self.narrowness != Narrowness.ANY_ROWS
+        return self.are_quickest_in_bf16 and (fits_unit or self.narrowness != Narrowness.ANY_ROWS)
 
     def attend(
         self,

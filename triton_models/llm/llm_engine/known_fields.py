@@ -48,7 +48,7 @@ _GENERATING = (
     " num_return_sequences pad_token_id prefix remove_invalid_values repetition_penalty sep_token_id suppress_tokens"
     " temperature top_k top_p typical_p unk_token_id"
 )
-# Read as they stand, without a type.
+# Read elsewhere, or as they stand.
 _ELSEWHERE = "bos_token_id eos_token_id quantization_config rope_parameters rope_scaling rope_theta _name_or_path"
 SILENT = frozenset(" ".join((_TRAINING, _SAVING, _RUNNING, _OUTPUTS, _GENERATING, _ELSEWHERE)).split())
 

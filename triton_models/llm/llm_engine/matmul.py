@@ -126,8 +126,10 @@ class Projection:
 
     def _takes_many_rows(self, weight: torch.Tensor | Blocks) -> bool:
         """Whether the kernels' products are the quickest for any number of rows, or nearly so."""
-        if self._compute.dtype == torch.float32 or isinstance(weight, Blocks):
+        if self._compute.dtype == torch.float32:
             return True
+        if isinstance(weight, Blocks):
+            return self._compute.kernels is not None and self._compute.kernels.are_quickest_in_bf16
         return self._narrowness == Narrowness.ANY_ROWS and weight.dtype != torch.float16
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:

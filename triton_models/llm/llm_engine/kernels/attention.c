@@ -435,8 +435,10 @@ INLINE void attend_rows_together(
     int64_t kv_heads = layout->kv_heads, key_size = layout->key_size, value_size = layout->value_size;
     int64_t sharing = heads / kv_heads, width = (value_size + TILE - 1) / TILE * TILE, out_stride = heads * value_size;
     int64_t rows = group->count, start = group->longest - rows, most = CHUNK_ROWS, parts;
-    /* So many at a time that all threads have as much to do, where that can be. */
-    while (parts = (rows + most - 1) / most, most > ROWS && parts * kv_heads % omp_get_num_threads()) most /= 2;
+    /* So many at a time that threads have as much to do, or nearly; each part reads the whole context. */
+    const int64_t threads = omp_get_num_threads();
+    for (; parts = (rows + most - 1) / most, most > ROWS; most /= 2)
+        if (parts * kv_heads % threads == 0 || parts * kv_heads >= 2 * threads) break;
     float *keys = aligned_alloc(64, key_size * CHUNK_SPLIT * sizeof(float));
     float *values = aligned_alloc(64, width * CHUNK_SPLIT * sizeof(float));
     float *largest = malloc(sharing * CHUNK_ROWS * sizeof(float));

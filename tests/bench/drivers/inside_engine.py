@@ -88,13 +88,14 @@ def gap(options: argparse.Namespace) -> dict[str, object]:
     names = {f"stream-{stream}" for stream in range(RUNNING_STREAMS)}
     while {output.request_id for output in engine.step()} != names:
         pass
+    calm_steps = CALM_STEPS // (options.rounds + 1)
     for number in range(options.rounds):
-        calm += _gaps(engine, lambda ended, count: count == CALM_STEPS // (options.rounds + 1))
+        calm += _gaps(engine, lambda ended, count: count == calm_steps)
         _add(engine, f"arriving-{number}", _prompt(1000 + number, ARRIVING_TOKENS), 1)
         name = f"arriving-{number}"
         disturbed += _gaps(engine, lambda ended, count, name=name: name in ended)
     # The streams have grown meanwhile. The hundredth of their gaps that is longest, disturbed or not, is from the end.
-    calm += _gaps(engine, lambda ended, count: count == CALM_STEPS // (options.rounds + 1))
+    calm += _gaps(engine, lambda ended, count: count == calm_steps)
     return {
         "ratio": _percentile(disturbed, 99) / _percentile(calm, 99),
         "calm_p50": statistics.median(calm),

@@ -114,10 +114,11 @@ class EngineConfig:
             yield f"device is {self.device!r}, expected one of {', '.join(DEVICES)}"
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.metadata and not (value is None is each.default):
-                least, most = each.metadata["bounds"]
-                if type(value) is not int or not least <= value <= most:
-                    yield f"{each.name} is {value!r}, expected an integer from {least} to {most}"
+            if not each.metadata or (value is None and each.default is None):
+                continue
+            least, most = each.metadata["bounds"]
+            if type(value) is not int or not least <= value <= most:
+                yield f"{each.name} is {value!r}, expected an integer from {least} to {most}"
         for name in ("join_timeout_seconds", "collective_timeout_seconds"):
             value = getattr(self, name)
             if not 0 < value <= _MOST_SECONDS:

@@ -49,7 +49,7 @@ class Narrowness(enum.IntEnum):
     EXACT = 0
     """None: rows and sums are fp32."""
     FEW_ROWS = 1
-    """As there is no matrix unit, those of a few rows, and of weights in blocks where bf16 is not multiplied either."""
+    """As there is no matrix unit: those with weights in blocks, and with bf16 of a few rows."""
     ANY_ROWS = 2
     BYTES = 3
     """Without a matrix unit: rows for weights in blocks are bytes."""

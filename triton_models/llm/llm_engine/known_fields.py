@@ -48,8 +48,8 @@ _GENERATING = (
     " num_return_sequences pad_token_id prefix remove_invalid_values repetition_penalty sep_token_id suppress_tokens"
     " temperature top_k top_p typical_p unk_token_id"
 )
-# Read elsewhere, or as they stand.
-_ELSEWHERE = "bos_token_id eos_token_id quantization_config rope_parameters rope_scaling rope_theta _name_or_path"
+# Read as they stand.
+_ELSEWHERE = "eos_token_id quantization_config rope_parameters rope_scaling rope_theta _name_or_path"
 SILENT = frozenset(" ".join((_TRAINING, _SAVING, _RUNNING, _OUTPUTS, _GENERATING, _ELSEWHERE)).split())
 
 # A mixture's that only its training reads.

@@ -414,17 +414,6 @@ INLINE void attend_rows(
     }
 }
 
-/* Each in a function of its own: in one the compiler takes several times as long. */
-#define ROWS_APART(name, is_bf16)                                                                                   \
-    static OUTLINED void name(                                                                                      \
-        const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,  \
-        int64_t heads, const void *cache, float *out, void *shared                                                  \
-    ) {                                                                                                             \
-        attend_rows_apart(is_bf16, layout, window, group, queries, stride, heads, cache, out, shared);              \
-    }
-ROWS_APART(rows_apart_in_fp32, 0)
-ROWS_APART(rows_apart_in_bf16, 1)
-
 /* Attention of one sequence's consecutive rows, [rows, heads, key_size]; `is_narrow` rounds queries and weights to bf16,
  * for a cache in it, and wants key sizes of whole groups for the unit.
  */
@@ -508,16 +497,19 @@ INLINE void attend_rows_together(
     free(pairs);
 }
 
-#define ROWS_TOGETHER(name, is_narrow)                                                                              \
+/* Each in a function of its own: in one the compiler takes several times as long. */
+#define ATTENTION(name, function, kind)                                                                             \
     static OUTLINED void name(                                                                                      \
         const CacheLayout *layout, const Window *window, const Group *group, const float *queries, int64_t stride,  \
         int64_t heads, const void *cache, float *out, void *shared                                                  \
     ) {                                                                                                             \
-        attend_rows_together(is_narrow, layout, window, group, queries, stride, heads, cache, out, shared);         \
+        function(kind, layout, window, group, queries, stride, heads, cache, out, shared);                          \
     }
-ROWS_TOGETHER(attend_chunk, 0)
+ATTENTION(rows_apart_in_fp32, attend_rows_apart, 0)
+ATTENTION(rows_apart_in_bf16, attend_rows_apart, 1)
+ATTENTION(attend_chunk, attend_rows_together, 0)
 #if HAS_BF16
-ROWS_TOGETHER(attend_chunk_in_bf16, 1)
+ATTENTION(attend_chunk_in_bf16, attend_rows_together, 1)
 #endif
 
 #if HAS_MATRIX_UNIT

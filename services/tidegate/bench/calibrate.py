@@ -23,12 +23,16 @@ ENOUGH_GAIN: Final = 1.05
 """The closed loop has twice the users again while that completes at least so much more."""
 
 WARM_SECONDS: Final = 3.0
-CLOSED_SECONDS: Final = 10.0
-"""A closed loop's rate is what it completes in this time, after it has warmed up."""
+USERS_SECONDS: Final = 10.0
+"""So long a closed loop runs, after it has warmed up, to tell whether more users complete more."""
 
-RUN_SECONDS: Final = 10.0
-LEAST_REQUESTS: Final = 100
-LONGEST_RUN_SECONDS: Final = 30.0
+CEILING_SECONDS: Final = 40.0
+"""So long it then runs with the users that completed the most. Answers differ in length: what 10 s complete differs by
+a tenth from run to run where 20 answers a second are completed, what 40 s complete by a twentieth."""
+
+RUN_SECONDS: Final = 20.0
+LEAST_REQUESTS: Final = 200
+LONGEST_RUN_SECONDS: Final = 60.0
 """Each rate runs for RUN_SECONDS, longer at low rates, so that 1 % of the requests is at least one."""
 
 PAUSE_SECONDS: Final = 1.0
@@ -70,18 +74,27 @@ async def calibrate(
 
 async def _ceiling(target: Target, shape: Shape, workers: Workers, seed: int, say: Callable[[str], None]) -> float:
     """What a closed loop with enough users completes per second."""
-    users, best = FIRST_USERS, 0.0
-    while True:
-        rate = await _closed_rate(target, shape, workers, seed, users)
-        say(f"a closed loop of {users} users completes {rate:.1f} requests/s")
-        if rate < ENOUGH_GAIN * best or users >= MOST_USERS:
-            return max(rate, best)
-        best = rate
+
+    async def rate_of(users: int, seconds: float) -> float:
+        rate = await _closed_rate(target, shape, workers, seed, users, seconds)
+        say(f"a closed loop of {users} users completes {rate:.1f} requests/s in {seconds:.0f} s")
+        return rate
+
+    users = enough = FIRST_USERS
+    best = await rate_of(users, USERS_SECONDS)
+    while users < MOST_USERS:
         users *= 2
+        rate = await rate_of(users, USERS_SECONDS)
+        if rate < ENOUGH_GAIN * best:
+            break
+        enough, best = users, rate
+    return await rate_of(enough, CEILING_SECONDS)
 
 
-async def _closed_rate(target: Target, shape: Shape, workers: Workers, seed: int, users: int) -> float:
-    seconds = WARM_SECONDS + CLOSED_SECONDS
+async def _closed_rate(
+    target: Target, shape: Shape, workers: Workers, seed: int, users: int, measured_seconds: float
+) -> float:
+    seconds = WARM_SECONDS + measured_seconds
     flow = Flow(
         name="closed",
         arrivals=Closed(users),
@@ -96,4 +109,4 @@ async def _closed_rate(target: Target, shape: Shape, workers: Workers, seed: int
     if not whole.any():
         failures = sorted({record.last.what for record in ledger.records if record.last is not None})
         raise NoCapacity(f"no answer was in time; {'; '.join(failures[:3]) or 'nothing came'}")
-    return float(whole.sum()) / CLOSED_SECONDS
+    return float(whole.sum()) / measured_seconds

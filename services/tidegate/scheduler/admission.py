@@ -25,7 +25,7 @@ from typing import Final
 from tidegate.common.errors import RETRY_JITTER, Reason, TidegateError
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.forecast import expected_wait
-from tidegate.scheduler.lanes import LaneLimits, Lanes
+from tidegate.scheduler.lanes import Lane, LaneLimits, Lanes, broken_bound
 from tidegate.scheduler.outlook import Outlook
 from tidegate.scheduler.request import Request, ServiceClass
 from tidegate.scheduler.tenant_habits import TenantHabits
@@ -272,13 +272,16 @@ class Admission:
         return self._overloaded(f"{message} (brownout step {step})", conditions, brownout_step=step)
 
     def _total_bound(self, request: Request) -> str:
-        lanes = [self._lanes.lane(one) for one in ServiceClass]
-        if len(self._lanes) >= self._total_limits.request_limit:
-            return "requests"
-        if self._lanes.token_count + request.token_count > self._total_limits.token_limit:
-            return "tokens"
-        waiting_byte_count = sum(lane.byte_count for lane in lanes)
-        return "bytes" if waiting_byte_count + request.body_byte_count > self._total_limits.byte_limit else ""
+        """The bound on all lanes that one more request would break; a floor's share of it no other lane takes."""
+        lane, floor = self._lanes.lane(request.service_class), self._lanes.floor(request.service_class)
+        if floor and not self._broken_total(request, floor, [lane]):
+            return ""
+        return self._broken_total(request, 1.0, [self._lanes.lane(one) for one in ServiceClass])
+
+    def _broken_total(self, request: Request, share: float, lanes: list[Lane]) -> str:
+        tokens = sum(lane.token_count for lane in lanes) + request.token_count
+        size = sum(lane.byte_count for lane in lanes) + request.body_byte_count
+        return broken_bound(share, self._total_limits, sum(map(len, lanes)), tokens, size)
 
     def _refusal_of_any(self, request: Request, conditions: Conditions) -> TidegateError | None:
         if request.deadline is not None and request.deadline <= conditions.now:

@@ -97,7 +97,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The most bytes of bodies that wait in Envoy for one lane: they are Envoy's memory."""
 
     waiting_request_limit: Count = 20_000
-    """The most requests that wait in all lanes together."""
+    """The most requests that wait in all lanes together. A lane with a floor may hold that share of it whatever waits
+    in the others, so that together they are more by the floors at most."""
 
     waiting_token_limit: Count = 100_000_000
     """The same in prompt and expected answer tokens."""

@@ -114,12 +114,12 @@ class Lane:
     def full_bound(self, token_count: int, byte_count: int, tenant: str = DEFAULT_TENANT) -> str:
         """The bound that one more request of this size would break, in words; empty when there is room."""
         limits = self.limits
-        bound = _broken(1.0, limits, self._count, self.token_count + token_count, self.byte_count + byte_count)
+        bound = broken_bound(1.0, limits, self._count, self.token_count + token_count, self.byte_count + byte_count)
         own = self.queue.tenant(tenant)
         if bound or own is None or tenant == DEFAULT_TENANT:
             return bound
         tokens, size = own.token_count + token_count, own.byte_count + byte_count
-        bound = _broken(limits.tenant_share, limits, len(own), tokens, size)
+        bound = broken_bound(limits.tenant_share, limits, len(own), tokens, size)
         return f"{bound} of one tenant" if bound else ""
 
     def cost_before(self, tenant: str, cost: float) -> float:
@@ -318,7 +318,8 @@ class Lanes:
         return found
 
 
-def _broken(share: float, limits: LaneLimits, requests: int, tokens: int, size: int) -> str:
+def broken_bound(share: float, limits: LaneLimits, requests: int, tokens: int, size: int) -> str:
+    """Which bound one more would break, in words: `requests` wait, with it there are so many tokens and bytes."""
     if requests >= max(1, share * limits.request_limit):
         return "requests"
     if tokens > share * limits.token_limit:

@@ -73,6 +73,44 @@ def test_a_lane_is_full_by_tokens_and_bytes_too(admission, lanes, size, word):
     assert refused.message == f"The standard queue is full by {word}; 1 requests wait in it"
 
 
+FLOOR = 0.1
+
+
+@pytest.fixture
+def bounded():
+    """What waits in all lanes together is bounded, and batch has a floor."""
+    limits = LaneLimits(request_limit=100, token_limit=10_000, byte_limit=100_000)
+    lanes = Lanes(dict.fromkeys(ServiceClass, limits), floors={ServiceClass.BATCH: FLOOR})
+    total = LaneLimits(request_limit=60, token_limit=1_000, byte_limit=10_000)
+    return lanes, Admission(
+        lanes, replica_grace_seconds=5, held_request_limit=200, default_retry_seconds=5, total_limits=total
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "word"),
+    [(60, {"tokens": 1}, "requests"), (50, {"tokens": 501}, "tokens"), (50, {"byte_count": 5_001}, "bytes")],
+)
+def test_all_lanes_together_are_full_by_requests_tokens_and_bytes(bounded, count, size, word):
+    lanes, admission = bounded
+    fill(lanes, count // 2, ServiceClass.REALTIME)
+    fill(lanes, count // 2, ServiceClass.STANDARD)
+    refused = admission.refusal(request(**size), conditions())
+    assert refused.reason is Reason.SERVER_IS_OVERLOADED
+    assert refused.message == f"The queues are full by {word}; {count} requests wait"
+    lanes.remove(lanes.next_of(ServiceClass.REALTIME))
+    assert admission.refusal(request(**{name: value - 1 for name, value in size.items()}), conditions()) is None
+
+
+def test_a_floor_has_its_share_of_the_bound_on_all_lanes_whatever_waits_in_the_others(bounded):
+    lanes, admission = bounded
+    fill(lanes, 60, ServiceClass.STANDARD)
+    for _ in range(round(FLOOR * 60)):
+        assert admission.refusal(request(service_class=ServiceClass.BATCH), conditions()) is None
+        fill(lanes, 1, ServiceClass.BATCH)
+    assert admission.refusal(request(service_class=ServiceClass.BATCH), conditions()) is not None
+
+
 def test_a_wait_beyond_the_deadline_is_refused_with_the_time_that_is_missing(admission, lanes):
     fill(lanes, 90)
     refused = admission.refusal(request(deadline_in=60), conditions(drain_rate=1.0))

@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 
 import msgspec
+from replica_metrics import FAIL_OPEN, families, total
 from running_mesh import NO_BUCKET
 from table import Table
 
@@ -67,7 +68,9 @@ async def cpu_bound(table: Table, workers: Workers, seconds: float) -> None:
                 f"{times} times, of which all but one at the door", target, workers, closed, strangers
             )
             flood = _flow("flood", Poisson(times * capacity), seconds)
+            before = total(await families(mesh), FAIL_OPEN)
             in_time, ledger = await _in_time(f"{times} times", target, workers, flood)
+            passed_by = total(await families(mesh), FAIL_OPEN) - before
             columns = columns_of(ledger.records)
             bad = int(columns.of(Outcome.FAILED).sum()) + int(columns.of(Outcome.WRONG_TEXT).sum())
             late = columns.of(Outcome.LATE) | columns.of(Outcome.DEADLINE_EXCEEDED)
@@ -82,6 +85,7 @@ async def cpu_bound(table: Table, workers: Workers, seconds: float) -> None:
             table.at_least(f"CPU-bound: goodput at {times} times", 100 * in_time / carried, bound, "%", how, aim=aim)
             what = f"of {len(columns)}; {str(summary(ledger).failures)[:300]}" if bad else f"of {len(columns)}"
             table.at_most("the same: failed or wrong", bad, 0, "requests", what)
+            table.at_most("the same: passed the scheduler by", passed_by, 0, "requests", "as the replica counts")
 
 
 async def _in_time(name: str, target: Target, workers: Workers, *flows: Flow) -> tuple[float, Ledger]:

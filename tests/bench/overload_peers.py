@@ -262,6 +262,11 @@ def add_rows(table: Table, contest: Contest, results: Results) -> None:
         if not others:
             continue
         best = max(others, key=lambda name: others[name].goodput)
+        if not is_by_hand:
+            quickest = min(others, key=lambda name: others[name].ttft)
+            how = f"P99 of those that had one: {own.ttft:.2f} s; {quickest}: {others[quickest].ttft:.2f} s"
+            ratio = own.ttft / max(1e-9, others[quickest].ttft)
+            table.at_most(f"{contest.name}: TTFT against the best {who}", ratio, 1.0, "x", how)
         how = f"{own.goodput:.0f} % of C; {best}: {others[best].goodput:.0f} %"
         ratio = own.goodput / max(1e-9, others[best].goodput)
         table.at_least(f"{contest.name}: goodput against the best {who}", ratio, share, "x", how)

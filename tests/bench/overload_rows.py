@@ -1,4 +1,4 @@
-"""What the overload benchmark reads from a ledger's columns, and from metrics, beside the usual figures. Pure."""
+"""What the overload benchmark reads from a ledger's columns beside the usual figures. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.bench.columns import Columns
 from tidegate.bench.ledger import Outcome
@@ -32,16 +31,20 @@ def admitted_ttft(columns: Columns) -> NDArray[np.float64]:
 def recovery_seconds(columns: Columns, load_ended: float, *, usual: float) -> float:
     """After the end of a load, how long until requests that come are in time and have a first token as usual.
 
+    From then on it stays so: one in five may be slower, no more. Infinite where the last few are not as usual.
+
     Args:
-        usual: seconds to a first token that nine of ten requests had in calm times.
+        usual: seconds to a first token that all but a few requests had in calm times.
     """
     rows = np.argsort(columns.planned)
     rows = rows[columns.planned[rows] >= load_ended]
     good = (columns.of(Outcome.IN_TIME) & (columns.ttft <= usual))[rows]
-    for place in range(len(rows) - CALM_REQUESTS + 1):
-        if good[place : place + CALM_REQUESTS].sum() >= CALM_REQUESTS - 1:
-            return max(0.0, float(columns.planned[rows[place]]) - load_ended)
-    return math.inf
+    back = math.inf
+    for place in reversed(range(len(rows) - CALM_REQUESTS + 1)):
+        if good[place : place + CALM_REQUESTS].sum() < CALM_REQUESTS - 1:
+            break
+        back = max(0.0, float(columns.planned[rows[place]]) - load_ended)
+    return back
 
 
 def seconds_to_rate(columns: Columns, moment: float, share: float) -> float:
@@ -63,17 +66,3 @@ def cost_shares(columns: Columns, begin: float, end: float) -> dict[str, float]:
         str(tenant): float(columns.tokens[inside & (columns.tenant == tenant)].sum()) / total
         for tenant in sorted(set(columns.tenant))
     }
-
-
-def engine_attempts(page: str) -> int:
-    """How often a replica began a request, or went on with one, by its metrics page; what it refused it never began.
-
-    An answer that went on at another replica counts there, and here once more.
-    """
-    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
-    began = sum(
-        sample.value
-        for sample in samples
-        if sample.name == "tidegate_requests_total" and sample.labels["outcome"] != "refused"
-    )
-    return round(began + sum(sample.value for sample in samples if sample.name == "tidegate_resumes_total"))

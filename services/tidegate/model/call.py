@@ -147,6 +147,8 @@ class Record(msgspec.Struct, kw_only=True, eq=False):
     last_token_at: float | None = None
     ended_at: float | None = None
     prompt_token_count: int = 0
+    cached_token_count: int = 0
+    """Of the prompt's tokens those that the engine had computed for others."""
     prior_token_count: int = 0
     """Tokens of the answer that came with the request."""
     completion_token_count: int = 0

@@ -68,6 +68,9 @@ class Metrics:
             "tidegate_requests", "Requests that ended, by outcome and reason.", ("outcome", "reason"), registry=registry
         )
         self._resumes = Counter("tidegate_resumes", "Streams that went on after their engine broke.", registry=registry)
+        self._fail_open = Counter(
+            "tidegate_fail_open_requests", "Requests that began without a scheduler's credit.", registry=registry
+        )
         self._records_dropped = Counter(
             "tidegate_answer_records_dropped", "Answers not sent to the cache.", ("cause",), registry=registry
         )
@@ -84,6 +87,8 @@ class Metrics:
     def add_request(self, record: Record) -> None:
         """Counts a request that ended; its record is complete."""
         self._requests.labels(OUTCOME_WORDS[record.outcome], record.reason).inc()
+        if record.slot_at is not None and not record.credit_id:
+            self._fail_open.inc()
         if record.resumed_count:
             self._resumes.inc(record.resumed_count)
         self._otel.add_request(record)

@@ -77,6 +77,7 @@ def outcome_message(record: Record) -> replica_pb2.Outcome:
         request_id=record.request_id,
         outcome=record.outcome,
         prompt_token_count=record.prompt_token_count,
+        cached_token_count=record.cached_token_count,
         completion_token_count=record.completion_token_count,
     )
     if record.time_to_first_token_seconds is not None:
@@ -104,6 +105,7 @@ def log_fields(record: Record) -> dict[str, object]:
         "ttft_ms": _milliseconds(record.arrived_at, record.first_token_at),
         "total_ms": _milliseconds(record.arrived_at, record.ended_at),
         "prompt_token_count": record.prompt_token_count,
+        "cached_token_count": record.cached_token_count,
         "completion_token_count": record.completion_token_count,
         "resumed_count": record.resumed_count,
     }

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tidegate.common.errors import RETRY_JITTER, Reason, TidegateError
+from tidegate.common.headers import DEFAULT_TENANT
 from tidegate.scheduler.brownout import Brownout
 from tidegate.scheduler.forecast import expected_wait
 from tidegate.scheduler.lanes import Lane, LaneLimits, Lanes, broken_bound
@@ -137,10 +138,10 @@ class Admission:
         if self._may_be_known(request, conditions):
             return self._refusal_of_any(request, conditions)
         if request.named_class is not None:
-            bound = self._lanes.lane(request.named_class).full_bound(0, 0)
-            if bound:
-                return self._full(request.named_class, bound, conditions)
-        elif all(self._lanes.lane(service_class).full_bound(0, 0) for service_class in ServiceClass):
+            full = self._full(request.named_class, conditions)
+            if full is not None:
+                return full
+        elif all(self._full(service_class, conditions) for service_class in ServiceClass):
             return self._overloaded(f"All queues are full; {len(self._lanes)} requests wait in them", conditions)
         refused = self._refusal_of_any(request, conditions)
         if refused is None and request.named_class is not None:
@@ -156,14 +157,9 @@ class Admission:
         refused = self._left_out(request.service_class, conditions)
         if refused is not None:
             return refused
-        lane = self._lanes.lane(request.service_class)
-        bound = lane.full_bound(request.token_count, request.body_byte_count, request.tenant)
-        if bound:
-            return self._full(request.service_class, bound, conditions)
-        bound = self._total_bound(request)
-        if bound:
-            return self._overloaded(f"The queues are full by {bound}; {len(self._lanes)} requests wait", conditions)
-        return self._late(request, conditions)
+        size = (request.token_count, request.body_byte_count)
+        full = self._full(request.service_class, conditions, *size, tenant=request.tenant)
+        return full or self._late(request, conditions)
 
     def _late(self, request: Request, conditions: Conditions) -> TidegateError | None:
         """Why a request could not be finished by its deadline; None when it could, or when that is not known."""
@@ -271,17 +267,37 @@ class Admission:
         step = self._brownout.step
         return self._overloaded(f"{message} (brownout step {step})", conditions, brownout_step=step)
 
-    def _total_bound(self, request: Request) -> str:
-        """The bound on all lanes that one more request would break; a floor's share of it no other lane takes."""
-        lane, floor = self._lanes.lane(request.service_class), self._lanes.floor(request.service_class)
-        if floor and not self._broken_total(request, floor, [lane]):
-            return ""
-        return self._broken_total(request, 1.0, [self._lanes.lane(one) for one in ServiceClass])
+    def _full(
+        self,
+        service_class: ServiceClass,
+        conditions: Conditions,
+        token_count: int = 0,
+        byte_count: int = 0,
+        *,
+        tenant: str = DEFAULT_TENANT,
+    ) -> TidegateError | None:
+        """Why one more request of this size has no room in its lane, or beside what waits in all of them."""
+        lane = self._lanes.lane(service_class)
+        bound = lane.full_bound(token_count, byte_count, tenant)
+        if bound:
+            message = f"The {service_class.label} queue is full by {bound}; {len(lane)} requests wait in it"
+            return self._overloaded(message, conditions)
+        bound = self._total_bound(service_class, token_count, byte_count)
+        if bound:
+            return self._overloaded(f"The queues are full by {bound}; {len(self._lanes)} requests wait", conditions)
+        return None
 
-    def _broken_total(self, request: Request, share: float, lanes: list[Lane]) -> str:
-        tokens = sum(lane.token_count for lane in lanes) + request.token_count
-        size = sum(lane.byte_count for lane in lanes) + request.body_byte_count
-        return broken_bound(share, self._total_limits, sum(map(len, lanes)), tokens, size)
+    def _total_bound(self, service_class: ServiceClass, token_count: int, byte_count: int) -> str:
+        """The bound on all lanes that one more request would break; a lane's share of it no other one takes."""
+
+        def broken(share: float, lanes: list[Lane]) -> str:
+            tokens = sum(lane.token_count for lane in lanes) + token_count
+            size = sum(lane.byte_count for lane in lanes) + byte_count
+            return broken_bound(share, self._total_limits, sum(map(len, lanes)), tokens, size)
+
+        if not broken(self._lanes.share(service_class), [self._lanes.lane(service_class)]):
+            return ""
+        return broken(1.0, [self._lanes.lane(one) for one in ServiceClass])
 
     def _refusal_of_any(self, request: Request, conditions: Conditions) -> TidegateError | None:
         if request.deadline is not None and request.deadline <= conditions.now:
@@ -301,12 +317,6 @@ class Admission:
     def looked_at_late(self, late_seconds: float, conditions: Conditions) -> TidegateError:
         """The refusal of a request that has lain so long before anybody looked at it."""
         return self._overloaded(f"The request was not looked at for {late_seconds:.1f} s", conditions)
-
-    def _full(self, service_class: ServiceClass, bound: str, conditions: Conditions) -> TidegateError:
-        count = len(self._lanes.lane(service_class))
-        return self._overloaded(
-            f"The {service_class.label} queue is full by {bound}; {count} requests wait in it", conditions
-        )
 
     def _overloaded(self, message: str, conditions: Conditions, *, brownout_step: int = 0) -> TidegateError:
         return TidegateError(

@@ -1,8 +1,8 @@
 """A breaker a replica: what fails, or is far slower than the others, gets probes only. Pure; seconds are monotonic.
 
 - *Closed*: it opens after `failure_limit` failures in a row, or `slow_limit` slow answers in a row. Slow is more than
-  `slow_factor` times the T90 of the other replicas: the time that nine tenths of their recent answers kept, each
-  divided by its size. One replica alone is never slow. A refusal says nothing, nor does a client that left.
+  `slow_factor` times the T90 of the other replicas: the time that nine tenths (`slow_quantile`) of their recent answers
+  kept, each divided by its size. One replica alone is never slow. A refusal says nothing, nor does a client that left.
 - *Open*: nothing is sent for `open_seconds`, twice as long each time, up to `LONGEST_OPEN_SECONDS`.
 - *Half-open*: at most `probe_limit` requests at once; as many good answers in a row close it, a bad one opens it.
 
@@ -54,6 +54,7 @@ class BreakerTerms:
 
     failure_limit: int = 5
     slow_limit: int = 10
+    slow_quantile: float = 0.9
     slow_factor: float = 1.2
     open_seconds: float = 5.0
     probe_limit: int = 2
@@ -189,7 +190,8 @@ class Breakers:
         others = sorted(each for other, each in self._recent if other != address)
         if len(others) < LEAST_COUNT:
             return False
-        return time > self._terms.slow_factor * others[min(len(others) - 1, int(len(others) * 0.9))]
+        place = min(len(others) - 1, int(len(others) * self._terms.slow_quantile))
+        return time > self._terms.slow_factor * others[place]
 
     def _live_probes(self, address: str, now: float) -> dict[str, float]:
         breaker = self._breakers[address]

@@ -97,8 +97,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The most bytes of bodies that wait in Envoy for one lane: they are Envoy's memory."""
 
     waiting_request_limit: Count = 20_000
-    """The most requests that wait in all lanes together. A lane with a floor may hold that share of it whatever waits
-    in the others, so that together they are more by the floors at most."""
+    """The most requests that wait in all lanes together. Whatever waits in the others, a lane may hold its own share of
+    it: its floor, or what the floors leave to realtime; so they can be more for a while, but not twice as many."""
 
     waiting_token_limit: Count = 100_000_000
     """The same in prompt and expected answer tokens."""
@@ -210,6 +210,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     breaker_slow_factor: Annotated[float, Meta(ge=0, le=100)] = 1.2
     """Slow is more than so many times the time that nine tenths of the other replicas' answers kept (T90), by size.
     0: only failures count; for replicas of very different speed on purpose."""
+
+    breaker_slow_quantile: Share = 0.9
+    """Another share of the answers than nine tenths, whose time is multiplied."""
 
     breaker_open_seconds: Seconds = 5.0
     """For how long it gets nothing; twice as long each time, up to 60 s."""

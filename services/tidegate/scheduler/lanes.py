@@ -235,6 +235,12 @@ class Lanes:
         """The share that a class gets at least."""
         return self._floors.get(service_class, 0.0)
 
+    def share(self, service_class: ServiceClass) -> float:
+        """The share that a class gets at least when all are asked for: its floor, of the most urgent one the rest."""
+        if service_class is min(ServiceClass):
+            return 1.0 - sum(self._floors.values())
+        return self.floor(service_class)
+
     def is_owed(self, waiting: Waiting) -> bool:
         """Whether its lane's floor covers it by now."""
         return self._lanes[waiting.service_class].owed >= waiting.cost

@@ -41,7 +41,10 @@ def cost_of(prompt_token_count: float, answer_token_count: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The outcome of a request, as its replica told it; seconds from the arrival at the replica."""
+    """The outcome of a request, as its replica told it; seconds from the arrival at the replica.
+
+    `cached_token_count` is what of the prompt's tokens the replica did not compute.
+    """
 
     credit_id: str
     is_completed: bool
@@ -49,6 +52,7 @@ class Ended:
     duration_seconds: float
     prompt_token_count: int
     completion_token_count: int
+    cached_token_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,9 @@ class Observations:
         if dispatched.is_lite:
             return
         actual = cost_of(ended.prompt_token_count, ended.completion_token_count)
-        self._lanes.charge(dispatched.service_class, dispatched.tenant, actual - dispatched.cost)
+        # Between tenants only what was computed counts. What a slot serves is told in whole prompts, as what waits is.
+        computed = cost_of(ended.prompt_token_count - ended.cached_token_count, ended.completion_token_count)
+        self._lanes.charge(dispatched.service_class, dispatched.tenant, computed - dispatched.cost)
         if ended.first_token_seconds is not None:
             waited = dispatched.queue_seconds + ended.first_token_seconds
             self._windows[dispatched.service_class].append((now, waited))

@@ -228,6 +228,7 @@ def ended(outcome: replica_pb2.Outcome) -> Ended:
         duration_seconds=outcome.duration.ToNanoseconds() / 1e9,
         prompt_token_count=outcome.prompt_token_count,
         completion_token_count=outcome.completion_token_count,
+        cached_token_count=outcome.cached_token_count,
     )
 
 

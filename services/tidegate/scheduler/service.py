@@ -425,6 +425,7 @@ def placer_of(
         breaker_terms=BreakerTerms(
             failure_limit=settings.breaker_failure_limit,
             slow_limit=settings.breaker_slow_limit,
+            slow_quantile=settings.breaker_slow_quantile,
             slow_factor=settings.breaker_slow_factor,
             open_seconds=settings.breaker_open_seconds,
             probe_limit=settings.breaker_probe_limit,

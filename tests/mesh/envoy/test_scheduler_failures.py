@@ -13,6 +13,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHAT = "/v1/chat/completions"
 BODY = {"prompt": "hello"}
+TIMEOUTS = "http.ingress.ext_proc.message_timeouts"
+AT_ONCE_SECONDS = 2.0
+"""Generous for a busy machine, and less than the waits that must not come to pass."""
 
 
 def mesh_settings(directory: Path) -> dict:
@@ -21,20 +24,21 @@ def mesh_settings(directory: Path) -> dict:
 
 async def test_a_scheduler_that_does_not_answer_costs_its_timeout(mesh, client):
     mesh.scheduler.silent = True
-    start = time.monotonic()
+    timeouts, start = await mesh.stat(TIMEOUTS), time.monotonic()
     response = await client.post(CHAT, json=BODY)
     assert response.status_code == 200, response.text
-    assert 0.19 < time.monotonic() - start < 0.6
+    assert 0.19 < time.monotonic() - start < AT_ONCE_SECONDS
+    assert await mesh.stat(TIMEOUTS) == timeouts + 1
 
 
 async def test_a_scheduler_that_is_gone_costs_nothing(mesh, client):
     mesh.endpoints("scheduler", 1)
     await mesh.wait_healthy("scheduler", 0)
     try:
-        start = time.monotonic()
+        timeouts = await mesh.stat(TIMEOUTS)
         for _ in range(5):
             assert (await client.post(CHAT, json=BODY)).status_code == 200
-        assert time.monotonic() - start < 0.5
+        assert await mesh.stat(TIMEOUTS) == timeouts
         assert mesh.scheduler.seen == []
     finally:
         mesh.endpoints("scheduler", mesh.scheduler_server.port)
@@ -63,7 +67,7 @@ async def test_requests_that_a_killed_scheduler_held_go_on_at_once(mesh, client,
     start = time.monotonic()
     responses = await asyncio.gather(*requests)
     assert [response.status_code for response in responses] == [200, 200, 200]
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < AT_ONCE_SECONDS
     await use_own_scheduler(mesh)
 
 
@@ -72,13 +76,13 @@ async def test_requests_that_a_hung_scheduler_holds_go_on_after_three_seconds(me
     lone_service.signal(signal.SIGSTOP)
     start = time.monotonic()
     assert (await client.post(CHAT, json=BODY)).status_code == 200
-    assert time.monotonic() - start < 0.6
+    assert time.monotonic() - start < AT_ONCE_SECONDS
     responses = await asyncio.gather(*requests)
     assert [response.status_code for response in responses] == [200, 200, 200]
-    assert time.monotonic() - start < 3.5
+    assert time.monotonic() - start < 3.0 + AT_ONCE_SECONDS
     # Its health is known by now, so new requests do not wait for it at all.
     await mesh.wait_healthy("scheduler", 0)
-    start = time.monotonic()
+    timeouts = await mesh.stat(TIMEOUTS)
     assert (await client.post(CHAT, json=BODY)).status_code == 200
-    assert time.monotonic() - start < 0.15
+    assert await mesh.stat(TIMEOUTS) == timeouts
     await use_own_scheduler(mesh)

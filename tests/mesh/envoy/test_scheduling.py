@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 
 import pytest
 
@@ -83,9 +82,7 @@ async def test_a_client_that_leaves_the_queue_ends_its_stream_at_the_scheduler(m
     await until(lambda: mesh.scheduler.open_streams == 2)
     over_http.cancel()
     over_grpc.cancel()
-    left = time.monotonic()
     await until(lambda: mesh.scheduler.open_streams == 0)
-    assert time.monotonic() - left < 0.2
     await asyncio.gather(over_http, reading, return_exceptions=True)
     assert [replica.inference.seen for replica in mesh.replicas] == [[], []]
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from bench_modules import module
+from prometheus_client.parser import text_string_to_metric_families
 
 from tidegate.bench.columns import columns_of
 from tidegate.bench.ledger import Attempt, Ending, Outcome, Record, judge
@@ -24,7 +25,8 @@ def peers():
     return module("overload_peers.py")
 
 
-def test_attempts_at_an_engine_are_all_it_began_and_all_that_went_on(rows):
+def test_attempts_at_an_engine_are_all_it_began_and_all_that_went_on():
+    metrics = module("replica_metrics.py")
     page = (
         "# HELP tidegate_requests_total Requests that ended, by outcome and reason.\n"
         "# TYPE tidegate_requests_total counter\n"
@@ -35,15 +37,24 @@ def test_attempts_at_an_engine_are_all_it_began_and_all_that_went_on(rows):
         "# TYPE tidegate_resumes_total counter\n"
         "tidegate_resumes_total 2.0\n"
     )
-    assert rows.engine_attempts(page) == 48
+    found = list(text_string_to_metric_families(page))
+    assert metrics.engine_attempts(found) == 48
+    assert metrics.total(found + found, "tidegate_requests_total") == 2 * 53
 
 
-def record(number: int, ending: Ending, *, first_token: float | None = None, ended: float = 1.0) -> Record:
-    """One request planned at 0 s, to be answered within 2 s."""
+def record(
+    number: int, ending: Ending, *, first_token: float | None = None, ended: float = 1.0, planned: float = 0.0
+) -> Record:
+    """One request, to be answered within 2 s; times count from when it is planned."""
     attempt = Attempt(
-        due=0.0, sent=0.0, ended=ended, ending=ending, first_token=first_token, last_token=first_token and ended
+        due=planned,
+        sent=planned,
+        ended=planned + ended,
+        ending=ending,
+        first_token=first_token and planned + first_token,
+        last_token=first_token and planned + ended,
     )
-    found = Record(number, "flood", "default", "standard", 0.0, 2.0, 16, 8, attempts=[attempt])
+    found = Record(number, "flood", "default", "standard", planned, planned + 2.0, 16, 8, attempts=[attempt])
     found.outcome = judge(found)
     return found
 
@@ -58,6 +69,24 @@ def test_what_was_admitted_and_late_counts_among_first_tokens_and_what_was_refus
     ]
     assert [one.outcome for one in records[:2]] == [Outcome.IN_TIME, Outcome.LATE]
     assert rows.admitted_ttft(columns_of(records)).tolist() == [0.1, 1.5, 1.9, 2.25]
+
+
+@pytest.mark.parametrize(
+    ("slow", "seconds"),
+    [
+        ([], 0.0),
+        ([20, 21, 22], 2.0),  # One of five may be slow.
+        ([25], 0.0),
+        ([20, 60, 61], 41.0),
+        ([20, 98, 99], math.inf),
+    ],
+)
+def test_a_mesh_is_back_when_it_stays_as_usual(rows, slow, seconds):
+    records = [
+        record(number, Ending.COMPLETED, first_token=0.5 if number in slow else 0.1, planned=float(number))
+        for number in range(100)
+    ]
+    assert rows.recovery_seconds(columns_of(records), 20.0, usual=0.2) == pytest.approx(seconds)
 
 
 def test_the_error_of_a_told_wait_is_a_share_of_the_wait_that_came_and_short_waits_do_not_count():
@@ -92,6 +121,7 @@ def test_tidegate_is_held_to_the_best_of_each_kind(peers):
     others = {"turns": (30, none), "default": (48, none), "told": (90, none), "better": (100, none)}
     found = compared(peers, 0.95, own=(96, none), **others)
     assert found == {
+        "TTFT against the best at its defaults": (1.0, 1.0, True),
         "goodput against the best at its defaults": (2.0, 1.0, True),
         "goodput against the best told by hand": (0.96, 0.95, True),
     }

@@ -54,6 +54,7 @@ class FakeTriton:
         break_after: int | None = None,
         wait_after: int | None = None,
         slots: int = 4,
+        cached_token_count: int = 0,
     ) -> None:
         self.answer = answer.encode()
         self.pace = pace
@@ -70,6 +71,7 @@ class FakeTriton:
         self.cancelled: list[str] = []
         self.registered: list[str] = []
         self.slots = slots
+        self.cached_token_count = cached_token_count
 
     async def start(self) -> None:
         self.show_load()
@@ -108,7 +110,7 @@ class FakeTriton:
                 await asyncio.sleep(self.pace)
                 if place == len(self.answer):
                     done = True
-                    yield EngineOutput(token_ids=[], finish_reason="stop")
+                    yield EngineOutput(token_ids=[], finish_reason="stop", cached_token_count=self.cached_token_count)
                     return
                 last = place + 1 == request.max_tokens
                 done = last
@@ -119,6 +121,7 @@ class FakeTriton:
                     top_token_ids=[[self.answer[place], 65]] if request.logprobs else None,
                     top_logprobs=[[-0.5, -1.5]] if request.logprobs else None,
                     finish_reason="length" if last else "",
+                    cached_token_count=self.cached_token_count,
                 )
                 if last:
                     return

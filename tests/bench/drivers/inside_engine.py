@@ -37,6 +37,8 @@ CHURN_LEAVING = 0.2
 CHURN_WARM_UP = 5
 """In the first fifth of the time memory may still grow."""
 
+LONG_ANSWER_TOKENS = 64
+
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--step-token-budget", type=int, default=EngineConfig.step_token_budget)
     parser.add_argument("--seconds", type=float, default=600.0, help="of churn")
     parser.add_argument("--text", type=Path, help="JSON file: the token ids of a text")
+    parser.add_argument("--attention-window", type=int, default=EngineConfig.attention_window)
+    parser.add_argument("--first", type=int, default=0, help="of a long text the place from which tokens count")
     options = parser.parse_args()
     print(json.dumps(MEASURES[options.what](options)), flush=True)
 
@@ -194,12 +198,40 @@ def agreement(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def long_text(options: argparse.Namespace) -> dict[str, object]:
+    """A long text's perplexity from some place on, and what one sequence after it takes: blocks, and seconds a token.
+
+    The text is computed twice: to be scored, and as a prompt.
+    """
+    engine = _engine(options, attention_window=options.attention_window)
+    text = json.loads(options.text.read_text())
+    found = scores(engine, text)[max(0, options.first - 1) :]
+    _add(engine, "long", text, LONG_ANSWER_TOKENS)
+    started, most_blocks = time.perf_counter(), 0
+    while not engine.step():
+        most_blocks = max(most_blocks, engine.load.total_block_count - engine.load.free_block_count)
+    prefill_seconds = time.perf_counter() - started
+    blocks = engine.load.total_block_count - engine.load.free_block_count
+    seconds = []
+    while engine.has_work:
+        seconds.append(_seconds(engine.step))
+    return {
+        "perplexity": math.exp(-statistics.fmean(score.log_probability for score in found)),
+        "scored_tokens": len(found),
+        "prefill_tokens_per_second": len(text) / prefill_seconds,
+        "decode_tokens_per_second": 1 / statistics.median(seconds),
+        "blocks": blocks,
+        "most_blocks": max(most_blocks, blocks),
+    }
+
+
 MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, object]]] = {
     "share": share,
     "gap": gap,
     "memory": memory,
     "churn": churn,
     "agreement": agreement,
+    "long-text": long_text,
 }
 
 

@@ -32,6 +32,8 @@ def make_ranks(make_engine):
     ("shape", "size"),
     [
         (SMOLLM2, 2),
+        (SMOLLM2, 3),
+        (SMOLLM2, 4),
         (SHAPES["grouped"], 3),
         (SHAPES["qwen2"], 3),
         (SHAPES["qwen3"], 3),
@@ -39,12 +41,14 @@ def make_ranks(make_engine):
         (SHAPES["qwen3_moe"], 2),
         (SHAPES["deepseek_v2, groups, no query latent"], 2),
         (SHAPES["deepseek_v3"], 2),
+        (SHAPES["deepseek_v3"], 3),
         (SHAPES["deepseek_v3, yarn"], 3),
         (SHAPES["deepseek_v3"], 4),
     ],
     ids=[
-        "llama, uneven heads, 2", "llama, 3", "qwen2, 3", "qwen3, 3", "qwen3, one kv head, 4", "qwen3_moe, 2",
-        "deepseek_v2, 2", "deepseek_v3, 2", "deepseek_v3, yarn, 3", "deepseek_v3, 4",
+        "llama, uneven heads, 2", "llama, uneven heads, 3", "llama, uneven heads, 4", "llama, 3", "qwen2, 3",
+        "qwen3, 3", "qwen3, one kv head, 4", "qwen3_moe, 2", "deepseek_v2, 2", "deepseek_v3, 2", "deepseek_v3, 3",
+        "deepseek_v3, yarn, 3", "deepseek_v3, 4",
     ],
 )  # fmt: skip
 def test_logits_and_texts_are_those_of_one_rank(tmp_path, make_ranks, prompt_logits, reference_logits, shape, size):
@@ -79,6 +83,24 @@ def test_a_rank_that_dies_ends_the_engine_at_once(tmp_path, make_ranks):
             engine.step()
 
 
+def test_a_step_that_fails_on_the_first_rank_ends_the_engine_for_the_others_are_in_the_middle_of_it(
+    tmp_path, make_ranks, monkeypatch
+):
+    from llm_engine import EngineBroken, SequenceRequest
+
+    small_model().save_pretrained(tmp_path)
+    engine = make_ranks(tmp_path, 2)
+    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
+    engine.step()
+
+    def fail(step):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(engine._rank._rank, "forward", fail)
+    with pytest.raises(EngineBroken, match="rank 0 of 2 failed in a step of all: not enough memory"):
+        engine.step()
+
+
 def test_a_rank_that_hangs_is_given_up(tmp_path, make_ranks):
     from llm_engine import EngineBroken, SequenceRequest
 
@@ -110,7 +132,7 @@ def test_a_rank_that_cannot_load_is_named(tmp_path, make_ranks):
     from llm_engine import ModelLoadError
 
     save_spoiled_model(tmp_path)
-    with pytest.raises(ModelLoadError, match=r"rank 1: .*model.layers.1.mlp.up_proj.weight holds values"):
+    with pytest.raises(ModelLoadError, match=r"rank 1: .*model.layers.1.mlp.up_proj.weight holds 1 .* at \[159, 0\]"):
         make_ranks(tmp_path, 2)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import llm_engine
-from llm_engine import Engine, EngineConfig, ModelLoadError
+from llm_engine import Engine, EngineConfig, ModelLoadError, memory
 from llm_engine import rank as rank_module
 from llm_engine.architecture import from_gguf
 from llm_engine.gguf_reader import GgufFile
@@ -81,6 +81,46 @@ def test_sharded_folders_are_read_through_their_index(make_folder, tiny_tensors)
     assert (
         f"b.safetensors: there is no such file, in which by model.safetensors.index.json tensor {names[1]}" in message
     )
+
+
+def test_a_shard_that_the_others_names_say_there_is_is_missed_without_an_index_too(make_folder, tiny_tensors):
+    folder = make_folder()
+    (folder / "model.safetensors").unlink()
+    names = sorted(tiny_tensors)
+    for number in (1, 2, 3):
+        part = {name: tiny_tensors[name] for name in names[number - 1 :: 3]}
+        save_file(part, folder / f"model-{number:05}-of-00003.safetensors")
+    load(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    words = "model-00002-of-00003.safetensors: there is no such file, and model-00001-of-00003.safetensors says"
+    assert words in refusal_of_part(folder)
+
+
+def test_what_is_wrong_with_a_tensor_is_told_with_the_file_that_it_lies_in(make_folder, tiny_tensors):
+    def folder_with(tensor: torch.Tensor) -> Path:
+        folder, norm = make_folder(), "model.norm.weight"
+        (folder / "model.safetensors").unlink()
+        rest = {name: each for name, each in tiny_tensors.items() if name != norm}
+        save_file(rest, folder / "model-00001-of-00002.safetensors")
+        save_file({norm: tensor}, folder / "model-00002-of-00002.safetensors")
+        return folder
+
+    place = "model-00002-of-00002.safetensors: tensor model.norm.weight "
+    assert f"{place}has shape [3], expected [{HIDDEN}]" in refusal_of_part(folder_with(torch.ones(3)))
+    assert f"{place}has type I64" in refusal_of_part(folder_with(torch.ones(HIDDEN, dtype=torch.int64)))
+    spoiled = torch.ones(HIDDEN)
+    spoiled[[4, 9]] = torch.tensor([torch.inf, torch.nan])
+    assert f"{place}holds 2 values that are not finite, the first at [4]" in refusal_of_part(folder_with(spoiled))
+
+
+def test_numbers_beyond_the_wanted_type_are_refused_with_the_largest(make_folder, tiny_tensors):
+    name = "model.layers.1.mlp.up_proj.weight"
+    large = tiny_tensors[name].clone()
+    large[3, 5] = -1e6
+    folder = make_folder(tensors={name: large})
+    load_checkpoint(folder, dtype="bf16", cache_dir=None)
+    with pytest.raises(ModelLoadError, match=rf"tensor {name} holds 1e\+06, which is beyond what fp16 can hold"):
+        load_checkpoint(folder, dtype="fp16", cache_dir=None)
 
 
 def refusal_of_part(folder) -> str:
@@ -278,7 +318,7 @@ def test_weights_that_are_no_plain_floats_are_refused(make_folder, tiny_tensors)
 def test_a_tensor_in_two_files_is_refused(make_folder, tiny_tensors):
     folder = make_folder()
     save_file({"lm_head.weight": tiny_tensors["lm_head.weight"] * 2}, folder / "older.safetensors")
-    assert "older.safetensors: tensor lm_head.weight is in another file" in refusal_of_part(folder)
+    assert "older.safetensors: tensor lm_head.weight is in model.safetensors too" in refusal_of_part(folder)
 
 
 @pytest.mark.parametrize("places", [None, {}, {"lm_head.weight": 5}, ["model.safetensors"]])
@@ -398,6 +438,34 @@ def test_more_memory_than_there_is_is_refused_with_all_numbers_before_the_weight
         make_engine(path, dtype=dtype, kv_cache_bytes=1001)
     with pytest.raises(ModelLoadError, match="not finite"):
         make_engine(path, dtype=dtype, kv_cache_bytes=1000)
+
+
+def test_more_memory_than_is_free_is_refused_and_with_it_what_a_gpu_lacks(make_folder, make_engine, monkeypatch):
+    path, weight_bytes = make_folder(), 4 * 21664
+    monkeypatch.setattr(rank_module, "free_bytes", lambda: 1000 + weight_bytes)
+    with pytest.raises(
+        ModelLoadError, match=f"1001 for each of 1 ranks, but {1000 + weight_bytes} bytes of memory are"
+    ):
+        make_engine(path, dtype="fp32", kv_cache_bytes=1001)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    config = EngineConfig(model_path=str(path), kv_cache_bytes=900)
+    rank_module._check_room(config, torch.device("cuda:1"), 100)
+    with pytest.raises(ModelLoadError, match="but 1000 bytes of cuda:1 are free"):
+        rank_module._check_room(config, torch.device("cuda:1"), 101)
+
+
+def test_free_memory_is_what_the_machine_and_the_container_have_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    assert memory.free_bytes() == memory.machine_bytes()
+    (tmp_path / "meminfo").write_text("MemTotal:  20000 kB\nMemFree:  10 kB\nMemAvailable:  5000 kB\n")
+    assert memory.free_bytes() == 5000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
+    assert memory.free_bytes() == 5000 * 1024
+    (tmp_path / "memory.max").write_text("4000000\n")
+    assert memory.free_bytes() == 4000000 - 2500000
 
 
 def test_each_rank_counts_its_own_part_and_blocks_as_the_file_has_them(make_gguf):

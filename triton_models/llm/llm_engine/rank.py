@@ -20,7 +20,7 @@ from .division import division
 from .errors import ModelLoadError
 from .kv_cache import KvCache
 from .matmul import Compute, compute_dtype, narrowness
-from .memory import enough_memory_for, machine_bytes
+from .memory import enough_memory_for, free_bytes, machine_bytes
 from .model import Model
 from .ranks import Alone, Group
 from .step_tensors import RowWork, StepLayout, StepTensors, step_tensors, step_tensors_after
@@ -59,7 +59,7 @@ class LoadedRank:
                 rank=rank,
                 size=config.tensor_parallel_size,
                 keeps_fp8=grouped_experts is not None and _has_fp8(self.device),
-                check_room=partial(_check_room, config),
+                check_room=partial(_check_room, config, self.device),
             )
         self.dtype = compute_dtype(config.dtype, self.device)
         kernels = load_kernels(cache_dir, config.thread_count) if is_cpu and config.cpu_kernels else None
@@ -205,13 +205,21 @@ def _gpu_attention(config: EngineConfig) -> "GpuAttention | None":
     return GpuAttention()
 
 
-def _check_room(config: EngineConfig, weight_bytes: int) -> None:
-    """Refuse what the machine cannot hold: each rank's weights and its KV blocks."""
-    has, here = machine_bytes(), len(config.own_ranks)
-    if config.device == "cpu" and (weight_bytes + config.kv_cache_bytes) * here > has:
+def _check_room(config: EngineConfig, device: torch.device, weight_bytes: int) -> None:
+    """Refuse what the machine, or the rank's GPU, cannot hold: each rank's weights and its KV blocks."""
+    here, needed = len(config.own_ranks), weight_bytes + config.kv_cache_bytes
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        fits, bound = needed <= free, f"{free} bytes of {device} are free"
+    elif needed * here > machine_bytes():
+        fits, bound = False, f"there are {machine_bytes()} bytes of memory"
+    else:
+        # The other ranks may have taken theirs by now, or not.
+        fits, bound = needed <= free_bytes(), f"{free_bytes()} bytes of memory are free"
+    if not fits:
         raise ModelLoadError(
             f"{config.model_path}: the weights take {weight_bytes} bytes and kv_cache_bytes is {config.kv_cache_bytes}"
-            f" for each of {here} ranks, but there are {has} bytes of memory"
+            f" for each of {here} ranks, but {bound}"
         )
 
 

@@ -6,7 +6,8 @@ reached through their node, which joins this one.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class RankGroup:
         self._nodes: list[RemoteNode] = []
         self._store_server: distributed.TCPStore | None = None
         self._fault = ""
+        self._size = config.tensor_parallel_size
         try:
             if config.node_count > 1:
                 self._nodes += [RemoteNode(node, link) for node, link in gather(config).items()]
@@ -68,17 +70,15 @@ class RankGroup:
 
     def forward(self, step: StepTensors, *, give_up: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """A step's logits, as a `Rank`'s; a step that others compute too is never given up."""
-        try:
+        with self._in_step():
             self._tell("step", plain_works(step.works), step.sample_rows.tolist())
             return self._rank.forward(step)
-        except EngineBroken as error:
-            self._fault = self._fault or str(error)
-            raise
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite, on all ranks."""
-        self._tell("clear", blocks)
-        self._rank.clear(blocks)
+        with self._in_step():
+            self._tell("clear", blocks)
+            self._rank.clear(blocks)
 
     def watch(self, on_broken: Callable[[str], None]) -> None:
         """Calls back, from a thread of its own, when a rank or node ends that should not."""
@@ -99,6 +99,17 @@ class RankGroup:
         for other in self._others:
             other.end()
         self._store_server = None
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Whatever fails here ends the engine: the others are in the same step, and would wait for this rank."""
+        try:
+            yield
+        except Exception as error:
+            self._fault = self._fault or str(error)
+            if isinstance(error, EngineBroken):
+                raise
+            raise EngineBroken(f"rank 0 of {self._size} failed in a step of all: {error}") from error
 
     def _meet(self, config: EngineConfig, address: str) -> Group:
         """Tells all ranks where they find each other, and finds them there."""

@@ -1,7 +1,7 @@
 """The collectives of tensor parallelism: sums over all ranks, and columns joined on the first.
 
-Invariants: no wait is longer than the time-out; whatever goes wrong in a collective is EngineBroken. On CPUs
-it is gloo, on GPUs NCCL.
+Invariants: no wait is longer than the time-out; whatever goes wrong in a collective is EngineBroken, or on a GPU
+the process's end. On CPUs it is gloo, on GPUs NCCL.
 """
 
 from collections.abc import Callable
@@ -55,6 +55,7 @@ class Group:
         self.rank, self.size = rank, len(column_counts)
         self._column_counts = column_counts
         self._timeout = timeout
+        self._is_on_gpu = device.type == "cuda"
         self._group = self._guarded(lambda: _backend(store, rank, self.size, device, timeout, address))
         # NCCL's ranks meet with their first collective; after it nobody needs the store.
         self.add_up(torch.zeros(1, device=device))
@@ -62,7 +63,7 @@ class Group:
     def add_up(self, rows: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' rows, on every rank."""
         summed = rows.contiguous()
-        self._guarded(lambda: self._group.allreduce([summed]).wait(self._timeout))
+        self._guarded(lambda: self._wait(self._group.allreduce([summed])))
         return summed
 
     def joined(self, columns: torch.Tensor) -> torch.Tensor:
@@ -72,10 +73,21 @@ class Group:
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else []
         options = distributed.GatherOptions()
         options.rootRank = 0
-        self._guarded(lambda: self._group.gather([parts] if parts else [], [padded], options).wait(self._timeout))
+        self._guarded(lambda: self._wait(self._group.gather([parts] if parts else [], [padded], options)))
         if not parts:
             return columns
         return torch.cat([part[:, :count] for part, count in zip(parts, self._column_counts, strict=True)], dim=1)
+
+    def _wait(self, work: distributed.Work) -> None:
+        """Until it is done: on a GPU its stream waits alone, and NCCL's watchdog ends the process at the time-out.
+
+        Given a time, NCCL's work would make the host wait, which is to lay out the next step meanwhile
+        (`ProcessGroupNCCL::WorkNCCL::wait` in PyTorch).
+        """
+        if self._is_on_gpu:
+            work.wait()
+        else:
+            work.wait(self._timeout)
 
     def _guarded(self, collective: Callable[[], Result]) -> Result:
         try:

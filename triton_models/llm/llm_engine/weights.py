@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16} | dict.fromkeys((
 """In which tensors are held, where they are not rounded."""
 # What a safetensors file's numbers may be; those of other types would be quantised, with scales beside them.
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+"""How a file is called that is one of several."""
 
 _MOST_HEADER_BYTES = 100_000_000
 """Of a safetensors file, by its own library's bound."""
@@ -74,6 +78,12 @@ class _Source:
     """A tensor's own blocks of what the slices say, where it has some and none is torn apart."""
     block_bytes: Mapping[str, float] = field(default_factory=dict)
     """What a number of a tensor takes that has some, by name."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Of a folder: in which of its files a tensor lies."""
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self.files.get(name, self.path)
 
 
 def load_checkpoint(
@@ -145,11 +155,13 @@ def _check(source: _Source, architecture: Architecture) -> None:
                 raise ModelLoadError(f"{source.path}: tensor {name} {list(expected)} is missing")
             if source.shapes[name] != expected:
                 found = list(source.shapes[name])
-                raise ModelLoadError(f"{source.path}: tensor {name} has shape {found}, expected {list(expected)}")
+                path = source.file_of(name)
+                raise ModelLoadError(f"{path}: tensor {name} has shape {found}, expected {list(expected)}")
             used.add(name)
     unused = sorted(set(source.shapes) - used)
     if unused:
-        raise ModelLoadError(f"{source.path}: tensor {unused[0]} is not supported ({len(unused)} such)")
+        path = source.file_of(unused[0])
+        raise ModelLoadError(f"{path}: tensor {unused[0]} is not supported ({len(unused)} such)")
 
 
 def _byte_count(source: _Source, architecture: Architecture, here: Division, dtype: str) -> int:
@@ -176,12 +188,14 @@ def _fuse(source: _Source, architecture: Architecture, here: Division, dtype: st
         parts = []
         for part in filter(here.is_here, fused.parts):
             name = source.name_of(part.name)
-            tensor = source.read(name, _slices(here, part))
+            slices = _slices(here, part)
+            stored = source.read(name, slices)
+            tensor = stored if fused.is_exact else stored.to(TORCH_DTYPES[dtype])
             if not torch.isfinite(tensor).all():
-                raise _not_finite(source, name)
+                raise _not_finite(source, name, slices, stored, dtype)
             if architecture.has_interleaved_rope and part.rope is not None:
                 tensor = _deinterleaved(tensor, part.rope)
-            parts.append(tensor if fused.is_exact else tensor.to(TORCH_DTYPES[dtype]))
+            parts.append(tensor)
         # A rank's part may be a view of the whole tensor, which joining copies.
         tensor = parts[0] if len(parts) == 1 and here.size == 1 else torch.cat(parts)
         tensors[fused.name] = (rounded(tensor) if dtype in ROUNDED_DTYPES and fused.can_be_rounded else None) or tensor
@@ -207,14 +221,23 @@ def _block_part(source: _Source, architecture: Architecture, here: Division, par
     if blocks is None:
         return None
     if not blocks.is_finite:
-        raise _not_finite(source, name)
+        raise ModelLoadError(f"{source.file_of(name)}: tensor {name} holds blocks that are not finite")
     if architecture.has_interleaved_rope and part.rope is not None:
         blocks = blocks.rows(_deinterleaved(torch.arange(blocks.shape[0]), part.rope))
     return blocks
 
 
-def _not_finite(source: _Source, name: str) -> ModelLoadError:
-    return ModelLoadError(f"{source.path}: tensor {name} holds values that are not finite")
+def _not_finite(
+    source: _Source, name: str, slices: tuple[slice, ...], stored: torch.Tensor, dtype: str
+) -> ModelLoadError:
+    where = f"{source.file_of(name)}: tensor {name}"
+    wrong = (~torch.isfinite(stored)).nonzero()
+    if not len(wrong):
+        most = stored.abs().max().item()
+        return ModelLoadError(f"{where} holds {most:g}, which is beyond what {dtype} can hold; another dtype can")
+    for axis, span in enumerate(slices):
+        wrong[:, axis] += span.start or 0
+    return ModelLoadError(f"{where} holds {len(wrong)} values that are not finite, the first at {wrong[0].tolist()}")
 
 
 def _slices(here: Division, part: Part) -> tuple[slice, ...]:
@@ -333,13 +356,14 @@ def _opened_folder(folder: Path, *, keeps_fp8: bool) -> tuple[_Source, Architect
 def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 | None, keeps_fp8: bool) -> _Source:
     # A tied model may carry a copy of its embedding under the head's name; it is left unread.
     head = "lm_head.weight"
-    files, shapes, types = {}, {}, {}
+    files, paths, shapes, types = {}, {}, {}, {}
     for path in _weight_files(folder):
         file = _open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 (it is no dict)
             entry = file.get_slice(name)
             if name in files:
-                raise ModelLoadError(f"{path}: tensor {name} is in another file of the folder too")
+                raise ModelLoadError(f"{path}: tensor {name} is in {paths[name].name} too")
+            paths[name] = path
             files[name], shapes[name], types[name] = file, tuple(entry.get_shape()), entry.get_dtype()
     if not tied and head not in shapes:
         raise ModelLoadError(f"{folder}: tensor {head} is missing, and tie_word_embeddings is not set")
@@ -349,7 +373,8 @@ def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 |
     for name in shapes.keys() - stale:
         expected = ("F8_E4M3",) if name in scales else _FLOATS
         if types[name] not in expected:
-            raise ModelLoadError(f"{folder}: tensor {name} has type {types[name]}, expected {' or '.join(expected)}")
+            found = f"tensor {name} has type {types[name]}, expected {' or '.join(expected)}"
+            raise ModelLoadError(f"{paths[name]}: {found}")
 
     def read(name: str, slices: tuple[slice, ...]) -> torch.Tensor:
         stored = files[name].get_slice(name)[slices]
@@ -370,6 +395,7 @@ def _folder_source(folder: Path, *, tied: bool, unused_layers: range, fp8: Fp8 |
         read,
         tied=tied,
         ignorable=frozenset(stale | set(scales.values()) | ({head} if tied else set())),
+        files=paths,
     )
     if fp8 is None or not keeps_fp8:
         return source
@@ -407,6 +433,12 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelLoadError(f"{folder}: there is no *.safetensors file")
+    for path in files:
+        numbered = _NUMBERED.fullmatch(path.name)
+        for number in range(1, int(numbered["count"]) + 1) if numbered else ():
+            other = path.with_name(f"{numbered['stem']}-{number:05}-of-{numbered['count']}.safetensors")
+            if other not in files:
+                raise ModelLoadError(f"{other}: there is no such file, and {path.name} says that there should be")
     return files
 
 

@@ -159,7 +159,7 @@ async def goodput(bench: Bench) -> None:
     calm_ttft = percentile(admitted_ttft(bench.calm), 99)
     for times in (2, 5, 10):
         tail = bench.flow("after", 0.5, begin_seconds=bench.seconds, duration_seconds=8.0)
-        before = total(await families(bench.mesh), GENERATED)
+        before, read_before = total(await families(bench.mesh), GENERATED), await _refused_read(bench)
         ledger = await bench.run(f"{times} C", bench.flow("flood", times), tail)
         generated = total(await families(bench.mesh), GENERATED) - before
         columns, flood = columns_of(ledger.records), columns_of([r for r in ledger.records if r.flow == "flood"])
@@ -179,6 +179,9 @@ async def goodput(bench: Bench) -> None:
             refusal = 1000 * percentile(flood.refusal_seconds, 99)
             how = f"p50 {1000 * percentile(flood.refusal_seconds, 50):.1f}"
             bench.table.at_most("refusal, P99", refusal, 25, "ms", how, aim=5)
+            read, refused = await _refused_read(bench) - read_before, int(columns.of(Outcome.REFUSED).sum())
+            how = f"{read} of {refused}; the others by their headers, here or in Envoy"
+            bench.table.at_most("refusals whose body was read", 100 * read / max(1, refused), 50, "%", how)
             untyped = int((flood.of(Outcome.REFUSED) & (flood.reason == "")).sum()) + int(
                 flood.of(Outcome.FAILED).sum()
             )
@@ -189,6 +192,12 @@ async def goodput(bench: Bench) -> None:
             back = recovery_seconds(columns, bench.seconds, usual=calm_ttft)
             how = "0.5 C afterwards: TTFT within the P99 of 0.9 C, and it stays so"
             bench.table.at_most("after the load: back to normal", back, 2, "s", how, aim=0.5)
+
+
+async def _refused_read(bench: Bench) -> int:
+    """How many the scheduler refused so far whose body it had read."""
+    totals = (await bench.snapshot()).totals
+    return sum(totals.refused.values()) - totals.refused_unread
 
 
 async def storm(bench: Bench) -> None:

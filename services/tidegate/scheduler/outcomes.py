@@ -32,6 +32,7 @@ REQUESTS = Counter(
 QUEUE_WAIT = Histogram(
     "tidegate_queue_wait_seconds", "From a request's place in a lane to its credit.", ["class"], buckets=REQUEST_BUCKETS
 )
+UNREAD = Counter("tidegate_refused_unread_requests", "Refused from their headers alone; the rest had sent a body.")
 LITE = Counter("tidegate_lite_requests", "Requests that were sent to the lite model with a credit.", ["why"])
 DECISION = Histogram(
     "tidegate_decision_seconds",
@@ -52,6 +53,7 @@ class Outcomes:
         self.received = 0
         self.by_outcome: Tally[Outcome] = Tally()
         self.refused_by_reason: Tally[str] = Tally()
+        self.refused_unread_count = 0
         self.lite_count = 0
 
     @property
@@ -74,6 +76,9 @@ class Outcomes:
         reason = error.reason.name if error is not None else ""
         if error is not None:
             self.refused_by_reason[reason] += 1
+        if outcome is Outcome.REFUSED and request.body_arrived_at is None:
+            self.refused_unread_count += 1
+            UNREAD.inc()
         REQUESTS.labels(outcome.value, request.service_class.label, reason).inc()
         if outcome is Outcome.DISPATCHED:
             QUEUE_WAIT.labels(request.service_class.label).observe(request.queue_seconds)

@@ -153,6 +153,7 @@ class Snapshots:
             refused=self._outcomes.refused_by_reason,
             abandoned=counts[Outcome.ABANDONED],
             dispatched_to_lite=self._outcomes.lite_count,
+            refused_unread=self._outcomes.refused_unread_count,
         )
 
 

@@ -38,7 +38,7 @@ def test_a_model_whose_logits_are_not_finite_is_an_error(make_folder, capsys):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["generate", "--token-ids", "1,x"], "'x'"),
+        (["generate", "--token-ids", "1,x"], "--token-ids is '1,x'"),
         (["generate", "--token-ids", "1,96"], "token_ids[1] is 96"),
         (["bench", "--sequences", "0"], "--sequences is 0"),
         (["bench", "--kv-cache-bytes", str(1 << 44)], "kv_cache_bytes"),

@@ -456,7 +456,8 @@ async def test_a_refusal_counts_as_one_when_the_stream_ends_with_it(world):
     world.service.pipeline.place = refuse_as_the_stream_ends
     await exchange.begin()
     await world.until(lambda snapshot: snapshot.totals.refused["SERVER_IS_OVERLOADED"] == 1)
-    assert (await world.snapshot()).totals.abandoned == 0
+    totals = (await world.snapshot()).totals
+    assert (totals.abandoned, totals.refused_unread) == (0, 0)
 
 
 async def test_tokens_that_come_too_late_are_given_back(world):
@@ -581,7 +582,8 @@ async def test_what_is_looked_at_too_late_is_refused_from_its_headers(world):
     status, fields, body = world.refused(await exchange.receive())
     assert (status, body["error"]["code"]) == (503, "server_is_overloaded")
     assert 2 <= int(fields["retry-after"]) <= 8
-    assert (await world.snapshot()).totals.refused["SERVER_IS_OVERLOADED"] == 1
+    totals = (await world.snapshot()).totals
+    assert (totals.refused["SERVER_IS_OVERLOADED"], totals.refused_unread) == (1, 1)
 
 
 async def test_who_sends_slowly_is_not_looked_at_late(world):

@@ -120,7 +120,10 @@ def _join(config: EngineConfig) -> int:
 def _generate(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
     sampling = SamplingParams(temperature=options.temperature, seed=options.seed, logprobs=options.logprobs)
     words = sys.stdin.read() if options.token_ids == "-" else options.token_ids
-    prompt = [int(word) for word in words.split(",")]
+    try:
+        prompt = [int(word) for word in words.split(",")]
+    except ValueError:
+        raise ValueError(f"--token-ids is {words.strip()[:60]!r}, expected whole numbers with commas between") from None
     engine.add(SequenceRequest(request_id="0", token_ids=prompt, max_tokens=options.tokens, sampling=sampling))
     result: dict[str, object] = {"token_ids": [], "logprobs": [], "finish_reason": ""}
     while engine.has_work:

@@ -188,7 +188,7 @@ def _lane_view(lane: scheduler_pb2.LaneSnapshot) -> LaneView:
 def _totals(snapshot: scheduler_pb2.Snapshot | None) -> dict[str, int]:
     if snapshot is None:
         return {}
-    names = ("received", "dispatched", "replayed", "passed_through", "dispatched_to_lite", "abandoned", "refused_unread")
+    names = [field.name for field in snapshot.totals.DESCRIPTOR.fields if field.name != "refused"]
     return {name: getattr(snapshot.totals, name) for name in names}
 
 

@@ -204,7 +204,7 @@ async def _refused_read(bench: Bench) -> int:
 
 
 async def storm(bench: Bench) -> None:
-    """Realtime beside a flood of batch, and alone, in turn: a P99 of one run of some 400 requests would be its fourth."""
+    """Realtime beside a flood of batch and alone, in turn: of one run of some 400 requests a P99 is the fourth."""
     realtime = bench.flow("realtime", 0.3, service_class="realtime", tenants={"one": 1.0})
     batch = bench.flow("batch", 12.0, service_class="batch", tenants={"two": 1.0})
     records: dict[str, list[Record]] = {"alone": [], "realtime": [], "batch": []}

@@ -87,6 +87,10 @@ class Bench:
         self.peers: Path | None = arguments.peers
         self._own: dict[str, dict[str, float]] = {}
 
+    def token_ids(self, words: str) -> list[int]:
+        """A text as the model's tokens."""
+        return load_text_model(self.model, "engine").tokenizer.encode(words, allow_special=False)
+
     def own(self, case: Case) -> dict[str, float]:
         """Our figure by type."""
         if case.name not in self._own:
@@ -275,10 +279,8 @@ def churn(bench: Bench) -> None:
 
 def quality(bench: Bench) -> None:
     """What each type costs, on a text that the model has not seen, of weights that no type keeps as they are."""
-    text = load_text_model(bench.model, "engine")
-    token_ids = text.tokenizer.encode(TEXT_FILE.read_text(encoding="utf-8"), allow_special=False)
     file = bench.folder / "text.json"
-    file.write_text(json.dumps(token_ids))
+    file.write_text(json.dumps(bench.token_ids(TEXT_FILE.read_text(encoding="utf-8"))))
     plain = hugging_face_folder(bench.model, PEER_MODELS, PLAIN_DTYPE)
     eight = hugging_face_folder(bench.model, PEER_MODELS, "fp8")
     kinds = {dtype: (str(plain), dtype) for dtype in bench.dtypes if dtype != PLAIN_DTYPE}
@@ -313,10 +315,9 @@ def quality(bench: Bench) -> None:
 
 def window(bench: Bench) -> None:
     """What a long text gains and loses with the attention window. The text is what `help()` of any Python knows."""
-    text = load_text_model(bench.model, "engine")
     words = "\n\n".join(topics[name] for name in sorted(topics))[: 8 * LONG_TEXT_TOKENS]
     file = bench.folder / "long.json"
-    file.write_text(json.dumps(text.tokenizer.encode(words, allow_special=False)[:LONG_TEXT_TOKENS]))
+    file.write_text(json.dumps(bench.token_ids(words)[:LONG_TEXT_TOKENS]))
 
     def found(attention_window: int) -> dict[str, Any]:
         settings = {"text": file, "first": EngineConfig.attention_window_from, "attention-window": attention_window}
@@ -337,21 +338,19 @@ def window(bench: Bench) -> None:
 
 def drafts(bench: Bench) -> None:
     """What prompt-lookup drafts gain where a prompt repeats itself, and where nothing repeats but the answer."""
-    text = load_text_model(bench.model, "engine")
-    passage = text.tokenizer.encode(TEXT_FILE.read_text(encoding="utf-8"), allow_special=False)[:DRAFT_PASSAGE_TOKENS]
+    passage = bench.token_ids(TEXT_FILE.read_text(encoding="utf-8"))[:DRAFT_PASSAGE_TOKENS]
     for what, times, bound, aim in (("stands there four times", 4, 1.2, 2.0), ("stands there once", 1, 0.9, 1.0)):
         prompt = times * passage
         file = bench.folder / "drafts.json"
         file.write_text(json.dumps([prompt]))
-        case = Case(f"a text that {what}", 1, len(prompt), ANSWER_TOKENS, "tokens_per_second")
+        case = Case(f"a text that {what}", 1, len(prompt), ANSWER_TOKENS, "decode_tokens_per_second")
         runs: dict[int, list[dict[str, Any]]] = {0: [], EngineConfig.speculation_tokens: []}
         for _ in range(bench.rounds):
             for count, results in runs.items():
                 tried = dataclasses.replace(case, settings={"speculation-tokens": count})
                 results.append(own_bench(tried, file, model=bench.model, dtype=PLAIN_DTYPE, threads=bench.threads))
         without, drafted = (
-            statistics.median(float(result["decode_tokens_per_second"]) for result in results)
-            for results in runs.values()
+            statistics.median(float(result[case.figure]) for result in results) for results in runs.values()
         )
         last = runs[EngineConfig.speculation_tokens][-1]
         how = (

@@ -33,7 +33,7 @@ from table import Table
 
 from tidegate.bench.arrivals import Closed, Poisson, Square
 from tidegate.bench.calibrate import calibrate
-from tidegate.bench.columns import Columns, columns_of
+from tidegate.bench.columns import columns_of
 from tidegate.bench.flows import Flow, Load
 from tidegate.bench.ledger import Ledger, Outcome, Record
 from tidegate.bench.lengths import ConstantLength, LogNormalLength
@@ -96,8 +96,6 @@ class Bench:
     seconds: float
     shape: Shape = SHAPE
     capacity: float = 0.0
-    calm: Columns | None = None
-    """At 0.9 C."""
 
     def flow(self, name: str, times: float, **fields: object) -> Flow:
         """Poisson traffic at so many times of C."""
@@ -158,8 +156,8 @@ def stuck(snapshot: scheduler_pb2.Snapshot) -> str:
 
 async def goodput(bench: Bench) -> None:
     """Floods of one class."""
-    bench.calm = columns_of((await bench.run("0.9 C", bench.flow("calm", 0.9))).records)
-    calm_ttft = percentile(admitted_ttft(bench.calm), 99)
+    calm = columns_of((await bench.run("0.9 C", bench.flow("calm", 0.9))).records)
+    calm_ttft = percentile(admitted_ttft(calm), 99)
     for times in (2, 5, 10):
         tail = bench.flow("after", 0.5, begin_seconds=bench.seconds, duration_seconds=8.0)
         before, read_before = total(await families(bench.mesh), GENERATED), await _refused_read(bench)

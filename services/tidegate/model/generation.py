@@ -81,7 +81,6 @@ class Generation:
         self._detokenizer = IncrementalDetokenizer(tokenizer, list(job.request.stop))
         self._answer_token_ids: list[int] = list(job.request.resume.token_ids)
         self._unseen_token_count = 0
-        self._cached_token_count = 0
         self._finish_reason = ""
         self._error: TidegateError | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -115,7 +114,6 @@ class Generation:
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
             self._record.completion_token_count = self._completion_token_count
-            self._record.cached_token_count = self._cached_token_count
 
     @property
     def _ended(self) -> bool:
@@ -181,7 +179,7 @@ class Generation:
         used_count = step.token_count_used
         whole = used_count == len(chunk.token_ids)
         token_ids = chunk.token_ids if whole else chunk.token_ids[:used_count]
-        self._cached_token_count = min(chunk.cached_token_count, self._job.prompt.prompt_token_count)
+        self._record.cached_token_count = min(chunk.cached_token_count, self._job.prompt.prompt_token_count)
         if used_count or chunk.finish_reason:
             self._count(used_count + chunk.unseen_token_count)
             self._answer_token_ids += token_ids
@@ -259,7 +257,7 @@ class Generation:
             usage=inference_pb2.Usage(
                 prompt_token_count=self._job.prompt.prompt_token_count,
                 completion_token_count=self._completion_token_count,
-                cached_token_count=self._cached_token_count,
+                cached_token_count=record.cached_token_count,
             ),
         )
         if record.time_to_first_token_seconds is not None:

@@ -76,9 +76,9 @@ class Outcomes:
         reason = error.reason.name if error is not None else ""
         if error is not None:
             self.refused_by_reason[reason] += 1
-        if outcome is Outcome.REFUSED and request.body_arrived_at is None:
-            self.refused_unread_count += 1
-            UNREAD.inc()
+            if request.body_arrived_at is None:
+                self.refused_unread_count += 1
+                UNREAD.inc()
         REQUESTS.labels(outcome.value, request.service_class.label, reason).inc()
         if outcome is Outcome.DISPATCHED:
             QUEUE_WAIT.labels(request.service_class.label).observe(request.queue_seconds)

@@ -209,9 +209,9 @@ def long_text(options: argparse.Namespace) -> dict[str, object]:
     _add(engine, "long", text, LONG_ANSWER_TOKENS)
     started, most_blocks = time.perf_counter(), 0
     while not engine.step():
-        most_blocks = max(most_blocks, engine.load.total_block_count - engine.load.free_block_count)
+        most_blocks = max(most_blocks, _used_block_count(engine))
     prefill_seconds = time.perf_counter() - started
-    blocks = engine.load.total_block_count - engine.load.free_block_count
+    blocks = _used_block_count(engine)
     seconds = []
     while engine.has_work:
         seconds.append(_seconds(engine.step))
@@ -258,6 +258,11 @@ def _prefill_operations(engine: Engine, tokens: int) -> float:
     vocabulary = model.vocabulary_size * model.hidden_size
     attention = 2 * model.layer_count * model.hidden_size * tokens**2
     return 2 * (model.parameter_count - vocabulary) * tokens + 2 * vocabulary + attention
+
+
+def _used_block_count(engine: Engine) -> int:
+    load = engine.load
+    return load.total_block_count - load.free_block_count
 
 
 def _kv_token_bytes(engine: Engine) -> int:

@@ -64,7 +64,7 @@ async def test_a_scheduler_hears_how_late_what_it_sends_is_looked_at(start_servi
         await asyncio.sleep(2 * LATENESS_WINDOW_SECONDS)
         await collect(stub, ask(), metadata=((headers.SENT, f"{time.time() + 3600 - 0.5}"),))
         await scheduler.read_until(lambda: any(load.lateness.ToMilliseconds() >= 500 for load in scheduler.loads))
-        assert max(load.lateness.ToMilliseconds() for load in scheduler.loads) < 3_600_000
+        assert max(load.lateness.ToMilliseconds() for load in scheduler.loads) < 10_000
 
 
 async def test_schedulers_hear_how_many_they_are(start_service, fake_triton, channel_to):

@@ -211,11 +211,12 @@ def _check_room(config: EngineConfig, device: torch.device, weight_bytes: int) -
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         fits, bound = needed <= free, f"{free} bytes of {device} are free"
-    elif needed * here > machine_bytes():
-        fits, bound = False, f"there are {machine_bytes()} bytes of memory"
+    elif needed * here > (has := machine_bytes()):
+        fits, bound = False, f"there are {has} bytes of memory"
     else:
         # The other ranks may have taken theirs by now, or not.
-        fits, bound = needed <= free_bytes(), f"{free_bytes()} bytes of memory are free"
+        free = free_bytes()
+        fits, bound = needed <= free, f"{free} bytes of memory are free"
     if not fits:
         raise ModelLoadError(
             f"{config.model_path}: the weights take {weight_bytes} bytes and kv_cache_bytes is {config.kv_cache_bytes}"

@@ -433,12 +433,16 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelLoadError(f"{folder}: there is no *.safetensors file")
-    for path in files:
-        numbered = _NUMBERED.fullmatch(path.name)
-        for number in range(1, int(numbered["count"]) + 1) if numbered else ():
-            other = path.with_name(f"{numbered['stem']}-{number:05}-of-{numbered['count']}.safetensors")
-            if other not in files:
-                raise ModelLoadError(f"{other}: there is no such file, and {path.name} says that there should be")
+    names = {path.name for path in files}
+    # By the first file of each, what of several there should be.
+    several = {
+        found.group("stem", "count"): found[0] for found in map(_NUMBERED.fullmatch, sorted(names)[::-1]) if found
+    }
+    for (stem, count), first in several.items():
+        for number in range(1, int(count) + 1):
+            name = f"{stem}-{number:05}-of-{count}.safetensors"
+            if name not in names:
+                raise ModelLoadError(f"{folder / name}: there is no such file, and {first} says that there should be")
     return files
 
 

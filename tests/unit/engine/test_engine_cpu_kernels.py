@@ -40,6 +40,19 @@ def narrowness(request, kernels):
     return Narrowness.BYTES if request.param == "bytes" and kernels.narrowness else kernels.narrowness
 
 
+@pytest.fixture(scope="module")
+def kernels_for_avx2(tmp_path_factory):
+    """The kernels as a processor has them that has AVX2 and no more."""
+    if " avx512f" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("all tests are of such kernels here, or of none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "_FLAGS", (*cpu_kernels._FLAGS, "-mno-avx512f"))
+        loaded = load_kernels(tmp_path_factory.mktemp("avx2"), 3)
+    assert loaded is not None
+    assert loaded.narrowness == Narrowness.FEW_ROWS
+    return loaded
+
+
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -83,6 +96,10 @@ def test_products_are_those_of_torch(kernels, kind, outputs, inputs):
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (31, 64), (70, 96), (128, 1536), (40, 576)])
 def test_narrow_products_are_as_close_as_their_rows(kernels, narrowness, kind, outputs, inputs):
+    assert_close_as_rows(kernels, narrowness, kind, outputs, inputs)
+
+
+def assert_close_as_rows(kernels, narrowness: Narrowness, kind: str, outputs: int, inputs: int) -> None:
     weight = WEIGHTS[kind](outputs, inputs)
     packed = kernels.pack(weight, random(outputs, seed=9))
     for count in (1, 2, 3, 4, 5, 11, 12, 16, 17, 33, 70, 600):
@@ -97,15 +114,52 @@ def test_narrow_products_are_as_close_as_their_rows(kernels, narrowness, kind, o
         assert ((found - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("narrowness", [Narrowness.EXACT, Narrowness.FEW_ROWS, Narrowness.BYTES])
+def test_products_for_avx2_are_as_close_as_their_rows(kernels_for_avx2, narrowness, kind):
+    assert_close_as_rows(kernels_for_avx2, narrowness, kind, 70, 576)
+
+
+@pytest.mark.parametrize("kind", ["four bits", "eight bits"])
+def test_a_few_narrow_rows_for_avx2_are_closer_than_bf16(kernels_for_avx2, kind):
+    assert_closer_than_bf16(kernels_for_avx2, kind)
+
+
 @pytest.mark.parametrize("kind", ["four bits", "eight bits"])
 def test_a_few_narrow_rows_are_closer_than_bf16(kernels, kind):
     if not kernels.narrowness:
         pytest.skip("this processor has no narrow products")
+    assert_closer_than_bf16(kernels, kind)
+
+
+def assert_closer_than_bf16(kernels, kind: str) -> None:
     weight, rows = WEIGHTS[kind](64, 576), random(4, 576)
     expected = linear(rows.double(), values(weight).double())
     narrow = kernels.linear(kernels.pack(weight), rows, narrowness=kernels.narrowness)
     rounded_rows = linear(rows.bfloat16().double(), values(weight).double())
     assert (narrow - expected).norm() * 8 < (rounded_rows - expected).norm()
+
+
+@pytest.mark.parametrize(("bits", "digit"), [(4, 15), (8, 127), (8, -128)])
+def test_the_largest_sums_fit(kernels, narrowness, bits, digit):
+    assert_largest_sums_fit(kernels, narrowness, bits, digit)
+
+
+@pytest.mark.parametrize(("bits", "digit"), [(4, 15), (8, 127), (8, -128)])
+@pytest.mark.parametrize("narrowness", [Narrowness.FEW_ROWS, Narrowness.BYTES])
+def test_the_largest_sums_fit_for_avx2(kernels_for_avx2, narrowness, bits, digit):
+    assert_largest_sums_fit(kernels_for_avx2, narrowness, bits, digit)
+
+
+def assert_largest_sums_fit(kernels, narrowness: Narrowness, bits: int, digit: int) -> None:
+    """Of what a word's sums can come to, where all digits and inputs are as large as there are."""
+    word = int.from_bytes([digit * 17 if bits == 4 else digit % 256] * 4, "little", signed=True)
+    scales = torch.full((40, 3), 0.5).half()
+    offsets = torch.zeros_like(scales) if bits == 4 else None
+    packed = kernels.pack(Blocks(torch.full((40, 96 * bits // 32), word, dtype=torch.int32), scales, offsets))
+    rows = torch.ones(13, 96) * torch.tensor([1.0, -1.0]).repeat(7)[:13, None]
+    found = kernels.linear(packed, rows, narrowness=narrowness)
+    assert torch.allclose(found, (rows.sum(1) * digit * 0.5)[:, None].expand(-1, 40), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -400,7 +454,7 @@ def test_what_torch_multiplies_quicker_in_bf16_is_left_to_it(kernels, monkeypatc
     kernels = cpu_kernels.CpuKernels(kernels._library, 1)
     assert kernels.are_quickest_in_bf16 is expected
     assert kernels.can_attend_chunks(plain_layout(1, 64, torch.bfloat16)) is expected
-    compute = Compute(torch.device("cpu"), torch.bfloat16, torch.float32, kernels, narrowness=narrowness)
+    compute = Compute(torch.device("cpu"), torch.bfloat16, torch.float32, torch.bfloat16, kernels, narrowness)
     assert (Projection(four_bits(64, 64), compute).packed is not None) is expected
 
 

@@ -89,3 +89,48 @@ def test_layers_in_one_call_are_those_called_one_by_one(folder, dtype, window, m
     for few_rows in (0, 1000):
         for found, expected in zip(logits(few_rows), one_by_one, strict=True):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "is_narrow"),
+    [
+        ("bf16", {}, True),
+        ("w8a8", {}, True),
+        ("bf16", {"tensor_parallel_size": 2}, True),
+        ("bf16", {"tensor_parallel_size": 2, "node_count": 2, "master_port": 1}, False),
+        ("fp32", {}, False),
+        ("int8", {}, False),
+    ],
+)
+def test_what_narrow_products_are_given_is_cached_in_bf16(folder, dtype, settings, is_narrow):
+    """Whatever torch computes in; hosts, of which one may have no compiler, count the same blocks."""
+    config = EngineConfig(model_path=str(folder), dtype=dtype, kv_cache_bytes=1 << 20, **settings)
+    loaded = LoadedRank(config, 0)
+    narrow = is_narrow and loaded.compute.narrowness != Narrowness.EXACT
+    expected = torch.bfloat16 if narrow else loaded.dtype
+    assert loaded.compute.cached == expected
+    assert loaded.column_counts()
+    # Layers, keys and values, tokens of a block, KV heads of a rank, their size; one is for padding.
+    block = 2 * 2 * 16 * (2 // config.tensor_parallel_size) * 32 * expected.itemsize
+    assert loaded.block_count == (1 << 20) // block - 1
+
+
+def test_what_the_kernels_cannot_read_is_cached_in_torchs_type(make_folder):
+    sizes = {**SIZES, "head_dim": 20}
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "model.embed_tokens": (96, 64), "lm_head": (96, 64), "model.norm": (64,),
+        **{
+            f"model.layers.{layer}.{name}": shape
+            for layer in range(2)
+            for name, shape in {
+                "self_attn.q_proj": (80, 64), "self_attn.k_proj": (40, 64), "self_attn.v_proj": (40, 64),
+                "self_attn.o_proj": (64, 80), "input_layernorm": (64,), "post_attention_layernorm": (64,),
+                "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96),
+            }.items()
+        },
+    }  # fmt: skip
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    loaded = LoadedRank(EngineConfig(model_path=str(make_folder(sizes, tensors)), dtype="bf16"), 0)
+    assert loaded.compute.cached == loaded.dtype
+    assert loaded.ready(Alone()).forward

@@ -16,7 +16,7 @@ from llm_engine.matmul import Compute, Projection
 from llm_engine.mlp import EachExpert, ExpertMixture, Mlp
 from llm_engine.rowwise import Norm
 
-PLAIN = Compute(device=torch.device("cpu"), dtype=torch.float32, activations=torch.float32, kernels=None)
+PLAIN = Compute(torch.device("cpu"), torch.float32, torch.float32, torch.float32, kernels=None)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

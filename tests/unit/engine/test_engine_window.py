@@ -70,7 +70,9 @@ class Texts:
 
     def __init__(self, dtype: torch.dtype, kernels, window: Window, lengths: list[int]) -> None:
         device = torch.device("cpu")
-        compute = Compute(device=device, dtype=dtype, activations=torch.float32, kernels=kernels, attention=kernels)
+        compute = Compute(
+            device=device, dtype=dtype, activations=torch.float32, cached=dtype, kernels=kernels, attention=kernels
+        )
         self.cache = KvCache(
             ARCHITECTURE, block_count=BLOCK_COUNT, block_token_count=BLOCK, compute=compute, window=window
         )

@@ -29,7 +29,7 @@ class KvCache:
         window: Window = FULL,
     ) -> None:
         self.padding_block = block_count
-        self.layout = layout = cache_layout(architecture, block_token_count, compute.dtype)
+        self.layout = layout = cache_layout(architecture, block_token_count, compute.cached)
         self._group_size = architecture.group_size
         self.window = window
         self._kernels, self._activations = compute.kernels, compute.activations
@@ -38,7 +38,7 @@ class KvCache:
         """Whether single rows attend to blocks where they lie; else all are gathered."""
         self.reads_chunks = self._attention is not None and self._attention.can_attend_chunks(layout)
         """Whether prompts do, too."""
-        dtype, device = compute.dtype, compute.device
+        dtype, device = layout.dtype, compute.device
         shape = (block_count + 1, block_token_count * layout.token_size)
         self._layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(architecture.layer_count)]
         self._gathered = torch.empty(0, dtype=dtype, device=device)

@@ -37,8 +37,10 @@ class Compute:
 
     device: torch.device
     dtype: torch.dtype
-    """Of products of many rows, and of the KV cache."""
+    """Of products of many rows."""
     activations: torch.dtype
+    cached: torch.dtype
+    """Of the KV cache."""
     kernels: CpuKernels | None
     narrowness: Narrowness = Narrowness.EXACT
     """Which of the kernels' products may be narrow."""

@@ -14,7 +14,7 @@ import torch
 
 from .cache_layout import cache_layout
 from .config import EngineConfig
-from .cpu_kernels import load_kernels
+from .cpu_kernels import CpuKernels, load_kernels
 from .cuda_graphs import Capture, GraphedDecodes
 from .division import division
 from .errors import ModelLoadError
@@ -63,16 +63,18 @@ class LoadedRank:
             )
         self.dtype = compute_dtype(config.dtype, self.device)
         kernels = load_kernels(cache_dir, config.thread_count) if is_cpu and config.cpu_kernels else None
+        narrow = narrowness(config.dtype, kernels)
         self.compute = Compute(
             device=self.device,
             dtype=self.dtype,
             activations=torch.float32 if is_cpu else self.dtype,
+            cached=_cache_dtype(config, self.checkpoint, self.dtype, kernels if narrow else None),
             kernels=kernels,
-            narrowness=narrowness(config.dtype, kernels),
+            narrowness=narrow,
             attention=kernels if is_cpu else _gpu_attention(config),
             grouped_experts=grouped_experts,
         )
-        self.block_count = _block_count(config, self.checkpoint, self.dtype)
+        self.block_count = _block_count(config, self.checkpoint, self.compute.cached)
         self.context_token_count = _context_token_count(config, self.checkpoint, self.block_count)
 
     def column_counts(self) -> list[int]:
@@ -222,6 +224,19 @@ def _check_room(config: EngineConfig, device: torch.device, weight_bytes: int) -
             f"{config.model_path}: the weights take {weight_bytes} bytes and kv_cache_bytes is {config.kv_cache_bytes}"
             f" for each of {here} ranks, but {bound}"
         )
+
+
+def _cache_dtype(
+    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, narrow_kernels: CpuKernels | None
+) -> torch.dtype:
+    """bf16 also where torch computes in fp32, if the kernels' products are narrow and they read all of the cache.
+
+    Hosts must count the same blocks, and each has a compiler of its own, or none: several keep the type they agreed on.
+    """
+    if narrow_kernels is None or config.node_count > 1:
+        return dtype
+    layout = cache_layout(checkpoint.architecture, config.block_token_count, torch.bfloat16)
+    return torch.bfloat16 if narrow_kernels.can_attend_chunks(layout) else dtype
 
 
 def _block_count(config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> int:

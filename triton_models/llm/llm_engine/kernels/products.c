@@ -2,14 +2,14 @@
  * norm or SwiGLU of the rows, a bias, and the sum with what is there already.
  *
  * Two kinds. Exact ones keep rows and sums in fp32. Narrow ones round rows, and weights where that is needed, to bf16,
- * or whole numbers, and sum in fp32; they want AVX512-VNNI, for bf16 AVX512-BF16 as well, and are made for AMX.
+ * or whole numbers, and sum in fp32; they want AVX2 or AVX512-VNNI, for bf16 AVX512-BF16 as well, and are made for AMX.
  *
  * Invariants: no memory is kept between calls; an exact product's row does not depend on the other rows of a call, nor
  * on the number of threads. A narrow one's depends on whether there are enough rows for the matrix unit, no more.
  */
 
 #include "calls.h"
-#include "unit.h"
+#include "digits.h"
 
 #if HAS_MATRIX_UNIT
 #include <omp.h>
@@ -17,21 +17,16 @@
 #include <unistd.h>
 #endif
 
-#define GROUP UNIT_INPUTS /* inputs that share a scale */
 #define PLAIN_OUTPUTS 4
 #if defined(__AVX512F__)
 #define PLAIN_ROWS 4
 #else
 #define PLAIN_ROWS 2
 #endif
-#define NARROW_ROWS(planes) ((planes) == 2 ? 4 : 8) /* that are multiplied at once without it */
-#define WORDS_AHEAD 1024
 #define UNIT_GROUPS 9 /* whose weights are unpacked at a time, so that they and the rows stay in a core's first cache */
 #define MATRIX_ROWS 12    /* from so many on the matrix unit is quicker */
 #define ROWS_AT_ONCE 512  /* that are made ready before they are multiplied, so that they stay in a core's cache */
 #define OWN_ROWS 128      /* of each thread, from which on it shares none with the others */
-
-enum { FOUR_BITS = 4, EIGHT_BITS = 8, BF16 = 16, FP16 = 17 };
 
 typedef struct {
     const uint32_t *words;
@@ -68,9 +63,6 @@ INLINE void take_scales(int packing, Tile *tile, Floats scale[2], Floats offset[
     }
     tile->scales += packing == FOUR_BITS ? 2 * TILE : TILE;
 }
-
-/* Weights are asked for before they are needed: left to itself, a processor waits for them half of the time. */
-INLINE void ask_ahead(const uint32_t *words) { __builtin_prefetch(words + WORDS_AHEAD); }
 
 /* A row as it is multiplied, [inputs] fp32; `made` has room for it. */
 INLINE const float *ready(const Rows *rows, int64_t row, int64_t inputs, float *made) {
@@ -267,55 +259,14 @@ INLINE void exact_linear(int packing, const Weight *weight, const Rows *rows, co
 
 #if HAS_BYTES
 
-/* Rows as narrow products without the matrix unit take them. For weights of sixteen bits they are bf16. For those of four
- * and eight, whose digits are whole numbers, so are the rows: each group in units of its own, of which its largest input
- * is the most that its bytes hold, in one plane of signed bytes, as the processor multiplies them, or in two: then it is
- * closer than bf16.
+/* Rows as narrow products without the matrix unit take them: for weights of sixteen bits as bf16, for those of four and
+ * eight as whole numbers.
  */
 typedef struct {
-    uint8_t *numbers;      /* [rows][width], bf16; of bytes, [rows][groups][planes][GROUP], the higher ones first */
+    uint8_t *numbers;      /* [rows][width], bf16; of whole numbers [rows][groups][planes][GROUP] */
     float *units;          /* [rows][groups][2], a group's unit, and the sum of its inputs */
     int64_t width, stride; /* the inputs, filled up to whole groups with zeros; bytes from row to row */
 } Narrow;
-
-#define LOW_BITS 7 /* lower bytes are from -64 to 63 */
-#define MOST_UNITS(planes) ((planes) == 2 ? 16319 : 127)
-
-/* A group's inputs as bytes, in the order in which the weights' digits come out of their words. */
-INLINE void to_bytes(int packing, int planes, const float *from, int8_t *to, float *unit) {
-    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
-    __m512 values[2] = {(__m512)load(from), (__m512)load(from + LANES)};
-    __m512i larger_one = _mm512_max_epu32(
-        _mm512_and_si512((__m512i)values[0], sign), _mm512_and_si512((__m512i)values[1], sign));
-    uint32_t bits = _mm512_reduce_max_epu32(larger_one);
-    float most;
-    memcpy(&most, &bits, 4);
-    /* What is not finite makes the group's part of every sum not a number. */
-    float inverse = bits >= 0x7f800000 || most < 0x1p-100f ? 0 : MOST_UNITS(planes) / most;
-    unit[0] = bits >= 0x7f800000 ? NAN : inverse == 0 ? 0 : most / MOST_UNITS(planes);
-    __m128i bytes[2][2];
-    int sum = 0;
-    for (int half = 0; half < 2; half++) {
-        __m512i units = _mm512_cvtps_epi32(_mm512_mul_ps(values[half], _mm512_set1_ps(inverse)));
-        if (planes == 2) {
-            __m512i high = _mm512_srai_epi32(_mm512_add_epi32(units, _mm512_set1_epi32(1 << (LOW_BITS - 1))), LOW_BITS);
-            bytes[0][half] = _mm512_cvtepi32_epi8(high);
-            bytes[1][half] = _mm512_cvtepi32_epi8(_mm512_sub_epi32(units, _mm512_slli_epi32(high, LOW_BITS)));
-        } else {
-            bytes[0][half] = _mm512_cvtepi32_epi8(units);
-        }
-        sum += _mm512_reduce_add_epi32(units);
-    }
-    unit[1] = unit[0] * sum;
-    /* Of four bits, a word's even inputs, then its odd ones. */
-    const __m128i dealt = _mm_set_epi8(15, 13, 11, 9, 14, 12, 10, 8, 7, 5, 3, 1, 6, 4, 2, 0);
-    for (int plane = 0; plane < planes; plane++)
-        for (int half = 0; half < 2; half++) {
-            __m128i some = bytes[plane][half];
-            if (packing == FOUR_BITS) some = _mm_shuffle_epi8(some, dealt);
-            _mm_storeu_si128((__m128i *)(to + plane * GROUP + half * LANES), some);
-        }
-}
 
 INLINE void narrow_row(int packing, int planes, const float *from, int64_t inputs, int64_t row, Narrow *to) {
     const int64_t groups = to->width / GROUP, group_bytes = to->stride / groups;
@@ -327,7 +278,7 @@ INLINE void narrow_row(int packing, int planes, const float *from, int64_t input
             continue;
         }
 #endif
-        to_bytes(packing, planes, from + group * GROUP, place, to->units + (row * groups + group) * 2);
+        to_units(packing, planes, from + group * GROUP, place, to->units + (row * groups + group) * 2);
     }
 }
 
@@ -341,49 +292,19 @@ INLINE void narrow_few_rows(
     for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (Floats){0};
     for (int64_t group = 0; group < groups; group++, bytes += planes * GROUP, units += 2) {
         Floats scale[2], offset[2];
-        __m512i parts[NARROW_ROWS(1)][2][2];
+        Ints parts[NARROW_ROWS(1)][2];
+        multiply_units(packing, planes, rows, tile.words, bytes, x->stride, parts);
         take_scales(packing, &tile, scale, offset);
-#pragma GCC unroll 8
-        for (int row = 0; row < rows; row++)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) parts[row][half][0] = parts[row][half][1] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-        for (int four = 0; four < GROUP / 4; four++) {
-            Words digits[2];
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                if (packing == EIGHT_BITS || four % 2 == 0) ask_ahead(tile.words + half * LANES);
-                /* Four digits of each output, as bytes without a sign. */
-                Words words = *(const Words *)(tile.words + half * LANES);
-                if (packing == FOUR_BITS) digits[half] = (four % 2 ? words >> 4 : words) & 0x0f0f0f0f;
-                else digits[half] = words ^ 0x80808080;
-            }
-#pragma GCC unroll 8
-            for (int row = 0; row < rows; row++) {
-#pragma GCC unroll 2
-                for (int plane = 0; plane < planes; plane++) {
-                    int32_t inputs;
-                    memcpy(&inputs, bytes + row * x->stride + plane * GROUP + four * 4, 4);
-                    __m512i several = _mm512_set1_epi32(inputs);
-#pragma GCC unroll 2
-                    for (int half = 0; half < 2; half++) {
-                        __m512i *part = &parts[row][half][plane];
-                        *part = _mm512_dpbusd_epi32(*part, (__m512i)digits[half], several);
-                    }
-                }
-            }
-            if (packing == EIGHT_BITS || four % 2) tile.words += TILE;
-        }
+        tile.words += GROUP * packing / 32 * TILE;
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
             float unit = units[row * groups * 2], total = units[row * groups * 2 + 1];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                __m512i part = parts[row][half][0];
-                if (planes == 2) part = _mm512_add_epi32(_mm512_slli_epi32(part, LOW_BITS), parts[row][half][1]);
-                Floats added = offset[half];
-                if (packing == EIGHT_BITS) added = scale[half] * -128.0f;
-                sums[row][half] += (Floats)_mm512_cvtepi32_ps(part) * (scale[half] * unit) + added * total;
+                Floats part = __builtin_convertvector(parts[row][half], Floats);
+                sums[row][half] += part * (scale[half] * unit);
+                if (packing == FOUR_BITS) sums[row][half] += offset[half] * total;
+                else if (SMALLEST_DIGIT) sums[row][half] += scale[half] * SMALLEST_DIGIT * total;
             }
         }
     }
@@ -443,6 +364,7 @@ INLINE void narrow_tile(
     for (int64_t row = 0; row < rows;) {
         Floats sums[NARROW_ROWS(1)][2];
         int64_t left = rows - row, count = left >= NARROW_ROWS(planes) ? NARROW_ROWS(planes) : left < 4 ? left : 4;
+        for (int64_t each = 0; each < count; each++) __builtin_prefetch(out->numbers + (row + each) * out->stride + tile * TILE, 1);
         if (count == NARROW_ROWS(planes)) narrow_few_rows(packing, planes, NARROW_ROWS(planes), place, x, row, sums);
         else if (count == 4) narrow_few_rows(packing, planes, 4, place, x, row, sums);
         else if (count == 3) narrow_few_rows(packing, planes, 3, place, x, row, sums);
@@ -681,7 +603,8 @@ INLINE int kind_of(const Weight *weight, int64_t rows, int narrowness) {
     if (weight->packing == FP16 || (weight->packing == BF16 && !HAS_BF16)) return EXACT;
     if (HAS_MATRIX_UNIT && narrowness == ANY_ROWS && rows >= MATRIX_ROWS) return ANY_ROWS;
     if (!HAS_BYTES || narrowness == EXACT) return EXACT;
-    return narrowness == BYTES && weight->packing < BF16 ? BYTES : FEW_ROWS;
+    if (narrowness != BYTES || weight->packing > EIGHT_BITS) return FEW_ROWS;
+    return weight->packing == FOUR_BITS || HAS_DOTS_OF_BYTES ? BYTES : FEW_ROWS;
 }
 
 int64_t linear_bytes(const Weight *weight, int64_t rows, int narrowness) {

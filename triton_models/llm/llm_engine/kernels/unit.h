@@ -6,11 +6,16 @@
 #include "vectors.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define HAS_DOTS_OF_BYTES 1
+#else
+#define HAS_DOTS_OF_BYTES 0
+#endif
+#if HAS_DOTS_OF_BYTES || (defined(__AVX2__) && !defined(__AVX512F__))
 #define HAS_BYTES 1
 #else
 #define HAS_BYTES 0
 #endif
-#if HAS_BYTES && defined(__AVX512BF16__)
+#if HAS_DOTS_OF_BYTES && defined(__AVX512BF16__)
 #define HAS_BF16 1
 #else
 #define HAS_BF16 0

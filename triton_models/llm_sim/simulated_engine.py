@@ -253,5 +253,6 @@ def _model_info(config: SimulationConfig, architecture: Architecture) -> ModelIn
         parameter_count=0,
         weight_dtype="none",
         compute_dtype="none",
+        cache_dtype="none",
         device="none",
     )

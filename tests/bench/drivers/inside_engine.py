@@ -267,7 +267,7 @@ def _used_block_count(engine: Engine) -> int:
 
 def _kv_token_bytes(engine: Engine) -> int:
     model = engine.model_info
-    itemsize = 4 if model.compute_dtype == "fp32" else 2
+    itemsize = 4 if model.cache_dtype == "fp32" else 2
     return 2 * model.layer_count * model.kv_head_count * (model.hidden_size // model.head_count) * itemsize
 
 

@@ -173,6 +173,7 @@ def _bench(engine: Engine, options: argparse.Namespace) -> dict[str, object]:
         "preemptions": engine.load.preemption_count,
         "weight_dtype": engine.model_info.weight_dtype,
         "compute_dtype": engine.model_info.compute_dtype,
+        "cache_dtype": engine.model_info.cache_dtype,
         "threads": options.thread_count,
     }
 
@@ -191,6 +192,7 @@ def _perplexity(engine: Engine, options: argparse.Namespace) -> dict[str, object
         "tokens_per_second": round(len(found) / (time.perf_counter() - started), 2),
         "weight_dtype": engine.model_info.weight_dtype,
         "compute_dtype": engine.model_info.compute_dtype,
+        "cache_dtype": engine.model_info.cache_dtype,
     }
 
 

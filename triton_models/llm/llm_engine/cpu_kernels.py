@@ -44,7 +44,7 @@ _log = logging.getLogger("llm_engine.cpu_kernels")
 
 
 class Narrowness(enum.IntEnum):
-    """Which products may round rows to bf16, or do on this processor."""
+    """Which products may round rows, or do on this processor."""
 
     EXACT = 0
     """None: rows and sums are fp32."""
@@ -52,7 +52,7 @@ class Narrowness(enum.IntEnum):
     """As there is no matrix unit: those with weights in blocks, and with bf16 of a few rows."""
     ANY_ROWS = 2
     BYTES = 3
-    """Without a matrix unit: rows for weights in blocks are bytes."""
+    """Without a matrix unit: rows for weights in blocks are bytes; with AVX2 alone, for those of four bits."""
 
 
 @dataclass(frozen=True)

@@ -392,9 +392,14 @@ def _model_info(config: EngineConfig, loaded: LoadedRank) -> ModelInfo:
         kv_head_count=architecture.kv_head_count,
         parameter_count=parameter_count(architecture, tied=loaded.checkpoint.is_tied),
         weight_dtype=config.dtype,
-        compute_dtype=next(name for name, value in TORCH_DTYPES.items() if value == loaded.dtype),
+        compute_dtype=_name_of(loaded.dtype),
+        cache_dtype=_name_of(loaded.compute.cached),
         device=config.device,
     )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, value in TORCH_DTYPES.items() if value == dtype)
 
 
 def _grammars(config: EngineConfig, model: ModelInfo) -> Grammars | ModelLoadError:

@@ -109,7 +109,6 @@ def test_what_narrow_products_are_given_is_cached_in_bf16(folder, dtype, setting
     narrow = is_narrow and loaded.compute.narrowness != Narrowness.EXACT
     expected = torch.bfloat16 if narrow else loaded.dtype
     assert loaded.compute.cached == expected
-    assert loaded.column_counts()
     # Layers, keys and values, tokens of a block, KV heads of a rank, their size; one is for padding.
     block = 2 * 2 * 16 * (2 // config.tensor_parallel_size) * 32 * expected.itemsize
     assert loaded.block_count == (1 << 20) // block - 1
@@ -133,4 +132,5 @@ def test_what_the_kernels_cannot_read_is_cached_in_torchs_type(make_folder):
     tensors = {f"{name}.weight": torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     loaded = LoadedRank(EngineConfig(model_path=str(make_folder(sizes, tensors)), dtype="bf16"), 0)
     assert loaded.compute.cached == loaded.dtype
-    assert loaded.ready(Alone()).forward
+    rank = loaded.ready(Alone())
+    assert rank.forward(rank.lay_out(STEPS[0])).isfinite().all()

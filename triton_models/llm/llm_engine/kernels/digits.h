@@ -1,5 +1,4 @@
-/* Rows as whole numbers, and their products with the digits of weights of four and eight bits. Each file includes it for
- * itself.
+/* Rows as whole numbers, and their products with the digits of weights of four and eight bits. Each file includes it for itself.
  *
  * A group of a row's inputs is counted in a unit of its own, of which its largest input is the most that its numbers
  * hold: of signed bytes, or of twice as many bits, which is closer than bf16. Processors multiply bytes in two ways:
@@ -30,7 +29,7 @@ INLINE void ask_ahead(const uint32_t *words) { __builtin_prefetch(words + WORDS_
 #if HAS_DOTS_OF_BYTES
 #define LOW_BITS 7 /* lower bytes are from -64 to 63 */
 #define MOST_UNITS(planes) ((planes) == 2 ? 16319 : 127)
-#define SMALLEST_DIGIT -128 /* of eight bits, as it is multiplied as 0 */
+#define SMALLEST_DIGIT -128 /* from which those of eight bits are counted */
 #define NARROW_ROWS(planes) ((planes) == 2 ? 4 : 8) /* that are multiplied at once */
 #else
 #define MOST_UNITS(planes) ((planes) == 2 ? 32767 : 127)

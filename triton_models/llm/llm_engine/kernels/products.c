@@ -364,6 +364,7 @@ INLINE void narrow_tile(
     for (int64_t row = 0; row < rows;) {
         Floats sums[NARROW_ROWS(1)][2];
         int64_t left = rows - row, count = left >= NARROW_ROWS(planes) ? NARROW_ROWS(planes) : left < 4 ? left : 4;
+        /* What is written has a line of its own in each row, far from the last one: it is asked for before. */
         for (int64_t each = 0; each < count; each++) __builtin_prefetch(out->numbers + (row + each) * out->stride + tile * TILE, 1);
         if (count == NARROW_ROWS(planes)) narrow_few_rows(packing, planes, NARROW_ROWS(planes), place, x, row, sums);
         else if (count == 4) narrow_few_rows(packing, planes, 4, place, x, row, sums);

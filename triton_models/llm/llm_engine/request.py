@@ -121,7 +121,7 @@ class ModelInfo:
     parameter_count: int
     weight_dtype: str
     compute_dtype: str
-    """Of products of many rows, where the kernels have none: fp32 for bf16 weights where the CPU has no bf16 products."""
+    """Of products that the kernels leave to torch: fp32 for bf16 weights where the CPU has no bf16 products."""
     cache_dtype: str
     """Of KV blocks."""
     device: str

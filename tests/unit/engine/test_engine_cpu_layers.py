@@ -21,16 +21,20 @@ FAMILIES = {
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96}
 
 
-@pytest.fixture(params=FAMILIES)
-def folder(request, make_folder):
-    """A small model, whose heads are as wide as the matrix unit takes them."""
-    fields, more = FAMILIES[request.param]
+def tensors(head_dim: int, more: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Those of a small model of SIZES, but for the size of its heads."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * 0.2).bfloat16()
 
-    heads = {"q_proj": 128, "k_proj": 64, "v_proj": 64, "q_norm": 32, "k_norm": 32}
+    heads = {
+        "q_proj": 4 * head_dim,
+        "k_proj": 2 * head_dim,
+        "v_proj": 2 * head_dim,
+        "q_norm": head_dim,
+        "k_norm": head_dim,
+    }
     tensors = {"model.embed_tokens.weight": random(96, 64), "lm_head.weight": random(96, 64)}
     tensors["model.norm.weight"] = random(64) + 1
     for layer in range(2):
@@ -39,12 +43,19 @@ def folder(request, make_folder):
             tensors[f"{prefix}.self_attn.{name}.weight"] = random(heads[name], 64)
         for name in more:
             tensors[f"{prefix}.self_attn.{name}"] = random(heads[name.split(".")[0]])
-        tensors[f"{prefix}.self_attn.o_proj.weight"] = random(64, 128)
+        tensors[f"{prefix}.self_attn.o_proj.weight"] = random(64, heads["q_proj"])
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{name}.weight"] = random(64) + 1
         for name, shape in {"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)}.items():
             tensors[f"{prefix}.mlp.{name}.weight"] = random(*shape)
-    return make_folder({**SIZES, **fields}, tensors)
+    return tensors
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request, make_folder):
+    """A small model, whose heads are as wide as the matrix unit takes them."""
+    fields, more = FAMILIES[request.param]
+    return make_folder({**SIZES, **fields}, tensors(SIZES["head_dim"], more))
 
 
 def works(*spans: tuple[int, int]) -> list[RowWork]:
@@ -115,22 +126,8 @@ def test_what_narrow_products_are_given_is_cached_in_bf16(folder, dtype, setting
 
 
 def test_what_the_kernels_cannot_read_is_cached_in_torchs_type(make_folder):
-    sizes = {**SIZES, "head_dim": 20}
-    generator = torch.Generator().manual_seed(1)
-    shapes = {
-        "model.embed_tokens": (96, 64), "lm_head": (96, 64), "model.norm": (64,),
-        **{
-            f"model.layers.{layer}.{name}": shape
-            for layer in range(2)
-            for name, shape in {
-                "self_attn.q_proj": (80, 64), "self_attn.k_proj": (40, 64), "self_attn.v_proj": (40, 64),
-                "self_attn.o_proj": (64, 80), "input_layernorm": (64,), "post_attention_layernorm": (64,),
-                "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96),
-            }.items()
-        },
-    }  # fmt: skip
-    tensors = {f"{name}.weight": torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
-    loaded = LoadedRank(EngineConfig(model_path=str(make_folder(sizes, tensors)), dtype="bf16"), 0)
+    folder = make_folder({**SIZES, "head_dim": 20}, tensors(head_dim=20))
+    loaded = LoadedRank(EngineConfig(model_path=str(folder), dtype="bf16"), 0)
     assert loaded.compute.cached == loaded.dtype
     rank = loaded.ready(Alone())
     assert rank.forward(rank.lay_out(STEPS[0])).isfinite().all()

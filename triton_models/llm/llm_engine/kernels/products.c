@@ -636,7 +636,11 @@ PRODUCT(exact_fp16, exact_linear, FP16)
 PRODUCT(narrow_four, narrow_linear, FOUR_BITS, 2)
 PRODUCT(narrow_eight, narrow_linear, EIGHT_BITS, 2)
 PRODUCT(bytes_four, narrow_linear, FOUR_BITS, 1)
+#endif
+#if HAS_DOTS_OF_BYTES
 PRODUCT(bytes_eight, narrow_linear, EIGHT_BITS, 1)
+#else
+#define bytes_eight NULL
 #endif
 #if HAS_BF16
 PRODUCT(narrow_bf16, narrow_linear, BF16, 2)

@@ -79,6 +79,8 @@ TRITON_ERROR: Final = "TRITON_ERROR"
 # What Triton says of a Python model whose process has died; it does not restart it.
 _DEAD_STUB: Final = "is not healthy"
 
+_LOAD_PREFIX: Final = "load#"
+
 _log = structlog.get_logger()
 
 _Parsed = TypeVar("_Parsed")
@@ -175,7 +177,7 @@ class TritonClient:
         """Asks the engine how full it is; TritonGone where no answer comes."""
         if not self.ready:
             raise TritonGone(f"Triton at {self.address} is not ready")
-        message_id = f"load#{next(self._numbers)}"
+        message_id = f"{_LOAD_PREFIX}{next(self._numbers)}"
         waiter = self._load_waiters[message_id] = asyncio.get_running_loop().create_future()
         try:
             self._unsent.put_nowait(command_message(self.model_name, "load", message_id))
@@ -302,7 +304,7 @@ class TritonClient:
             # An event loop that stands still counts one interval: then it is we who do not hear.
             silence_seconds = silence_seconds + interval_seconds if heard_count == self._heard_count else 0.0
             if silence_seconds >= self._heartbeat_seconds and self._unsent.empty():
-                message_id = f"load#{next(self._numbers)}"
+                message_id = f"{_LOAD_PREFIX}{next(self._numbers)}"
                 self._unsent.put_nowait(command_message(self.model_name, "load", message_id))
         call.cancel()
 
@@ -324,7 +326,7 @@ class TritonClient:
             output = _parsed(parse_output, response)
             self._show_load(output.load)
             sequence.put(output)
-        elif message_id.startswith("load#"):
+        elif message_id.startswith(_LOAD_PREFIX):
             self._take_load(message_id, response)
 
     def _take_bundle(self, response: Message) -> None:
@@ -353,7 +355,8 @@ class TritonClient:
             waiter.set_result(load)
 
     def _take_error(self, message_id: str, error: str) -> None:
-        if message_id == self._subscription or _DEAD_STUB in error:
+        # A question for the load fails where Triton has unloaded the model; it ends no subscription of such a one.
+        if message_id == self._subscription or message_id.startswith(_LOAD_PREFIX) or _DEAD_STUB in error:
             raise _Lost(error)
         sequence = self._sequences.get(message_id)
         if sequence is not None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
+import tritonclient.grpc.aio
 
 from tidegate.cli.process_table import ProcessId
 from tidegate.cli.triton_runtime import remove_shared_memory, stub_process_ids
@@ -87,6 +89,27 @@ async def test_a_dead_stub_makes_the_model_not_ready(triton, client):
     triton.process.wait(5)
     remove_shared_memory(triton.server.instance_name)
     assert triton.shared_memory() == []
+
+
+async def test_the_death_of_a_rank_makes_triton_call_its_model_not_ready(make_triton, gguf_path, connect, until):
+    ranks = {"TIDEGATE_ENGINE_TENSOR_PARALLEL_SIZE": "2", "TIDEGATE_ENGINE_THREAD_COUNT": "1"}
+    triton = make_triton(engine_environment={"TIDEGATE_ENGINE_MODEL_PATH": str(gguf_path), **ranks})
+    triton.start()
+    client = await connect(triton)
+    readers = await begun(client, 2)
+    (stub,) = stub_process_ids(triton.process.pid)
+    (rank,) = psutil.Process(stub).children()
+    rank.kill()
+    assert await gone_after(readers) < 6.0
+    await until(lambda: not stub_process_ids(triton.process.pid))
+    async with tritonclient.grpc.aio.InferenceServerClient(triton.address) as asked:
+        assert await asked.is_server_live()
+        assert not await asked.is_model_ready("llm")
+    assert "the engine is broken, ending the model: rank 1 has ended" in triton.log.read_text(errors="replace")
+    await client.close()
+    # Told to end, a server whose stub is dead may take any time.
+    triton.signal_group(signal.SIGKILL)
+    triton.process.wait(5)
 
 
 async def test_told_to_end_it_ends_its_streams_and_leaves_nothing(triton, client):

@@ -34,6 +34,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.port = 0
         self.model_ready = True
         self.answers_load = True
+        self.load_error = ""
         self.hangs = False
         self.regions: dict[str, int] = {}
         self.existing_regions = {"tokens"}
@@ -86,7 +87,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 self._subscription = request.id
                 self.bundle()
             elif command == "load":
-                if self.answers_load:
+                if self.load_error:
+                    self.answer_error(request.id, self.load_error)
+                elif self.answers_load:
                     self.answer(request.id, {"engine_load": integers(LOAD)})
             else:
                 async with self.arrived:
@@ -405,6 +408,18 @@ async def test_a_dead_python_stub_makes_the_client_not_ready(fake, client):
     with pytest.raises(TritonGone, match="not healthy"):
         await reading
     assert not client.ready
+
+
+async def test_a_model_that_was_unloaded_makes_the_client_not_ready(fake):
+    async with connected(fake, heartbeat_seconds=0.05, silence_seconds=60.0) as client:
+        assert await client.wait_ready(5)
+        reading = starts(client)
+        await fake.wait_for("generate")
+        fake.model_ready = False
+        fake.load_error = "Request for unknown model: 'llm' version 1 is not at ready state"
+        with pytest.raises(TritonGone, match="not at ready state"):
+            await asyncio.wait_for(reading, 2)
+        assert not client.ready
 
 
 async def test_it_waits_for_a_model_that_is_not_loaded_yet(fake):

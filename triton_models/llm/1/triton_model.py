@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -40,6 +41,9 @@ CLOSE_SECONDS = 2.0
 MAX_SUBSCRIPTION_COUNT = 64
 """Clients that keep a subscription open; a mesh has one a model service."""
 
+UNLOAD_SECONDS = 0.25
+"""Time for Triton to take note that a broken model asks to be unloaded."""
+
 BROKEN_EXIT_STATUS = 70
 
 
@@ -54,6 +58,8 @@ class TritonModel(ABC):
         """Loads the model; an exception here is Triton's reason not to be ready."""
         end_with_server(Path("/proc/self/cmdline").read_bytes().decode().split("\0"))
         started = time.monotonic()
+        self._name = args["model_name"]
+        self._ending = threading.Lock()
         parameters = json.loads(args["model_config"]).get("parameters", {})
         texts = {name: value["string_value"] for name, value in parameters.items()}
         engine = self.load_engine(texts, os.environ)
@@ -64,7 +70,7 @@ class TritonModel(ABC):
             self._thread,
             channels=self._open_channels,
             on_gone=self._drop,
-            on_load=LoadMetrics(args["model_name"]).show,
+            on_load=LoadMetrics(self._name).show,
             on_hung=self._end_broken,
             log=self._log_error,
         )
@@ -161,10 +167,24 @@ class TritonModel(ABC):
         sender.send(pb_utils.InferenceResponse(tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _end_broken(self, message: str) -> None:
-        """Ends this process: a loaded model cannot be called not ready, but Triton refuses a dead one's requests."""
+        """Has Triton call this model not ready, and ends this process; the first caller does, others return.
+
+        Triton goes on calling a model ready whose process has ended, unless it was asked to unload it before.
+        """
+        if not self._ending.acquire(blocking=False):
+            return
         self._log_error(f"the engine is broken, ending the model: {message}")
         self._thread.flush(CLOSE_SECONDS)
+        threading.Thread(target=self._unload, name="unload", daemon=True).start()
+        time.sleep(UNLOAD_SECONDS)
         os._exit(BROKEN_EXIT_STATUS)
+
+    def _unload(self) -> None:
+        """Asks Triton; on a thread of its own, since a server in trouble may not answer."""
+        try:
+            pb_utils.unload_model(self._name)
+        except pb_utils.TritonModelException as error:
+            self._log_error(f"cannot unload the model: {error}")
 
     def _log(self, message: str) -> None:
         pb_utils.Logger.log_info(message)

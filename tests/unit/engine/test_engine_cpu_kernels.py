@@ -40,14 +40,19 @@ def narrowness(request, kernels):
     return Narrowness.BYTES if request.param == "bytes" and kernels.narrowness else kernels.narrowness
 
 
-@pytest.fixture(scope="module")
-def kernels_for_avx2(tmp_path_factory):
-    """The kernels as a processor has them that has AVX2 and no more."""
-    if " avx512f" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
-        pytest.skip("all tests are of such kernels here, or of none")
+OLDER = {"AVX2": ("avx512f", ["-mno-avx512f"]), "AVX-512": ("avx512_vnni", ["-mno-avx512vnni", "-mno-avx512bf16"])}
+"""Processors without products of bytes that sum in 32 bits: what they have not, and how the compiler is told."""
+
+
+@pytest.fixture(scope="module", params=OLDER)
+def older_kernels(request, tmp_path_factory):
+    """The kernels as an older processor has them."""
+    missing, flags = OLDER[request.param]
+    if f" {missing} " not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("all tests are of such kernels here, or of older ones")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "_FLAGS", (*cpu_kernels._FLAGS, "-mno-avx512f"))
-        loaded = load_kernels(tmp_path_factory.mktemp("avx2"), 3)
+        patch.setattr(cpu_kernels, "_FLAGS", (*cpu_kernels._FLAGS, *flags))
+        loaded = load_kernels(tmp_path_factory.mktemp("older"), 3)
     assert loaded is not None
     assert loaded.narrowness == Narrowness.FEW_ROWS
     return loaded
@@ -116,13 +121,13 @@ def assert_close_as_rows(kernels, narrowness: Narrowness, kind: str, outputs: in
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("narrowness", [Narrowness.EXACT, Narrowness.FEW_ROWS, Narrowness.BYTES])
-def test_products_for_avx2_are_as_close_as_their_rows(kernels_for_avx2, narrowness, kind):
-    assert_close_as_rows(kernels_for_avx2, narrowness, kind, 70, 576)
+def test_products_on_older_processors_are_as_close_as_their_rows(older_kernels, narrowness, kind):
+    assert_close_as_rows(older_kernels, narrowness, kind, 70, 576)
 
 
 @pytest.mark.parametrize("kind", ["four bits", "eight bits"])
-def test_a_few_narrow_rows_for_avx2_are_closer_than_bf16(kernels_for_avx2, kind):
-    assert_closer_than_bf16(kernels_for_avx2, kind)
+def test_a_few_narrow_rows_on_older_processors_are_closer_than_bf16(older_kernels, kind):
+    assert_closer_than_bf16(older_kernels, kind)
 
 
 @pytest.mark.parametrize("kind", ["four bits", "eight bits"])
@@ -147,8 +152,8 @@ def test_the_largest_sums_fit(kernels, narrowness, bits, digit):
 
 @pytest.mark.parametrize(("bits", "digit"), [(4, 15), (8, 127), (8, -128)])
 @pytest.mark.parametrize("narrowness", [Narrowness.FEW_ROWS, Narrowness.BYTES])
-def test_the_largest_sums_fit_for_avx2(kernels_for_avx2, narrowness, bits, digit):
-    assert_largest_sums_fit(kernels_for_avx2, narrowness, bits, digit)
+def test_the_largest_sums_fit_on_older_processors(older_kernels, narrowness, bits, digit):
+    assert_largest_sums_fit(older_kernels, narrowness, bits, digit)
 
 
 def assert_largest_sums_fit(kernels, narrowness: Narrowness, bits: int, digit: int) -> None:

@@ -110,7 +110,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         """One step's outputs: (sequence id, tokens, finish reason, error)."""
         arrays = {"engine_load": integers(LOAD)}
         if parts:
-            arrays["request_ids"] = texts([part[0] for part in parts])
+            arrays["request_ids"] = joined_texts([part[0] for part in parts])
             arrays["token_counts"] = integers([len(part[1]) for part in parts])
             arrays["token_ids"] = integers([token for part in parts for token in part[1]])
             arrays["finish_reasons"] = texts([part[2] for part in parts])
@@ -140,6 +140,11 @@ def integers(values) -> tuple[str, list[int], bytes]:
 
 def texts(values) -> tuple[str, list[int], bytes]:
     return "BYTES", [len(values)], b"".join(struct.pack("<I", len(value)) + value.encode() for value in values)
+
+
+def joined_texts(values) -> tuple[str, list[int], bytes]:
+    _, _, raw = texts(values)
+    return "UINT8", [len(raw)], raw
 
 
 def text_input(message, name: str) -> str:
@@ -347,8 +352,8 @@ async def test_a_hang_is_found_as_soon_while_an_arena_cannot_be_mapped(fake):
     [
         {"engine_load": ("INT32", [1], b"\x01")},
         {"engine_load": integers((1, 2))},
-        {"request_ids": texts(["x"]), "token_counts": integers([1, 2])},
-        {"request_ids": ("BYTES", [1], b"\x01\x00\x00\x00\xff"), "token_counts": integers([1])},
+        {"request_ids": joined_texts(["x"]), "token_counts": integers([1, 2])},
+        {"request_ids": ("UINT8", [5], b"\x01\x00\x00\x00\xff"), "token_counts": integers([1])},
     ],
 )
 async def test_a_response_that_cannot_be_read_is_a_lost_stream_and_the_client_comes_back(fake, client, arrays):

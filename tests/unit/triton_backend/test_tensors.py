@@ -94,13 +94,13 @@ def test_a_refusal_is_reason_and_message():
 def test_a_bundle_says_whose_tokens_are_whose(engine):
     outputs = [
         SequenceOutput(request_id="a", token_ids=[1, 2]),
-        SequenceOutput(request_id="b", token_ids=[], finish_reason="stop"),
+        SequenceOutput(request_id="é", token_ids=[], finish_reason="stop"),
         SequenceOutput(
             request_id="c", token_ids=[], finish_reason="error", error_reason="NON_FINITE_LOGITS", error_message="at 3"
         ),
     ]
     arrays = bundle_arrays(outputs, engine.load)
-    assert arrays["request_ids"].tolist() == [b"a", b"b", b"c"]
+    assert arrays["request_ids"].tobytes() == b"\1\0\0\0a\2\0\0\0\xc3\xa9\1\0\0\0c"
     assert (arrays["token_counts"].tolist(), arrays["token_ids"].tolist()) == ([2, 0, 0], [1, 2])
     assert arrays["finish_reasons"].tolist() == [b"", b"stop", b"error"]
     assert arrays["errors"].tolist() == [b"", b"", b"NON_FINITE_LOGITS: at 3"]

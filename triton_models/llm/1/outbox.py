@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 from typing import Protocol
 
 from llm_engine import EngineLoad, SequenceOutput
@@ -32,35 +33,37 @@ class Outbox:
         self._on_lost = on_lost
         self._pending: dict[Channel, dict[str, SequenceOutput]] = {}
         self._load: EngineLoad | None = None
-        self._filled = threading.Condition()
-        self._closing = False
+        self._lock = threading.Lock()
+        self._wakes: SimpleQueue[bool] = SimpleQueue()
+        """True where there is something to send again, which is so but once at a time; then False, at the end."""
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     def post(self, outputs: Iterable[tuple[Channel, SequenceOutput]], load: EngineLoad) -> None:
         """Takes a step's outputs; one that meets an unsent one of its sequence is merged into it."""
-        with self._filled:
+        with self._lock:
+            was_empty = not self._pending
             self._load = load
             for channel, output in outputs:
                 waiting = self._pending.setdefault(channel, {})
                 before = waiting.get(output.request_id)
                 waiting[output.request_id] = output if before is None else merged(before, output)
-            self._filled.notify()
+        if was_empty:
+            self._wakes.put(True)
 
     def close(self, timeout_seconds: float) -> None:
         """Sends what is left, and ends the thread."""
-        with self._filled:
-            self._closing = True
-            self._filled.notify()
+        self._wakes.put(False)
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
-        while True:
-            with self._filled:
-                self._filled.wait_for(lambda: self._pending or self._closing)
+        is_open = True
+        while is_open:
+            is_open = self._wakes.get()
+            with self._lock:
                 pending, self._pending, load = self._pending, {}, self._load
             if not pending:
-                return
+                continue
             assert load is not None
             for channel, outputs in pending.items():
                 try:

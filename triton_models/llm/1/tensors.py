@@ -6,6 +6,7 @@ checks; what they mean to the engine, and their ranges, the engine checks.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ DEFAULT_MAX_TOKENS = 16
 """What a Triton client gets that names no bound; OpenAI's default for completions."""
 
 Arrays = Mapping[str, np.ndarray]
+
+_LENGTH = struct.Struct("<I")
 
 _LOGIT_BIAS = ("logit_bias_token_ids", "logit_bias_values")
 
@@ -79,7 +82,7 @@ def bundle_arrays(outputs: Sequence[SequenceOutput], load: EngineLoad) -> dict[s
     arrays = {"engine_load": load_array(load)}
     if not outputs:
         return arrays
-    arrays["request_ids"] = texts([output.request_id for output in outputs])
+    arrays["request_ids"] = _joined_texts([output.request_id for output in outputs])
     arrays["token_counts"] = np.array([len(output.token_ids) for output in outputs], np.int32)
     arrays["token_ids"] = np.array([token for output in outputs for token in output.token_ids], np.int32)
     if any(output.cached_token_count for output in outputs):
@@ -131,6 +134,12 @@ def load_array(load: EngineLoad) -> np.ndarray:
 def texts(values: Sequence[str]) -> np.ndarray:
     """[count] BYTES."""
     return np.array([value.encode() for value in values], np.object_)
+
+
+def _joined_texts(values: Sequence[str]) -> np.ndarray:
+    """[size] UINT8: BYTES as they travel. Triton's Python backend takes 0.1 ms to make this of 32 texts."""
+    encoded = [value.encode() for value in values]
+    return np.frombuffer(b"".join([part for each in encoded for part in (_LENGTH.pack(len(each)), each)]), np.uint8)
 
 
 def _sampling(arrays: Arrays) -> SamplingParams:

@@ -52,7 +52,7 @@ class Narrowness(enum.IntEnum):
     """As there is no matrix unit: those with weights in blocks, and with bf16 of a few rows."""
     ANY_ROWS = 2
     BYTES = 3
-    """Without a matrix unit: rows for weights in blocks are bytes; with AVX2 alone, for those of four bits."""
+    """Without a matrix unit: rows for weights in blocks are bytes; without VNNI, for those of four bits."""
 
 
 @dataclass(frozen=True)

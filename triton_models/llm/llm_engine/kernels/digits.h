@@ -6,8 +6,8 @@
  * AVX512-VNNI multiplies bytes without a sign by ones with, and sums four products in 32 bits. Numbers of 15 bits are two
  * planes of bytes, the higher ones first.
  *
- * AVX2 sums but two products, in 16 bits, which hold what a group of digits of four bits can come to. Digits of eight
- * bits, and numbers of 16, it multiplies as pairs of 16 bits, whose products it sums in 32.
+ * AVX2 and AVX512-BW sum but two products, in 16 bits, which hold what a group of digits of four bits can come to. Digits
+ * of eight bits, and numbers of 16, they multiply as pairs of 16 bits, whose products they sum in 32.
  */
 
 #ifndef TIDEGATE_DIGITS_H
@@ -34,7 +34,14 @@ INLINE void ask_ahead(const uint32_t *words) { __builtin_prefetch(words + WORDS_
 #else
 #define MOST_UNITS(planes) ((planes) == 2 ? 32767 : 127)
 #define SMALLEST_DIGIT 0
-#define NARROW_ROWS(planes) 4
+#define NARROW_ROWS(planes) ROWS
+#if LANES == 16
+typedef __m512i Digits;
+#define WIDE(operation) _mm512_##operation
+#else
+typedef __m256i Digits;
+#define WIDE(operation) _mm256_##operation
+#endif
 #endif
 
 /* What one unit of a group is, whose largest input has these bits, and how many units 1 is. What is not finite makes the
@@ -139,14 +146,14 @@ INLINE void to_units(int packing, int planes, const float *from, void *place, fl
     const __m256i sign = _mm256_set1_epi32(0x7fffffff);
     __m256i units[4], most = _mm256_setzero_si256(), sums = most;
     for (int each = 0; each < 4; each++)
-        most = _mm256_max_epu32(most, _mm256_and_si256((__m256i)load(from + each * LANES), sign));
+        most = _mm256_max_epu32(most, _mm256_and_si256((__m256i)_mm256_loadu_ps(from + each * 8), sign));
     __m128i larger = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     larger = _mm_max_epu32(larger, _mm_shuffle_epi32(larger, 0x4e));
     larger = _mm_max_epu32(larger, _mm_shuffle_epi32(larger, 0xb1));
     float inverse;
     unit[0] = unit_of(_mm_cvtsi128_si32(larger), planes, &inverse);
     for (int each = 0; each < 4; each++) {
-        units[each] = _mm256_cvtps_epi32((__m256)(load(from + each * LANES) * inverse));
+        units[each] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + each * 8), _mm256_set1_ps(inverse)));
         sums = _mm256_add_epi32(sums, units[each]);
     }
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
@@ -177,33 +184,34 @@ INLINE void multiply_units(
     int packing, int planes, int rows, const uint32_t *words, const uint8_t *units, int64_t stride, Ints sums[][2]
 ) {
     const int is_bytes = planes == 1, per_word = 32 / packing, steps_of_word = per_word / (is_bytes ? 4 : 2);
-    __m256i parts[NARROW_ROWS(1)][2];
+    Digits parts[NARROW_ROWS(1)][2];
 #pragma GCC unroll 8
-    for (int row = 0; row < rows; row++) parts[row][0] = parts[row][1] = _mm256_setzero_si256();
+    for (int row = 0; row < rows; row++) parts[row][0] = parts[row][1] = (Digits){0};
 #pragma GCC unroll 8
     for (int word = 0; word < GROUP / per_word; word++, words += TILE) {
         ask_ahead(words);
+        if (LANES == 16) ask_ahead(words + LANES);
 #pragma GCC unroll 4
         for (int step = 0; step < steps_of_word; step++, units += 4) {
-            __m256i digits[2];
+            Digits digits[2];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 Words some = *(const Words *)(words + half * LANES);
-                if (packing == EIGHT_BITS) digits[half] = _mm256_srai_epi16(step ? (__m256i)some : (__m256i)(some << 8), 8);
-                else digits[half] = (__m256i)(some >> (4 * step) & (is_bytes ? 0x0f0f0f0f : 0x000f000f));
+                if (packing == EIGHT_BITS) digits[half] = WIDE(srai_epi16)(step ? (Digits)some : (Digits)(some << 8), 8);
+                else digits[half] = (Digits)(some >> (4 * step) & (is_bytes ? 0x0f0f0f0f : 0x000f000f));
             }
 #pragma GCC unroll 8
             for (int row = 0; row < rows; row++) {
                 int32_t inputs;
                 memcpy(&inputs, units + row * stride, 4);
-                __m256i several = _mm256_set1_epi32(inputs);
+                Digits several = WIDE(set1_epi32)(inputs);
 #pragma GCC unroll 2
                 for (int half = 0; half < 2; half++) {
-                    __m256i *part = &parts[row][half];
-                    *part = is_bytes ? _mm256_add_epi16(*part, _mm256_maddubs_epi16(digits[half], several))
-                                     : _mm256_add_epi32(*part, _mm256_madd_epi16(digits[half], several));
+                    Digits *part = &parts[row][half];
+                    *part = is_bytes ? WIDE(add_epi16)(*part, WIDE(maddubs_epi16)(digits[half], several))
+                                     : WIDE(add_epi32)(*part, WIDE(madd_epi16)(digits[half], several));
                     /* Left to itself GCC sums at the end what it multiplies here, and has not the registers for that. */
-                    __asm__ volatile("" : "+x"(*part));
+                    __asm__ volatile("" : "+v"(*part));
                 }
             }
         }
@@ -212,7 +220,7 @@ INLINE void multiply_units(
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++)
-            sums[row][half] = (Ints)(is_bytes ? _mm256_madd_epi16(parts[row][half], _mm256_set1_epi16(1)) : parts[row][half]);
+            sums[row][half] = (Ints)(is_bytes ? WIDE(madd_epi16)(parts[row][half], WIDE(set1_epi16)(1)) : parts[row][half]);
 }
 
 #endif

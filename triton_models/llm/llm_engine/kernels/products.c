@@ -2,7 +2,7 @@
  * norm or SwiGLU of the rows, a bias, and the sum with what is there already.
  *
  * Two kinds. Exact ones keep rows and sums in fp32. Narrow ones round rows, and weights where that is needed, to bf16,
- * or whole numbers, and sum in fp32; they want AVX2 or AVX512-VNNI, for bf16 AVX512-BF16 as well, and are made for AMX.
+ * or whole numbers, and sum in fp32; they want AVX2, for bf16 AVX512-VNNI and -BF16, and are made for AMX.
  *
  * Invariants: no memory is kept between calls; an exact product's row does not depend on the other rows of a call, nor
  * on the number of threads. A narrow one's depends on whether there are enough rows for the matrix unit, no more.

@@ -10,7 +10,7 @@
 #else
 #define HAS_DOTS_OF_BYTES 0
 #endif
-#if HAS_DOTS_OF_BYTES || (defined(__AVX2__) && !defined(__AVX512F__))
+#if HAS_DOTS_OF_BYTES || defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define HAS_BYTES 1
 #else
 #define HAS_BYTES 0

@@ -35,10 +35,10 @@ class EngineConfig:
     dtype: str = "fp32"
     """The type the weights are held in. In fp32 an answer depends so little on what else is in the batch that a greedy
     one goes on identically on another replica; bf16 halves the memory and is what a GPU wants. int8 rounds matrices
-    to eight bits, 32 weights to a scale, and w8a8 what they are multiplied with as well, on a CPU with AVX2 and no matrix
-    unit. What a GGUF file has in blocks of four or eight bits stays as it is. With
-    bf16 and w8a8 a CPU computes in bf16 where it has such products, else in fp32 beside the weights in blocks; keys and
-    values are bf16 wherever the kernels' products are narrow."""
+    to eight bits, 32 weights to a scale, and w8a8 what they are multiplied with as well, on a CPU with AVX2 and no
+    matrix unit. What a GGUF file has in blocks of four or eight bits stays as it is. With bf16 and w8a8 a CPU computes
+    in bf16 where it has such products, else in fp32 beside the weights in blocks; keys and values are bf16 wherever the
+    kernels' products are narrow."""
     device: str = "cpu"
     max_sequences: int = _bounded(32, 1, 4096)
     """Sequences that run at once; each costs one token of every step's budget."""

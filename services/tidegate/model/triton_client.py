@@ -214,9 +214,7 @@ class TritonClient:
         began = False
         try:
             while True:
-                # Once a token and stream: a coroutine for it would cost as much as the rest.
-                while (output := sequence.take()) is None:
-                    await sequence.change()
+                output = await sequence.take()
                 if output.finish_reason == ERROR:
                     _raise_if_fatal(output.error, refused=not began and not output.token_ids)
                 began = True
@@ -442,19 +440,15 @@ class _Sequence:
         self._error = error
         self._wake()
 
-    def take(self) -> EngineOutput | None:
-        """All that has come, as one output; None where nothing has. Raises what the sequence ended with."""
-        if not self._pending:
+    async def take(self) -> EngineOutput:
+        """Waits for something, and gives all of it as one output."""
+        while not self._pending:
             if self._error is not None:
                 raise self._error
-            return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         outputs, self._pending = self._pending, []
         return merged(outputs)
-
-    def change(self) -> asyncio.Future[None]:
-        """Done when there is something to take."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        return self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -4,8 +4,8 @@ Owns the command line, its environment, and what a killed server leaves behind. 
 the command in a process group of its own (`start_new_session=True`), ends it with SIGTERM and, after
 EXIT_SECONDS and some, SIGKILL to the group, then calls `remove_shared_memory`.
 
-A server whose Python stub died goes on calling its model ready and refuses every request, so a supervisor restarts
-one that was ready and whose `stub_process_ids` are empty.
+A server whose Python stub was killed goes on calling its model ready and refuses every request, so a supervisor
+restarts one that was ready and whose `stub_process_ids` are empty.
 """
 
 from __future__ import annotations

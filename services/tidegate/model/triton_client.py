@@ -355,7 +355,7 @@ class TritonClient:
             waiter.set_result(load)
 
     def _take_error(self, message_id: str, error: str) -> None:
-        # A question for the load fails where Triton has unloaded the model; it ends no subscription of such a one.
+        # That a question for the load fails may be all that is heard of it when Triton has unloaded the model.
         if message_id == self._subscription or message_id.startswith(_LOAD_PREFIX) or _DEAD_STUB in error:
             raise _Lost(error)
         sequence = self._sequences.get(message_id)

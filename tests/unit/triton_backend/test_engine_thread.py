@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_thread import MAX_FAILED_STEP_COUNT, Unavailable
+from engine_thread import MAX_FAILED_STEP_COUNT, EngineThread, Unavailable
 
 from llm_engine import EngineBroken, RequestRefused
 
@@ -139,6 +139,32 @@ def test_closing_ends_every_sequence_as_unavailable(engine, engine_thread, make_
     assert channel.outputs[-1].error_reason == "ENGINE_UNAVAILABLE"
     with pytest.raises(Unavailable):
         engine_thread.submit(make_sequence("b"), channel)
+
+
+def test_closing_for_a_reason_says_it(engine, engine_thread, make_channel, make_sequence, until):
+    channel = make_channel()
+    engine_thread.submit(make_sequence(max_tokens=10**9), channel)
+    until(lambda: channel.outputs)
+    engine_thread.close(5, "rank 1 has ended")
+    assert channel.outputs[-1].error_message == "rank 1 has ended"
+    with pytest.raises(Unavailable, match="rank 1 has ended"):
+        engine_thread.require_available()
+
+
+def test_the_engines_own_thread_may_close_it_when_it_is_broken(engine, make_channel, make_sequence, until):
+    closed = []
+
+    def close(message: str) -> None:
+        thread.close(5, message)
+        closed.append(message)
+
+    thread = EngineThread(engine, on_broken=close, log=lambda message: None)
+    engine.step_failures = [EngineBroken("rank 1 has ended")]
+    channel = make_channel()
+    thread.submit(make_sequence(), channel)
+    until(lambda: closed)
+    assert channel.ends() == {"a": "error"}
+    assert "rank 1 has ended" in channel.outputs[-1].error_message
 
 
 def test_steps_go_on_while_a_grammar_is_compiled(engine, engine_thread, make_channel, make_sequence):

@@ -26,6 +26,8 @@ DUPLICATE_ID = "DUPLICATE_ID"
 ENGINE_FAILED = "ENGINE_FAILED"
 ENGINE_UNAVAILABLE = "ENGINE_UNAVAILABLE"
 
+SHUTTING_DOWN = "the engine is shutting down"
+
 MAX_INBOX_COUNT = 1024
 """Requests that wait for their grammar or for the current step to end; the engine's own bound on waiting ones comes
 after it."""
@@ -79,7 +81,7 @@ class EngineThread:
         self._channels: dict[str, Channel] = {}
         self._cancelled: set[str] = set()
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = ""
         self._failed_step_count = 0
         self._step_started: float | None = None
         self.broken = ""
@@ -110,7 +112,7 @@ class EngineThread:
     def require_available(self) -> None:
         """Raises Unavailable where the engine takes nothing more."""
         if self.broken or self._closing:
-            raise Unavailable(self.broken or "the engine is shutting down")
+            raise Unavailable(self.broken or self._closing)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a sequence before the next step; False where there is none of this name."""
@@ -137,17 +139,19 @@ class EngineThread:
         started = self._step_started
         return 0.0 if started is None else now - started
 
-    def flush(self, timeout_seconds: float) -> None:
-        """Waits until what was posted is sent, and sends nothing more."""
-        self._outbox.close(timeout_seconds)
+    def close(self, timeout_seconds: float, reason: str = SHUTTING_DOWN) -> None:
+        """Takes nothing more, ends every sequence as unavailable here, and all threads but the one that calls this.
 
-    def close(self, timeout_seconds: float) -> None:
-        """Takes nothing more, ends every sequence as unavailable here, and all threads."""
+        Args:
+            timeout_seconds: for each of the three threads.
+            reason: what sequences end with, and refusals say.
+        """
         with self._changed:
-            self._closing = True
+            self._closing = self._closing or reason
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(timeout_seconds)
+            if thread is not threading.current_thread():
+                thread.join(timeout_seconds)
         self._outbox.close(timeout_seconds)
 
     def _compile_all(self) -> None:
@@ -188,7 +192,7 @@ class EngineThread:
             except Exception as error:  # Whatever the engine raises ends its sequences, not the thread.
                 self._fail_step(error)
         if not self.broken:
-            self._end_all("the engine is shutting down")
+            self._end_all(self._closing)
 
     def _wait_for_work(self) -> bool:
         with self._changed:

@@ -35,7 +35,7 @@ class Outbox:
         self._load: EngineLoad | None = None
         self._lock = threading.Lock()
         self._wakes: SimpleQueue[bool] = SimpleQueue()
-        """True where there is something to send again, which is so but once at a time; then False, at the end."""
+        """True when there is something to send again, so never many; False for the end."""
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
@@ -58,8 +58,8 @@ class Outbox:
 
     def _run(self) -> None:
         is_open = True
-        while is_open:
-            is_open = self._wakes.get()
+        while is_open or self._pending:
+            is_open = self._wakes.get() and is_open
             with self._lock:
                 pending, self._pending, load = self._pending, {}, self._load
             if not pending:

@@ -15,6 +15,7 @@ config.pbtxt names the tensors. Commands (the input `command`):
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from channels import BundleChannel, SequenceChannel
 from client_watch import ClientWatch
-from engine_thread import ENGINE_UNAVAILABLE, Engine, EngineThread, Unavailable
+from engine_thread import ENGINE_UNAVAILABLE, SHUTTING_DOWN, Engine, EngineThread, Unavailable
 from metrics import LoadMetrics
 from outbox import Channel
 from server_watch import call_on_terminate, end_with_server
@@ -50,6 +51,9 @@ Python's own 5 ms are much of a step: what the step before gave would leave when
 
 UNLOAD_SECONDS = 0.25
 """Time for Triton to take note that a broken model asks to be unloaded."""
+
+END_SECONDS = 10.0
+"""After which a broken model ends however far it came: more than it takes when the server answers."""
 
 BROKEN_EXIT_STATUS = 70
 
@@ -163,9 +167,9 @@ class TritonModel(ABC):
             self._subscriptions.pop(channel.name, None)
             channel.end()
 
-    def _end_work(self) -> None:
+    def _end_work(self, reason: str = SHUTTING_DOWN) -> None:
         """Ends the sequences and the subscriptions; what comes now is refused."""
-        self._thread.close(CLOSE_SECONDS)
+        self._thread.close(CLOSE_SECONDS, reason)
         for channel in list(self._subscriptions.values()):
             channel.end()
 
@@ -181,18 +185,16 @@ class TritonModel(ABC):
         """
         if not self._ending.acquire(blocking=False):
             return
+        # Triton's Python backend waits for the server's answers without giving Python away: this needs no Python.
+        faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=2)
         self._log_error(f"the engine is broken, ending the model: {message}")
-        self._thread.flush(CLOSE_SECONDS)
-        threading.Thread(target=self._unload, name="unload", daemon=True).start()
-        time.sleep(UNLOAD_SECONDS)
-        os._exit(BROKEN_EXIT_STATUS)
-
-    def _unload(self) -> None:
-        """Asks Triton; on a thread of its own, since a server in trouble may not answer."""
+        self._end_work(message)
         try:
             pb_utils.unload_model(self._name)
         except pb_utils.TritonModelException as error:
             self._log_error(f"cannot unload the model: {error}")
+        time.sleep(UNLOAD_SECONDS)
+        os._exit(BROKEN_EXIT_STATUS)
 
     def _log(self, message: str) -> None:
         pb_utils.Logger.log_info(message)

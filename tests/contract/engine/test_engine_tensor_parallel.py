@@ -83,6 +83,18 @@ def test_a_rank_that_dies_ends_the_engine_at_once(tmp_path, make_ranks):
             engine.step()
 
 
+def test_what_tells_a_whole_group_to_end_leaves_the_other_ranks_to_the_first(tmp_path, make_ranks):
+    from llm_engine import SequenceRequest
+
+    small_model().save_pretrained(tmp_path)
+    engine = make_ranks(tmp_path, 2)
+    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(engine._rank._others[0]._process.pid, number)
+        assert engine.step()
+        assert engine.step()
+
+
 def test_a_step_that_fails_on_the_first_rank_ends_the_engine_for_the_others_are_in_the_middle_of_it(
     tmp_path, make_ranks, monkeypatch
 ):

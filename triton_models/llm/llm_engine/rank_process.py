@@ -25,8 +25,9 @@ def main() -> int:
     connection = Connection(int(sys.argv[1]))
     settings = json.loads(sys.argv[2])
     config, rank = EngineConfig(**settings["config"]), settings["rank"]
-    # An interrupt from the keyboard reaches all ranks; the others leave when the first has left.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What a keyboard or a supervisor sends reaches all ranks; the others leave when the first has left.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         loaded = LoadedRank(config, rank)
     except (ModelLoadError, OSError) as error:

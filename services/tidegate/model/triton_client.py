@@ -177,10 +177,9 @@ class TritonClient:
         """Asks the engine how full it is; TritonGone where no answer comes."""
         if not self.ready:
             raise TritonGone(f"Triton at {self.address} is not ready")
-        message_id = f"{_LOAD_PREFIX}{next(self._numbers)}"
+        message_id = self._ask_load()
         waiter = self._load_waiters[message_id] = asyncio.get_running_loop().create_future()
         try:
-            self._unsent.put_nowait(command_message(self.model_name, "load", message_id))
             return await asyncio.wait_for(waiter, self._silence_seconds)
         except TimeoutError as error:
             raise TritonGone(f"Triton at {self.address} does not answer") from error
@@ -304,9 +303,14 @@ class TritonClient:
             # An event loop that stands still counts one interval: then it is we who do not hear.
             silence_seconds = silence_seconds + interval_seconds if heard_count == self._heard_count else 0.0
             if silence_seconds >= self._heartbeat_seconds and self._unsent.empty():
-                message_id = f"{_LOAD_PREFIX}{next(self._numbers)}"
-                self._unsent.put_nowait(command_message(self.model_name, "load", message_id))
+                self._ask_load()
         call.cancel()
+
+    def _ask_load(self) -> str:
+        """Sends the question; the answer comes by the id that this gives."""
+        message_id = f"{_LOAD_PREFIX}{next(self._numbers)}"
+        self._unsent.put_nowait(command_message(self.model_name, "load", message_id))
+        return message_id
 
     async def _keep_registered(self) -> None:
         """Maps the regions that were not there before."""

@@ -28,6 +28,22 @@ def make_ranks(make_engine):
         engine.close()
 
 
+@pytest.fixture
+def make_running(tmp_path, make_ranks):
+    """An engine of several ranks that is in the middle of a text."""
+
+    def make(size, **settings):
+        from llm_engine import SequenceRequest
+
+        small_model().save_pretrained(tmp_path)
+        engine = make_ranks(tmp_path, size, **settings)
+        engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
+        engine.step()
+        return engine
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
@@ -66,15 +82,12 @@ def test_logits_and_texts_are_those_of_one_rank(tmp_path, make_ranks, prompt_log
         assert torch.tensor(likeliest).allclose(torch.tensor(expected[name][2]), rtol=0, atol=1e-3), name
 
 
-def test_a_rank_that_dies_ends_the_engine_at_once(tmp_path, make_ranks):
-    from llm_engine import EngineBroken, SequenceRequest
+def test_a_rank_that_dies_ends_the_engine_at_once(make_running):
+    from llm_engine import EngineBroken
 
-    small_model().save_pretrained(tmp_path)
-    engine = make_ranks(tmp_path, 3)
+    engine = make_running(3)
     told, words = threading.Event(), []
     engine.watch(lambda message: (words.append(message), told.set()))
-    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
-    engine.step()
     os.kill(engine._rank._others[1]._process.pid, signal.SIGKILL)
     assert told.wait(10)
     assert words == ["rank 2 has ended, with status -9"]
@@ -83,12 +96,8 @@ def test_a_rank_that_dies_ends_the_engine_at_once(tmp_path, make_ranks):
             engine.step()
 
 
-def test_what_tells_a_whole_group_to_end_leaves_the_other_ranks_to_the_first(tmp_path, make_ranks):
-    from llm_engine import SequenceRequest
-
-    small_model().save_pretrained(tmp_path)
-    engine = make_ranks(tmp_path, 2)
-    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
+def test_what_tells_a_whole_group_to_end_leaves_the_other_ranks_to_the_first(make_running):
+    engine = make_running(2)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(engine._rank._others[0]._process.pid, number)
         assert engine.step()
@@ -96,14 +105,11 @@ def test_what_tells_a_whole_group_to_end_leaves_the_other_ranks_to_the_first(tmp
 
 
 def test_a_step_that_fails_on_the_first_rank_ends_the_engine_for_the_others_are_in_the_middle_of_it(
-    tmp_path, make_ranks, monkeypatch
+    make_running, monkeypatch
 ):
-    from llm_engine import EngineBroken, SequenceRequest
+    from llm_engine import EngineBroken
 
-    small_model().save_pretrained(tmp_path)
-    engine = make_ranks(tmp_path, 2)
-    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
-    engine.step()
+    engine = make_running(2)
 
     def fail(step):
         raise RuntimeError("not enough memory")
@@ -113,13 +119,10 @@ def test_a_step_that_fails_on_the_first_rank_ends_the_engine_for_the_others_are_
         engine.step()
 
 
-def test_a_rank_that_hangs_is_given_up(tmp_path, make_ranks):
-    from llm_engine import EngineBroken, SequenceRequest
+def test_a_rank_that_hangs_is_given_up(make_running):
+    from llm_engine import EngineBroken
 
-    small_model().save_pretrained(tmp_path)
-    engine = make_ranks(tmp_path, 2, collective_timeout_seconds=4.0)
-    engine.add(SequenceRequest(request_id="a", token_ids=tokens_of(10), max_tokens=50, ignore_eos=True))
-    engine.step()
+    engine = make_running(2, collective_timeout_seconds=4.0)
     os.kill(engine._rank._others[0]._process.pid, signal.SIGSTOP)
     stopped_at = time.monotonic()
     with pytest.raises(EngineBroken, match="rank 0 of 2 lost the others"):

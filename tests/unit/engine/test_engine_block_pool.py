@@ -26,6 +26,15 @@ def test_random_takes_and_returns_keep_every_block_in_one_place(seed):
         assert pool.can_take(pool.free_count) and not pool.can_take(pool.free_count + 1)
 
 
+def test_the_lowest_free_blocks_go_first_in_whichever_order_they_came_back():
+    pool = BlockPool(8, 16)
+    first, second, third = pool.take(2), pool.take(3), pool.take(1)
+    for blocks in (first, second):
+        pool.give_back(blocks)
+    assert third == [5]
+    assert pool.take(6) == [0, 1, 2, 3, 4, 6]
+
+
 def test_a_block_returned_twice_is_a_mistake():
     pool = BlockPool(2, 16)
     blocks = pool.take(1)

@@ -145,7 +145,13 @@ def broken() -> list[str]:
 
 @pytest.fixture
 def engine_thread(engine, broken):
-    thread = EngineThread(engine, on_broken=broken.append, log=lambda message: None, max_inbox_count=2)
+    thread = EngineThread(
+        engine,
+        on_broken=broken.append,
+        log=lambda message: None,
+        stream_interval_seconds=0.0,
+        max_inbox_count=2,
+    )
     yield thread
     engine.step_gate.set()
     engine.grammar_gate.set()

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from engine_settings import engine_config
+from engine_settings import DEFAULT_STREAM_INTERVAL_SECONDS, engine_config, stream_interval
 
 from llm_engine import EngineConfig
 
@@ -54,8 +54,27 @@ def test_a_value_out_of_bounds_is_the_engines_to_refuse():
 
 def test_the_shipped_parameters_are_all_settings_that_the_engine_has_and_leave_them_as_they_are():
     names = re.findall(r'key: "(\w+)"', CONFIG.read_text())
-    assert sorted(names) == sorted(field.name for field in dataclasses.fields(EngineConfig))
+    assert sorted(names) == sorted(
+        ["stream_interval_seconds", *(field.name for field in dataclasses.fields(EngineConfig))]
+    )
     shipped = dict.fromkeys(names, "")
     for environment in ({}, {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}):
         given = {"model_path": "a.gguf", "tensor_parallel_size": "2"}
         assert engine_config(shipped | given, environment) == engine_config(given, environment)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "variable", "seconds"),
+    [("", "", DEFAULT_STREAM_INTERVAL_SECONDS), ("0.2", " ", 0.2), ("0.2", "0", 0.0)],
+)
+def test_for_how_long_outputs_gather_is_no_setting_of_the_engine(parameter, variable, seconds):
+    parameters = {"model_path": "a.gguf", "stream_interval_seconds": parameter}
+    environment = {"TIDEGATE_ENGINE_STREAM_INTERVAL_SECONDS": variable}
+    assert stream_interval(parameters, environment) == seconds
+    assert engine_config(parameters, environment) == engine_config({"model_path": "a.gguf"}, {})
+
+
+@pytest.mark.parametrize("text", ["soon", "-0.1", "1.5", "nan"])
+def test_outputs_that_gather_for_ever_are_refused(text):
+    with pytest.raises(ValueError, match=f"STREAM_INTERVAL_SECONDS is '{text}', expected"):
+        stream_interval({}, {"TIDEGATE_ENGINE_STREAM_INTERVAL_SECONDS": text})

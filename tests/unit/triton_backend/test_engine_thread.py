@@ -158,7 +158,7 @@ def test_the_engines_own_thread_may_close_it_when_it_is_broken(engine, make_chan
         thread.close(5, message)
         closed.append(message)
 
-    thread = EngineThread(engine, on_broken=close, log=lambda message: None)
+    thread = EngineThread(engine, on_broken=close, log=lambda message: None, stream_interval_seconds=0.0)
     engine.step_failures = [EngineBroken("rank 1 has ended")]
     channel = make_channel()
     thread.submit(make_sequence(), channel)

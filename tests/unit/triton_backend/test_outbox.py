@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from functools import partial
 
+import outbox as module
 import pytest
 from outbox import Outbox, merged
 
@@ -27,11 +30,43 @@ class GatedChannel:
         return False
 
 
+class RecordingChannel:
+    """A client that takes everything at once."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[tuple[str, list[int], str]]] = []
+
+    def send(self, outputs, load) -> None:
+        self.sent.append([(part.request_id, part.token_ids, part.finish_reason) for part in outputs])
+
+    def has_got(self, token: int) -> bool:
+        return any(token in tokens for message in self.sent for _, tokens, _ in message)
+
+    def is_cancelled(self) -> bool:
+        return False
+
+
 @pytest.fixture
-def outbox():
-    outbox = Outbox(lambda channel, error: None)
-    yield outbox
-    outbox.close(5)
+def make_outbox() -> Iterator:
+    made = []
+
+    def make(max_interval_seconds: float, on_lost=lambda channel, error: None) -> Outbox:
+        made.append(Outbox(on_lost, max_interval_seconds))
+        return made[-1]
+
+    yield make
+    for outbox in made:
+        outbox.close(5)
+
+
+@pytest.fixture
+def outbox(make_outbox) -> Outbox:
+    return make_outbox(0.0)
+
+
+@pytest.fixture
+def long_waits(monkeypatch) -> None:
+    monkeypatch.setattr(module, "SECONDS_PER_OUTPUT", 60.0)
 
 
 def output(name: str, *tokens: int, finish_reason: str = "") -> SequenceOutput:
@@ -55,6 +90,58 @@ def test_a_slow_client_gets_one_merged_output_a_sequence(outbox, engine):
     ]
 
 
+def test_outputs_gather_but_a_sequences_first_and_last_leave_at_once(make_outbox, engine, until, long_waits):
+    outbox, channel = make_outbox(60.0), RecordingChannel()
+    outbox.post([(channel, output("a", 1)), (channel, output("b", 11))], engine.load)
+    until(lambda: len(channel.sent) == 1)
+    outbox.post([(channel, output("c", 21))], engine.load)
+    until(lambda: len(channel.sent) == 2)
+    outbox.post([(channel, output("a", 2)), (channel, output("b", 12))], engine.load)
+    outbox.post([(channel, output("a", 3)), (channel, output("b", 13, finish_reason="stop"))], engine.load)
+    until(lambda: len(channel.sent) == 3)
+    outbox.post([(channel, output("a", 4, finish_reason="length"))], engine.load)
+    until(lambda: len(channel.sent) == 4)
+    assert channel.sent == [
+        [("a", [1], ""), ("b", [11], "")],
+        [("c", [21], "")],
+        [("b", [12, 13], "stop")],
+        [("a", [2, 3, 4], "length")],
+    ]
+
+
+def test_a_client_with_something_urgent_leaves_another_ones_outputs_waiting(make_outbox, engine, until, long_waits):
+    outbox, one, other = make_outbox(60.0), RecordingChannel(), RecordingChannel()
+    outbox.post([(one, output("a", 1)), (other, output("b", 11))], engine.load)
+    until(lambda: one.sent and other.sent)
+    outbox.post([(one, output("a", 2)), (other, output("b", 12, finish_reason="stop"))], engine.load)
+    until(lambda: len(other.sent) == 2)
+    assert one.sent == [[("a", [1], "")]]
+    outbox.close(5)
+    assert one.sent == [[("a", [1], "")], [("a", [2], "")]]
+
+
+def test_what_gathers_leaves_after_the_longest_time(make_outbox, engine, until, long_waits):
+    outbox, channel = make_outbox(0.02), RecordingChannel()
+    for token in (1, 2, 3):
+        outbox.post([(channel, output("a", token))], engine.load)
+        until(partial(channel.has_got, token))
+
+
+def test_few_sequences_wait_for_less_than_the_longest_time(make_outbox, engine, until):
+    outbox, channel = make_outbox(60.0), RecordingChannel()
+    for token in (1, 2, 3):
+        outbox.post([(channel, output("a", token))], engine.load)
+        until(partial(channel.has_got, token))
+
+
+def test_a_sequence_of_the_same_name_begins_anew(make_outbox, engine, until, long_waits):
+    outbox, channel = make_outbox(60.0), RecordingChannel()
+    outbox.post([(channel, output("a", 1, finish_reason="stop"))], engine.load)
+    until(lambda: len(channel.sent) == 1)
+    outbox.post([(channel, output("a", 2))], engine.load)
+    until(lambda: len(channel.sent) == 2)
+
+
 def test_what_was_posted_before_closing_is_sent(outbox, engine, make_channel):
     channel = make_channel()
     outbox.post([(channel, output("a", 1, finish_reason="length"))], engine.load)
@@ -62,9 +149,9 @@ def test_what_was_posted_before_closing_is_sent(outbox, engine, make_channel):
     assert channel.ends() == {"a": "length"}
 
 
-def test_a_client_that_raises_is_told_of_and_harms_no_other(engine, make_channel):
+def test_a_client_that_raises_is_told_of_and_harms_no_other(make_outbox, engine, make_channel):
     lost = []
-    outbox = Outbox(lambda channel, error: lost.append((channel, str(error))))
+    outbox = make_outbox(0.0, lambda channel, error: lost.append((channel, str(error))))
     bad, good = make_channel(), make_channel()
     bad.gone = True
     outbox.post([(bad, output("a", 1)), (good, output("b", 2, finish_reason="length"))], engine.load)

@@ -14,6 +14,13 @@ from llm_engine import EngineConfig
 
 ENVIRONMENT_PREFIX = "TIDEGATE_ENGINE_"
 
+STREAM_INTERVAL = "stream_interval_seconds"
+"""A setting of this model beside the engine's."""
+
+DEFAULT_STREAM_INTERVAL_SECONDS = 0.1
+
+MAX_STREAM_INTERVAL_SECONDS = 1.0
+
 # Parameters that Triton's own Python backend reads from config.pbtxt.
 _TRITON_PARAMETERS = frozenset({"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"})
 
@@ -33,6 +40,29 @@ def engine_config(parameters: Mapping[str, str], environment: Mapping[str, str])
         ValueError: an unknown name, a value of the wrong type or out of its bounds, no model path.
     """
     return EngineConfig(**setting_values(EngineConfig, parameters, environment))  # type: ignore[arg-type]
+
+
+def stream_interval(parameters: Mapping[str, str], environment: Mapping[str, str]) -> float:
+    """For how many seconds a sequence's outputs gather at most, but for its first and its last one; 0 is not at all.
+
+    Raises:
+        ValueError: not a number, or out of bounds.
+    """
+    variable = ENVIRONMENT_PREFIX + STREAM_INTERVAL.upper()
+    given = {
+        f"parameter {STREAM_INTERVAL}": parameters.get(STREAM_INTERVAL, ""),
+        variable: environment.get(variable, ""),
+    }
+    seconds = DEFAULT_STREAM_INTERVAL_SECONDS
+    for origin, text in given.items():
+        if text.strip():
+            try:
+                seconds = float(text)
+            except ValueError:
+                raise ValueError(f"{origin} is {text!r}, expected a number of seconds") from None
+            if not 0 <= seconds <= MAX_STREAM_INTERVAL_SECONDS:
+                raise ValueError(f"{origin} is {text!r}, expected 0 to {MAX_STREAM_INTERVAL_SECONDS:g}")
+    return seconds
 
 
 def setting_values(settings: type, parameters: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, object]:
@@ -56,11 +86,12 @@ def setting_values(settings: type, parameters: Mapping[str, str], environment: M
     texts |= {
         name: (f"parameter {name}", text)
         for name, text in parameters.items()
-        if name not in _TRITON_PARAMETERS and (text.strip() or name not in texts)
+        if name not in _TRITON_PARAMETERS | {STREAM_INTERVAL} and (text.strip() or name not in texts)
     }
     for variable, text in environment.items():
-        if variable.startswith(ENVIRONMENT_PREFIX):
-            texts[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = (variable, text)
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if variable.startswith(ENVIRONMENT_PREFIX) and name != STREAM_INTERVAL:
+            texts[name] = (variable, text)
     values: dict[str, object] = {}
     faults: list[str] = []
     for name, (origin, text) in texts.items():

@@ -70,6 +70,7 @@ class EngineThread:
         *,
         on_broken: Callable[[str], None],
         log: Callable[[str], None],
+        stream_interval_seconds: float,
         max_inbox_count: int = MAX_INBOX_COUNT,
     ) -> None:
         self._engine = engine
@@ -86,7 +87,7 @@ class EngineThread:
         self._step_started: float | None = None
         self.broken = ""
         self.load: EngineLoad = engine.load
-        self._outbox = Outbox(self._lose)
+        self._outbox = Outbox(self._lose, stream_interval_seconds)
         self._threads = [
             threading.Thread(target=run, name=name, daemon=True)
             for name, run in (("engine", self._run), ("grammars", self._compile_all))

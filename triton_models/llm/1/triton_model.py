@@ -30,6 +30,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from channels import BundleChannel, SequenceChannel
 from client_watch import ClientWatch
+from engine_settings import stream_interval
 from engine_thread import ENGINE_UNAVAILABLE, SHUTTING_DOWN, Engine, EngineThread, Unavailable
 from metrics import LoadMetrics
 from outbox import Channel
@@ -74,10 +75,13 @@ class TritonModel(ABC):
         self._ending = threading.Lock()
         parameters = json.loads(args["model_config"]).get("parameters", {})
         texts = {name: value["string_value"] for name, value in parameters.items()}
+        interval_seconds = stream_interval(texts, os.environ)
         engine = self.load_engine(texts, os.environ)
         self._log(f"loaded {engine.model_info} in {time.monotonic() - started:.1f} s")
         self._subscriptions: dict[str, BundleChannel] = {}
-        self._thread = EngineThread(engine, on_broken=self._end_broken, log=self._log_error)
+        self._thread = EngineThread(
+            engine, on_broken=self._end_broken, log=self._log_error, stream_interval_seconds=interval_seconds
+        )
         self._watch = ClientWatch(
             self._thread,
             channels=self._open_channels,

@@ -9,18 +9,22 @@ leaves to others. Paging is from PagedAttention (Kwon et al., SOSP 2023), and so
 what they hold.
 """
 
+import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """Hands out blocks by number; of the free ones the most recently returned first, since it is warm in the caches."""
+    """Hands out blocks by number, of the free ones the lowest first.
+
+    That keeps together in memory what is read together, also after many sequences have come and gone.
+    """
 
     def __init__(self, block_count: int, block_token_count: int) -> None:
         assert block_count > 0 and block_token_count > 0
         self.block_count = block_count
         self.block_token_count = block_token_count
-        self._free = list(range(block_count - 1, -1, -1))
+        self._free = list(range(block_count))
         self._owner_counts = [0] * block_count
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -53,7 +57,7 @@ class BlockPool:
     def take(self, count: int) -> list[int]:
         """Take blocks; asking for more than are free is a mistake of the caller."""
         assert self.can_take(count), (count, self.free_count)
-        taken = [self._free.pop() if self._free else self._forget_oldest() for _ in range(count)]
+        taken = [heapq.heappop(self._free) if self._free else self._forget_oldest() for _ in range(count)]
         for block in taken:
             self._owner_counts[block] = 1
         return taken
@@ -98,7 +102,7 @@ class BlockPool:
                 del self._block_of[key]
             if block in self._idle:
                 del self._idle[block]
-                self._free.append(block)
+                heapq.heappush(self._free, block)
 
     def freed_by(self, owners: Iterable[Sequence[int]]) -> int:
         """How many blocks would be free if these owners gave theirs back."""
@@ -115,7 +119,7 @@ class BlockPool:
             if block in self._key_of:
                 self._idle[block] = None
             else:
-                self._free.append(block)
+                heapq.heappush(self._free, block)
 
     def _forget_oldest(self) -> int:
         block, _ = self._idle.popitem(last=False)

@@ -63,7 +63,7 @@ class EngineWatch:
         self._triton.on_ready.append(self.take_ready)
 
     def take_load(self, load: EngineLoad) -> None:
-        """Takes the engine's figures, as often as each step; a change alone costs more than a comparison."""
+        """Takes the engine's figures, as often as its messages come; a change alone costs more than a comparison."""
         if not self._triton.ready:
             return
         ledger = self._slots.ledger

@@ -181,7 +181,8 @@ class Generation:
         token_ids = chunk.token_ids if whole else chunk.token_ids[:used_count]
         self._record.cached_token_count = min(chunk.cached_token_count, self._job.prompt.prompt_token_count)
         if used_count or chunk.finish_reason:
-            self._count(used_count + chunk.unseen_token_count)
+            unused_count = len(chunk.token_ids) - used_count
+            self._count(used_count + chunk.unseen_token_count, unused_count)
             self._answer_token_ids += token_ids
         self._buffer.add(step.text, token_ids, chunk.logprobs if whole else chunk.logprobs[:used_count])
         if step.stopped:
@@ -196,9 +197,12 @@ class Generation:
         self._buffer.add(self._detokenizer.finish(), (), ())
         self._finish_reason = finish_reason
 
-    def _count(self, token_count: int) -> None:
+    def _count(self, token_count: int, unused_count: int) -> None:
+        """Counts new tokens; those after the text that ended the answer took their part of the time since the last."""
         now = self._clock()
         record = self._record
+        if unused_count and record.last_token_at is not None:
+            now -= (now - record.last_token_at) * unused_count / (token_count + unused_count)
         if record.first_token_at is None:
             record.first_token_at = now
             self._observer.add_first_token(now - record.arrived_at)

@@ -35,7 +35,7 @@ LONGEST_SILENCE_SECONDS: Final = 10.0
 LATENESS_WINDOW_SECONDS: Final = 0.4
 
 MANY_IN_TRANSIT: Final = 16
-"""Fewer requests between here and the engine say nothing: it tells of itself once a step."""
+"""Fewer requests between here and the engine say nothing: it tells of itself once a step at most."""
 
 
 class ReplicaLoad:

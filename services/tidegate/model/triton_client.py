@@ -1,6 +1,6 @@
 """The model service's one door to Triton: a multiplexed stream that mends itself.
 
-Owns the connection, the subscription whose responses carry what each engine step gave all of our sequences, and
+Owns the connection, the subscription whose responses carry what the engine's steps gave all of our sequences, and
 the buffers between the stream and whoever reads `generate`. Invariants:
 
 - `ready` is true exactly while a subscription is open on a Triton whose engine answers.

@@ -173,7 +173,7 @@ def parse_output(response: Message) -> EngineOutput:
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """What one step gave all sequences of a subscription."""
+    """What one step or some gave all sequences of a subscription."""
 
     load: EngineLoad | None
     outputs: list[tuple[str, EngineOutput]]

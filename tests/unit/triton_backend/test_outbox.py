@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -134,12 +136,48 @@ def test_few_sequences_wait_for_less_than_the_longest_time(make_outbox, engine, 
         until(partial(channel.has_got, token))
 
 
+def test_the_more_outputs_leave_the_longer_the_next_ones_gather(make_outbox, engine, until, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_PER_OUTPUT", 0.01)
+    outbox, channel = make_outbox(60.0), RecordingChannel()
+    outbox.post([(channel, output(str(number), 0)) for number in range(6000)], engine.load)
+    until(lambda: len(channel.sent) == 1)
+    outbox.post([(channel, output("1", 1))], engine.load)
+    time.sleep(0.05)
+    outbox.post([(channel, output("2", 1, finish_reason="stop"))], engine.load)
+    until(lambda: len(channel.sent) == 2)
+    assert channel.sent[1] == [("2", [1], "stop")]
+
+
 def test_a_sequence_of_the_same_name_begins_anew(make_outbox, engine, until, long_waits):
     outbox, channel = make_outbox(60.0), RecordingChannel()
-    outbox.post([(channel, output("a", 1, finish_reason="stop"))], engine.load)
+    outbox.post([(channel, output("a", 1))], engine.load)
     until(lambda: len(channel.sent) == 1)
-    outbox.post([(channel, output("a", 2))], engine.load)
+    outbox.post([(channel, output("a", 2, finish_reason="stop"))], engine.load)
     until(lambda: len(channel.sent) == 2)
+    outbox.post([(channel, output("a", 3))], engine.load)
+    until(lambda: len(channel.sent) == 3)
+
+
+@pytest.mark.parametrize("reason", ["error", "cancelled"])
+def test_a_failure_comes_after_what_everybody_has_got(make_outbox, engine, until, long_waits, reason):
+    outbox, channel = make_outbox(60.0), RecordingChannel()
+    outbox.post([(channel, output("a", 1)), (channel, output("b", 11))], engine.load)
+    until(lambda: len(channel.sent) == 1)
+    for token in (2, 3):
+        outbox.post([(channel, output("a", token)), (channel, output("b", 10 + token))], engine.load)
+    outbox.post([(channel, output(name, finish_reason=reason)) for name in ("a", "b")], engine.load)
+    until(lambda: len(channel.sent) == 2)
+    assert channel.sent[1] == [("a", [2, 3], ""), ("b", [12, 13], ""), ("a", [], reason), ("b", [], reason)]
+
+
+def test_how_many_run_and_wait_is_told_at_once(make_outbox, engine, until, long_waits):
+    outbox, channel = make_outbox(60.0), RecordingChannel()
+    outbox.post([(channel, output("a", 1))], engine.load)
+    until(lambda: len(channel.sent) == 1)
+    for token, (running, waiting) in enumerate([(0, 1), (1, 1), (1, 0)], start=2):
+        load = dataclasses.replace(engine.load, running=running, waiting=waiting)
+        outbox.post([(channel, output("a", token))], load)
+        until(partial(channel.has_got, token))
 
 
 def test_what_was_posted_before_closing_is_sent(outbox, engine, make_channel):

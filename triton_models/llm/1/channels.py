@@ -34,7 +34,7 @@ class SequenceChannel:
 
 
 class BundleChannel:
-    """A subscription: each response carries one step's outputs of all its sequences."""
+    """A subscription: each response carries outputs of all its sequences."""
 
     def __init__(self, sender: Any, name: str) -> None:
         self.name = name

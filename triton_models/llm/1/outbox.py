@@ -2,10 +2,11 @@
 
 Handing a response to Triton takes some 0.2 ms, which the engine must not wait for, and each output in it as much again
 of those who carry it on to its client, on one machine of the very cores that compute. Invariants: a sequence's first
-and last output leave at once; others gather, for `SECONDS_PER_OUTPUT` of each that left the last time and together
-for `max_interval_seconds` at most; what is not sent yet of one sequence is one output, merged from as many steps as
-it took, so the outbox holds at most as many outputs as there are sequences, whatever the clients do; the outputs of
-a sequence keep their order.
+and last output leave at once, and so does news of how many run and wait; others gather, for
+`SECONDS_PER_OUTPUT` of each that left the last time and together for `max_interval_seconds` at most. What is not sent
+yet of one sequence is one output, merged from as many steps as it took, and one more where it fails: nobody looks for
+tokens in a failure. So the outbox holds at most twice as many outputs as there are sequences, whatever the clients
+do. The outputs of a sequence keep their order, and where all fail at once, tokens come before failures.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from llm_engine import EngineLoad, SequenceOutput
+
+_FAILURES = ("error", "cancelled")
+"""What is said of a sequence's end, and not of its tokens."""
 
 SECONDS_PER_OUTPUT = 0.002
 """How long an output makes the next ones wait: to carry one takes a mesh and its client some 0.3 ms of a core."""
@@ -44,14 +48,19 @@ class Outbox:
     def __init__(self, on_lost: Callable[[Channel, Exception], None], max_interval_seconds: float) -> None:
         self._on_lost = on_lost
         self._max_interval_seconds = max_interval_seconds
-        self._pending: dict[Channel, dict[str, SequenceOutput]] = {}
+        self._pending: dict[Channel, dict[tuple[bool, str], SequenceOutput]] = {}
+        """By whether it tells of a failure, and of which sequence."""
         self._urgent: set[str] = set()
         """Sequences with a first or last output in `_pending`."""
         self._begun: set[str] = set()
         """Sequences that have had an output, and not their last."""
         self._due = 0.0
-        """When all that is pending leaves, by the monotonic clock."""
+        """When all that is pending leaves, by the monotonic clock; 0 is at once."""
         self._load: EngineLoad | None = None
+        self._told_counts = (0, 0)
+        """How many run and wait, as was sent last."""
+        self._is_hurried = False
+        """Whether something is to leave at once, and the thread has been told."""
         self._lock = threading.Lock()
         self._wakes: SimpleQueue[bool] = SimpleQueue()
         """True when there is something to send, or something urgent, again, so never many; False for the end."""
@@ -61,17 +70,21 @@ class Outbox:
     def post(self, outputs: Iterable[tuple[Channel, SequenceOutput]], load: EngineLoad) -> None:
         """Takes a step's outputs; one that meets an unsent one of its sequence is merged into it."""
         with self._lock:
-            was_empty, was_urgent = not self._pending, bool(self._urgent)
+            was_empty, was_hurried = not self._pending, self._is_hurried
             self._load = load
             for channel, output in outputs:
                 name = output.request_id
                 waiting = self._pending.setdefault(channel, {})
-                before = waiting.get(name)
-                waiting[name] = output if before is None else merged(before, output)
+                key = (output.finish_reason in _FAILURES, name)
+                before = waiting.get(key)
+                waiting[key] = output if before is None else merged(before, output)
                 if output.finish_reason or name not in self._begun:
                     self._urgent.add(name)
                 (self._begun.discard if output.finish_reason else self._begun.add)(name)
-            has_news = was_empty or (bool(self._urgent) and not was_urgent)
+            if not self._urgent and (load.running, load.waiting) != self._told_counts:
+                self._due = 0.0
+            self._is_hurried = bool(self._urgent) or not self._due
+            has_news = was_empty or (self._is_hurried and not was_hurried)
         if has_news:
             self._wakes.put(True)
 
@@ -106,12 +119,15 @@ class Outbox:
             is_due = now >= self._due or not is_open
             taken = {}
             for channel, waiting in list(self._pending.items()):
-                names = [name for name in waiting if is_due or name in self._urgent]
-                if names:
-                    taken[channel] = [waiting.pop(name) for name in names]
+                keys = [key for key in waiting if is_due or key[1] in self._urgent]
+                if keys:
+                    taken[channel] = [waiting.pop(key) for key in keys]
                 if not waiting:
                     del self._pending[channel]
             self._urgent.clear()
+            self._is_hurried = False
+            if taken and self._load is not None:
+                self._told_counts = (self._load.running, self._load.waiting)
             if is_due:
                 worth = SECONDS_PER_OUTPUT * sum(map(len, taken.values()))
                 self._due = now + min(worth, self._max_interval_seconds)

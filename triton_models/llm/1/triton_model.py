@@ -7,8 +7,8 @@ config.pbtxt names the tensors. Commands (the input `command`):
 
 - `generate`, the default: the outputs come as responses of this request, the last one with a finish reason; or, with
   `subscription`, inside the responses of that subscription, and this request ends without any.
-- `subscribe`: this request stays open, and each of its responses carries what one step gave all of its sequences.
-  That is one message a step, not one a token. Closing it, or its connection, cancels its sequences.
+- `subscribe`: this request stays open, and each of its responses carries what one step or some gave all of its
+  sequences. That is one message a step at most, not one a token. Closing it, or its connection, cancels its sequences.
 - `cancel`: ends the sequence named by `target_request_id`; it ends with finish reason `cancelled`.
 - `load`: answers with `engine_load` at once; an engine that is broken answers with an error.
 """

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """Hands out blocks by number, of the free ones the lowest first.
+    """Hands out blocks by number, of those that hold nothing known the lowest first.
 
-    That keeps together in memory what is read together, also after many sequences have come and gone.
+    What is read together so lies together, also after many sequences have come and gone.
     """
 
     def __init__(self, block_count: int, block_token_count: int) -> None:

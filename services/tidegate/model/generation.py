@@ -201,14 +201,14 @@ class Generation:
         """Counts new tokens; those after the text that ended the answer took their part of the time since the last."""
         now = self._clock()
         record = self._record
-        if unused_count and record.last_token_at is not None:
-            now -= (now - record.last_token_at) * unused_count / (token_count + unused_count)
         if record.first_token_at is None:
             record.first_token_at = now
             self._observer.add_first_token(now - record.arrived_at)
             self._observer.add_tokens(token_count, None)
         else:
             assert record.last_token_at is not None
+            if unused_count:
+                now -= (now - record.last_token_at) * unused_count / (token_count + unused_count)
             self._observer.add_tokens(token_count, now - record.last_token_at)
         record.last_token_at = now
 

@@ -86,12 +86,12 @@ def setting_values(settings: type, parameters: Mapping[str, str], environment: M
     texts |= {
         name: (f"parameter {name}", text)
         for name, text in parameters.items()
-        if name not in _TRITON_PARAMETERS | {STREAM_INTERVAL} and (text.strip() or name not in texts)
+        if name not in _TRITON_PARAMETERS and (text.strip() or name not in texts)
     }
     for variable, text in environment.items():
-        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if variable.startswith(ENVIRONMENT_PREFIX) and name != STREAM_INTERVAL:
-            texts[name] = (variable, text)
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            texts[variable.removeprefix(ENVIRONMENT_PREFIX).lower()] = (variable, text)
+    texts.pop(STREAM_INTERVAL, None)
     values: dict[str, object] = {}
     faults: list[str] = []
     for name, (origin, text) in texts.items():

@@ -59,8 +59,6 @@ class Outbox:
         self._load: EngineLoad | None = None
         self._told_counts = (0, 0)
         """How many run and wait, as was sent last."""
-        self._is_hurried = False
-        """Whether something is to leave at once, and the thread has been told."""
         self._lock = threading.Lock()
         self._wakes: SimpleQueue[bool] = SimpleQueue()
         """True when there is something to send, or something urgent, again, so never many; False for the end."""
@@ -83,10 +81,14 @@ class Outbox:
                 (self._begun.discard if output.finish_reason else self._begun.add)(name)
             if not self._urgent and (load.running, load.waiting) != self._told_counts:
                 self._due = 0.0
-            self._is_hurried = bool(self._urgent) or not self._due
             has_news = was_empty or (self._is_hurried and not was_hurried)
         if has_news:
             self._wakes.put(True)
+
+    @property
+    def _is_hurried(self) -> bool:
+        """Whether something is to leave at once."""
+        return bool(self._urgent) or not self._due
 
     def close(self, timeout_seconds: float) -> None:
         """Sends what is left, and ends the thread."""
@@ -125,7 +127,6 @@ class Outbox:
                 if not waiting:
                     del self._pending[channel]
             self._urgent.clear()
-            self._is_hurried = False
             if taken and self._load is not None:
                 self._told_counts = (self._load.running, self._load.waiting)
             if is_due:
